@@ -1,0 +1,60 @@
+"""What can go wrong, as the contract names it.
+
+Each class stands for one error of the contract; its name is the error's name. The message is
+one sentence for a person: it names the thing and says what to do.
+"""
+
+from __future__ import annotations
+
+
+class SnapdError(Exception):
+    """Any failure that the contract knows."""
+
+    @property
+    def message(self) -> str:
+        """The sentence for a person."""
+        return str(self)
+
+
+class InvalidArgument(SnapdError):
+    """The call is malformed, whatever the state of the service."""
+
+
+class NotFound(SnapdError):
+    """There is no such snapshot, parent, mount or job."""
+
+
+class AlreadyExists(SnapdError):
+    """The key or name is taken, perhaps by a call that is still running."""
+
+
+class FailedPrecondition(SnapdError):
+    """The snapshot is not in the state that the call needs."""
+
+
+class ResourceExhausted(SnapdError):
+    """Disk space, inodes, quota or the bound on running operations is used up."""
+
+
+class DataLoss(SnapdError):
+    """Metadata and directories disagree, or the database is damaged."""
+
+
+class Cancelled(SnapdError):
+    """The operation was cancelled, and everything it had done was undone."""
+
+
+class Unavailable(SnapdError):
+    """The service cannot be reached, or is shutting down."""
+
+
+class Internal(SnapdError):
+    """A bug in the service; its log says more."""
+
+
+class AccessDenied(SnapdError):
+    """The caller may not do this."""
+
+
+class InteractiveAuthorizationRequired(SnapdError):
+    """The caller may do this once a person has agreed."""

@@ -1,0 +1,110 @@
+"""The few system calls that Python lacks.
+
+Constants are named as in the kernel's headers. Every function raises `OSError` on failure.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+
+AT_EMPTY_PATH = 0x1000
+OPEN_TREE_CLONE = 1
+OPEN_TREE_CLOEXEC = os.O_CLOEXEC
+MOUNT_ATTR_RDONLY = 0x00000001
+MOUNT_ATTR_NOATIME = 0x00000010
+MOUNT_ATTR__ATIME = 0x00000070
+
+FICLONE = 0x40049409
+FS_IOC_GETFLAGS = 0x80086601
+FS_IOC_SETFLAGS = 0x40086602
+FS_APPEND_FL = 0x00000020
+FS_IMMUTABLE_FL = 0x00000010
+
+# The numbers are the same on every architecture: both calls are younger than the
+# unified system call table (Linux 5.1).
+_SYS_OPEN_TREE = 428
+_SYS_MOUNT_SETATTR = 442
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _checked(result: int, what: str) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), what)
+    return result
+
+
+def open_tree(dirfd: int, path: str, flags: int) -> int:
+    """Open a mount, or with OPEN_TREE_CLONE a detached copy of it; see open_tree(2), Linux 5.2."""
+    return _checked(
+        _libc.syscall(
+            ctypes.c_long(_SYS_OPEN_TREE),
+            ctypes.c_int(dirfd),
+            ctypes.c_char_p(os.fsencode(path)),
+            ctypes.c_uint(flags),
+        ),
+        "open_tree",
+    )
+
+
+def mount_setattr(fd: int, attr_set: int, attr_clr: int, flags: int = AT_EMPTY_PATH) -> None:
+    """Set and clear MOUNT_ATTR_* of the mount that ``fd`` stands for; Linux 5.12."""
+    attr = struct.pack("=QQQQ", attr_set, attr_clr, 0, 0)
+    _checked(
+        _libc.syscall(
+            ctypes.c_long(_SYS_MOUNT_SETATTR),
+            ctypes.c_int(fd),
+            ctypes.c_char_p(b""),
+            ctypes.c_uint(flags),
+            ctypes.c_char_p(attr),
+            ctypes.c_size_t(len(attr)),
+        ),
+        "mount_setattr",
+    )
+
+
+def syncfs(fd: int) -> None:
+    """Write the whole file system behind ``fd`` to disk; reports write-back errors since 5.8."""
+    _checked(_libc.syncfs(ctypes.c_int(fd)), "syncfs")
+
+
+def ficlone(source: int, target: int) -> bool:
+    """Share all data of the open file ``source`` with ``target``; False where that cannot be.
+
+    See ioctl_ficlone(2). Errors that copying the data would meet as well are raised.
+    """
+    try:
+        fcntl.ioctl(target, FICLONE, source)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL):
+            return False
+        raise
+    return True
+
+
+def clear_protection(fd: int) -> bool:
+    """Take the immutable and append-only flags off an open file; False if it had neither."""
+    buffer = bytearray(8)
+    fcntl.ioctl(fd, FS_IOC_GETFLAGS, buffer)
+    (flags,) = struct.unpack_from("=I", buffer)
+    protection = FS_IMMUTABLE_FL | FS_APPEND_FL
+    if not flags & protection:
+        return False
+    fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("=Q", flags & ~protection))
+    return True
+
+
+def filesystem_type(fd: int) -> str:
+    """Return the type of the file system behind ``fd``, as /proc/self/mountinfo names it."""
+    with open(f"/proc/self/fdinfo/{fd}") as fdinfo:
+        mount = next(line.split()[1] for line in fdinfo if line.startswith("mnt_id:"))
+    with open("/proc/self/mountinfo", errors="surrogateescape") as mountinfo:
+        for line in mountinfo:
+            if line.split(" ", 1)[0] == mount:
+                return line.split(" - ", 1)[1].split(" ", 1)[0]
+    return "unknown"

@@ -1,0 +1,150 @@
+"""The words of the contract as plain values, and the rules for what a caller may name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from snapd_native.errors import InvalidArgument
+
+MAX_NAME = 4096
+"""Bytes of UTF-8 in a key or name."""
+
+MAX_LABEL = 4096
+"""Bytes of UTF-8 in a label's key and value together, as in containerd's ``labels.Validate``."""
+
+MAX_LABELS = 1 << 20
+"""Bytes of UTF-8 in all labels of one snapshot, so that every answer fits a bus message."""
+
+
+class Kind(StrEnum):
+    """What a snapshot is; the value is its name on the wire."""
+
+    VIEW = "view"
+    ACTIVE = "active"
+    COMMITTED = "committed"
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """A snapshot's record. Times are microseconds since the Unix epoch, UTC."""
+
+    name: str
+    kind: Kind
+    parent: str
+    created: int
+    updated: int
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A mount that makes a snapshot usable, as mount(8) would take it."""
+
+    type: str
+    source: str
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Allocated bytes and inodes; a hard-linked file counts once."""
+
+    size: int
+    inodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """A key came to be by Prepare or View."""
+
+    key: str
+    kind: Kind
+    parent: str
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The active snapshot ``key`` became the committed snapshot ``name``."""
+
+    name: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Updated:
+    """A snapshot's labels were set."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """A key or name is gone."""
+
+    key: str
+
+
+Change = Added | Committed | Updated | Removed
+"""Something that happened, and is durable."""
+
+
+def quote(text: str, most: int = 80) -> str:
+    """Show a caller's text inside a one-line message: control characters escaped, cut at the end.
+
+    A backslash and a quotation mark stay as they are: the text is for reading, not for parsing.
+    """
+    cut = text if len(text) <= most else text[:most] + "…"
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+    return f'"{"".join(shown)}"'
+
+
+def check_name(name: str, what: str = "key") -> str:
+    """Return ``name`` if it can name a snapshot.
+
+    Raises:
+        InvalidArgument: it is empty, over `MAX_NAME` bytes, or no text that UTF-8 can carry.
+    """
+    if not name:
+        raise InvalidArgument(f"the {what} is empty: give it 1 to {MAX_NAME} bytes")
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"the {what} {quote(name)} is not valid UTF-8: choose another") from None
+    if size > MAX_NAME:
+        raise InvalidArgument(
+            f"the {what} {quote(name, 40)} has {size} bytes: at most {MAX_NAME} are allowed"
+        )
+    if "\0" in name:
+        raise InvalidArgument(f"the {what} {quote(name)} contains a NUL character: leave it out")
+    return name
+
+
+def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    """Return the labels that would be stored: a label with an empty value is as good as none.
+
+    That rule is containerd's ``boltutil.WriteLabels``.
+
+    Raises:
+        InvalidArgument: a label's key is empty, or a size is over `MAX_LABEL` or `MAX_LABELS`.
+    """
+    total = 0
+    for key, value in labels.items():
+        if not key:
+            raise InvalidArgument("a label has an empty key: name it")
+        try:
+            size = len(key.encode()) + len(value.encode())
+        except UnicodeEncodeError:
+            raise InvalidArgument(f"the label {quote(key)} is not valid UTF-8: mend it") from None
+        if size > MAX_LABEL:
+            raise InvalidArgument(
+                f"the label {quote(key, 40)} has {size} bytes with its value:"
+                f" at most {MAX_LABEL} are allowed"
+            )
+        total += size
+    if total > MAX_LABELS:
+        raise InvalidArgument(
+            f"the labels have {total} bytes in all: at most {MAX_LABELS} are allowed"
+        )
+    return {key: value for key, value in labels.items() if value}

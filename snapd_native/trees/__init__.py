@@ -1,0 +1,13 @@
+"""Directory trees: clone, measure and delete them.
+
+A tree is walked by directory file descriptors only, so names are never joined to paths, links
+are never followed, and depth has no limit. A tree is opened by `open_tree`, which shows it without
+anything that is mounted inside it.
+"""
+
+from snapd_native.trees.clone import clone
+from snapd_native.trees.delete import delete
+from snapd_native.trees.measure import measure
+from snapd_native.trees.opened import open_tree, reflink_works
+
+__all__ = ["clone", "delete", "measure", "open_tree", "reflink_works"]

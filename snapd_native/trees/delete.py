@@ -1,0 +1,109 @@
+"""Deleting a tree."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+
+from snapd_native import linux
+from snapd_native.trees.descent import Descent, scan
+from snapd_native.trees.opened import open_tree
+
+_ROUNDS = 100
+"""How often a directory that fills again while it is emptied is read anew."""
+
+
+def delete(parent: int, name: str) -> None:
+    """Delete the directory ``name`` in ``parent`` with everything below it.
+
+    Nothing is followed, and no mount point is crossed: what is mounted inside the tree is not even
+    seen. Immutable and append-only files are deleted too.
+
+    Raises:
+        OSError: with EBUSY where something is mounted inside the tree; everything that could be
+            deleted is gone then.
+    """
+    with open_tree(parent, name, writable=True) as root:
+        busy = _empty(root)
+    if busy is not None:
+        raise busy
+    _remove(parent, name, directory=True)
+
+
+def _empty(root: int) -> OSError | None:
+    """Delete all that is in ``root``; return the last error of what something is mounted on."""
+    busy: OSError | None = None
+    with Descent(root) as here:
+        levels: list[tuple[str, int, Iterator[str]]] = []
+        names, rounds = scan(here), 0
+        while True:
+            for name in names:
+                try:
+                    _remove(here.fd, name, directory=False)
+                except FileNotFoundError:
+                    continue
+                except IsADirectoryError:
+                    _unprotect(here.fd, name)
+                    here.down(name)
+                    levels.append((name, rounds, names))
+                    names, rounds = scan(here), 0
+                    break
+                except OSError as error:
+                    if error.errno != errno.EBUSY:
+                        raise
+                    busy = error
+            else:
+                if not levels:
+                    return busy
+                here.up()
+                name, outer_rounds, outer_names = levels.pop()
+                try:
+                    os.rmdir(name, dir_fd=here.fd)
+                except OSError as error:
+                    if error.errno == errno.ENOTEMPTY and busy is None and rounds < _ROUNDS:
+                        here.down(name)
+                        levels.append((name, outer_rounds, outer_names))
+                        names, rounds = scan(here), rounds + 1
+                        continue
+                    if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
+                        raise
+                    busy = busy or error
+                names, rounds = outer_names, outer_rounds
+
+
+def _remove(parent: int, name: str, *, directory: bool) -> None:
+    try:
+        _unlink(parent, name, directory=directory)
+    except PermissionError:
+        # EPERM for root means that the file, or the directory it lies in, is immutable or
+        # append-only.
+        if not _unprotect(parent, name):
+            raise
+        _unlink(parent, name, directory=directory)
+
+
+def _unlink(parent: int, name: str, *, directory: bool) -> None:
+    if directory:
+        os.rmdir(name, dir_fd=parent)
+    else:
+        os.unlink(name, dir_fd=parent)
+
+
+def _unprotect(parent: int, name: str) -> bool:
+    """Take the immutable and append-only flags off a file or directory; False if it had none."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(name, flags, dir_fd=parent)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.ENODEV):
+            return False
+        raise
+    try:
+        return linux.clear_protection(fd)
+    except OSError as error:
+        if error.errno in (errno.ENOTTY, errno.EOPNOTSUPP):
+            return False
+        raise
+    finally:
+        os.close(fd)

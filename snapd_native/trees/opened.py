@@ -1,0 +1,60 @@
+"""Trees as they lie on their own file system."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from snapd_native import linux
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@contextmanager
+def open_tree(parent: int, name: str, *, writable: bool = False) -> Iterator[int]:
+    """Open the directory ``name`` in the directory ``parent`` and yield its fd.
+
+    What is seen through the fd is the directory's own file system alone: the fd belongs to a
+    detached, non-recursive clone of the mount, so whatever is mounted inside the tree (tmpfs,
+    bind mounts, also of single files) is not there, and what it hides is. Unless ``writable``,
+    the clone is read-only and reading leaves no access times behind.
+    """
+    plain = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        mount = linux.open_tree(
+            plain,
+            "",
+            linux.OPEN_TREE_CLONE | linux.OPEN_TREE_CLOEXEC | linux.AT_EMPTY_PATH,
+        )
+    finally:
+        os.close(plain)
+    try:
+        if not writable:
+            linux.mount_setattr(
+                mount,
+                linux.MOUNT_ATTR_RDONLY | linux.MOUNT_ATTR_NOATIME,
+                linux.MOUNT_ATTR__ATIME,
+            )
+        root = os.open(".", _DIRECTORY, dir_fd=mount)
+        try:
+            yield root
+        finally:
+            os.close(root)
+    finally:
+        os.close(mount)
+
+
+def reflink_works(directory: int) -> bool:
+    """Tell whether files in ``directory`` can share data, by trying it on two unnamed files."""
+    flags = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC
+    source = os.open(".", flags, 0o600, dir_fd=directory)
+    try:
+        target = os.open(".", flags, 0o600, dir_fd=directory)
+        try:
+            os.write(source, b"reflink")
+            return linux.ficlone(source, target)
+        finally:
+            os.close(target)
+    finally:
+        os.close(source)

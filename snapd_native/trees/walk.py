@@ -1,0 +1,81 @@
+"""One walk for all who read trees."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from enum import Enum, auto
+from typing import NamedTuple
+
+from snapd_native.trees.descent import Descent, scan
+
+
+class Step(Enum):
+    """What a visit is about."""
+
+    ENTRY = auto()
+    """Anything but a directory."""
+    ENTER = auto()
+    """A directory, before what it holds."""
+    LEAVE = auto()
+    """The same directory, after what it holds."""
+
+
+class Visit(NamedTuple):
+    """A step of a walk.
+
+    ``directory`` is an fd, open until the next step: of the directory that holds the entry, or of
+    the directory that is entered or left.
+    """
+
+    step: Step
+    directory: int
+    name: str
+    status: os.stat_result
+
+
+def walk(root: int) -> Iterator[Visit]:
+    """Visit everything below ``root``, depth first, the root itself excluded.
+
+    What vanishes between being listed and being looked at is not visited. Memory and open files
+    are bounded, whatever the tree.
+
+    Raises:
+        OSError: a directory cannot be read, or was moved meanwhile (ESTALE).
+    """
+    with Descent(root) as here:
+        levels: list[tuple[str, os.stat_result, Iterator[str]]] = []
+        names = scan(here)
+        while True:
+            for name in names:
+                try:
+                    status = os.stat(name, dir_fd=here.fd, follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                if not stat.S_ISDIR(status.st_mode):
+                    yield Visit(Step.ENTRY, here.fd, name, status)
+                    continue
+                if not _enter(here, name):
+                    continue
+                yield Visit(Step.ENTER, here.fd, name, status)
+                levels.append((name, status, names))
+                names = scan(here)
+                break
+            else:
+                if not levels:
+                    return
+                name, status, names = levels.pop()
+                yield Visit(Step.LEAVE, here.fd, name, status)
+                here.up()
+
+
+def _enter(here: Descent, name: str) -> bool:
+    try:
+        here.down(name)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise
+    return True
