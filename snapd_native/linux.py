@@ -40,7 +40,7 @@ def _checked(result: int, what: str) -> int:
 
 
 def open_tree(dirfd: int, path: str, flags: int) -> int:
-    """Open a mount, or with OPEN_TREE_CLONE a detached copy of it; see open_tree(2), Linux 5.2."""
+    """Pick up a mount, or with OPEN_TREE_CLONE a detached copy of it; Linux 5.2."""
     return _checked(
         _libc.syscall(
             ctypes.c_long(_SYS_OPEN_TREE),

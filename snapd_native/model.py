@@ -111,7 +111,9 @@ def check_name(name: str, what: str = "key") -> str:
     try:
         size = len(name.encode())
     except UnicodeEncodeError:
-        raise InvalidArgument(f"the {what} {quote(name)} is not valid UTF-8: choose another") from None
+        raise InvalidArgument(
+            f"the {what} {quote(name)} is not valid UTF-8: choose another"
+        ) from None
     if size > MAX_NAME:
         raise InvalidArgument(
             f"the {what} {quote(name, 40)} has {size} bytes: at most {MAX_NAME} are allowed"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from snapd_native import linux
 from snapd_native.trees.descent import Descent, scan
@@ -14,24 +14,25 @@ _ROUNDS = 100
 """How often a directory that fills again while it is emptied is read anew."""
 
 
-def delete(parent: int, name: str) -> None:
+def delete(parent: int, name: str, step: Callable[[int], None] = lambda _: None) -> None:
     """Delete the directory ``name`` in ``parent`` with everything below it.
 
     Nothing is followed, and no mount point is crossed: what is mounted inside the tree is not even
-    seen. Immutable and append-only files are deleted too.
+    seen. Immutable and append-only files are deleted too. ``step`` is called for every entry with
+    0, and may raise to stop.
 
     Raises:
         OSError: with EBUSY where something is mounted inside the tree; everything that could be
             deleted is gone then.
     """
     with open_tree(parent, name, writable=True) as root:
-        busy = _empty(root)
+        busy = _empty(root, step)
     if busy is not None:
         raise busy
     _remove(parent, name, directory=True)
 
 
-def _empty(root: int) -> OSError | None:
+def _empty(root: int, step: Callable[[int], None]) -> OSError | None:
     """Delete all that is in ``root``; return the last error of what something is mounted on."""
     busy: OSError | None = None
     with Descent(root) as here:
@@ -39,6 +40,7 @@ def _empty(root: int) -> OSError | None:
         names, rounds = scan(here), 0
         while True:
             for name in names:
+                step(0)
                 try:
                     _remove(here.fd, name, directory=False)
                 except FileNotFoundError:

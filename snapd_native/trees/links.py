@@ -44,9 +44,7 @@ class Links:
         except FileNotFoundError:
             return False
         if copy.st_nlink < status.st_nlink:
-            os.link(
-                known, name, src_dir_fd=self._fd, dst_dir_fd=directory, follow_symlinks=False
-            )
+            os.link(known, name, src_dir_fd=self._fd, dst_dir_fd=directory, follow_symlinks=False)
         else:
             # The last name: a copy never has more names than its source, which may have as many
             # as the file system allows.

@@ -1,0 +1,5 @@
+"""The metastore: every snapshot's record, in SQLite."""
+
+from snapd_native.metastore.store import Metastore, Record, Reservation
+
+__all__ = ["Metastore", "Record", "Reservation"]

@@ -1,0 +1,66 @@
+"""The schema of ``metadata.db``, as the steps that lead to it."""
+
+from __future__ import annotations
+
+import sqlite3
+
+from snapd_native.errors import DataLoss
+
+MIGRATIONS = (
+    """
+    CREATE TABLE snapshots (
+        id      INTEGER PRIMARY KEY AUTOINCREMENT,
+        name    TEXT    NOT NULL UNIQUE
+                        CHECK (length(CAST(name AS BLOB)) BETWEEN 1 AND 4096),
+        kind    TEXT    NOT NULL CHECK (kind IN ('view', 'active', 'committed')),
+        parent  INTEGER REFERENCES snapshots (id) CHECK (parent <> id),
+        created INTEGER NOT NULL,
+        updated INTEGER NOT NULL,
+        labels  TEXT    NOT NULL CHECK (json_type(labels) = 'object'),
+        size    INTEGER CHECK (size >= 0),
+        inodes  INTEGER CHECK (inodes >= 0),
+        CHECK ((kind = 'committed') = (size IS NOT NULL AND inodes IS NOT NULL))
+    ) STRICT;
+
+    CREATE INDEX children ON snapshots (parent) WHERE parent IS NOT NULL;
+
+    CREATE TRIGGER parent_is_committed BEFORE INSERT ON snapshots
+    WHEN new.parent IS NOT NULL
+        AND (SELECT kind FROM snapshots WHERE id = new.parent) IS NOT 'committed'
+    BEGIN
+        SELECT RAISE (ABORT, 'the parent is not committed');
+    END;
+
+    CREATE TRIGGER new_parent_is_committed BEFORE UPDATE OF parent ON snapshots
+    WHEN new.parent IS NOT NULL
+        AND (SELECT kind FROM snapshots WHERE id = new.parent) IS NOT 'committed'
+    BEGIN
+        SELECT RAISE (ABORT, 'the parent is not committed');
+    END;
+
+    CREATE TRIGGER only_labels_change
+    BEFORE UPDATE OF id, name, kind, parent, created, size, inodes ON snapshots
+    WHEN old.kind <> 'active' OR new.id <> old.id OR new.kind <> 'committed'
+        OR (old.parent IS NOT NULL AND new.parent IS NOT old.parent)
+    BEGIN
+        SELECT RAISE (ABORT, 'only Commit changes more than labels');
+    END;
+    """,
+)
+"""Scripts in order; ``user_version`` counts those that a database has been through."""
+
+
+def migrate(db: sqlite3.Connection) -> None:
+    """Bring the database to the newest schema, each step in a transaction of its own.
+
+    Raises:
+        DataLoss: the database was made by a newer version of the program.
+    """
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if version > len(MIGRATIONS):
+        raise DataLoss(
+            f"metadata.db has schema version {version}, this program knows {len(MIGRATIONS)}:"
+            " install the newer version again"
+        )
+    for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+        db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;")

@@ -1,0 +1,363 @@
+"""Records, reservations and the rules between them."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from snapd_native.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+)
+from snapd_native.filters import Filter
+from snapd_native.metastore.connections import Connections, transaction
+from snapd_native.metastore.schema import migrate
+from snapd_native.metastore.selection import condition
+from snapd_native.model import (
+    Added,
+    Change,
+    Committed,
+    Info,
+    Kind,
+    Removed,
+    Updated,
+    Usage,
+    quote,
+)
+
+_COLUMNS = """
+    s.id, s.name, s.kind, s.parent, coalesce(p.name, ''), s.created, s.updated, s.labels,
+    s.size, s.inodes
+    FROM snapshots AS s LEFT JOIN snapshots AS p ON p.id = s.parent
+"""
+
+
+_DESCRIPTIONS = {
+    Kind.VIEW: "a view",
+    Kind.ACTIVE: "an active snapshot",
+    Kind.COMMITTED: "a committed snapshot",
+}
+
+MAX_PAGE = 8 << 20
+"""Bytes of names, parents and labels in one page, so that it fits a bus message of 32 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A snapshot as the metastore knows it: ``info`` for callers, the rest for the service."""
+
+    id: int
+    parent_id: int | None
+    info: Info
+    usage: Usage | None
+    """Measured at Commit, so None for a view or an active snapshot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A key or name that is held for one call, and what must stay until that call is done.
+
+    It lives in memory: a crash releases it.
+    """
+
+    name: str
+    id: int
+    """The new snapshot's id; of a Commit, the id of the active one."""
+    parent: Record | None
+    committing: Record | None = None
+
+
+class Metastore:
+    """All records. Reading never waits; writing is one short transaction at a time.
+
+    ``announce`` is told of each change after it is durable, in the order of the changes.
+    """
+
+    def __init__(self, path: Path, announce: Callable[[Change], None], first_id: int = 1) -> None:
+        """Open or make the database; new snapshots get ids from ``first_id`` on."""
+        self._announce = announce
+        self._reserved: dict[str, Reservation] = {}
+        self._connections = Connections(path)
+        with self._connections.writing() as db:
+            migrate(db)
+            (used,) = db.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence").fetchone()
+        self._next_id = max(used + 1, first_id)
+
+    def close(self) -> None:
+        """Close the database."""
+        self._connections.close()
+
+    def check_health(self) -> None:
+        """Read something from the database."""
+        with self._connections.reading() as db:
+            db.execute("SELECT 1 FROM snapshots LIMIT 1").fetchone()
+
+    def get(self, key: str) -> Record:
+        """Return a snapshot's record.
+
+        Raises:
+            NotFound: there is none, or it is still being prepared.
+        """
+        with self._connections.reading() as db:
+            return _get(db, key)
+
+    def list(self, chosen: Filter, after: str, limit: int) -> list[Info]:
+        """Return at most ``limit`` snapshots that match, by name in byte order, after ``after``.
+
+        Raises:
+            ResourceExhausted: they are over `MAX_PAGE`.
+        """
+        where, values = condition(chosen)
+        found: list[Info] = []
+        size = 0
+        with self._connections.reading() as db:
+            rows = db.execute(
+                f"SELECT {_COLUMNS} WHERE s.name > ? AND ({where}) ORDER BY s.name",
+                (after, *values),
+            )
+            # Closing the cursor, also after an error, ends the read transaction.
+            with closing(rows):
+                for row in rows:
+                    info = _record(row).info
+                    if chosen.matches(info):
+                        found.append(info)
+                        size += len(info.name) + len(info.parent) + len(row[7])
+                        if size > MAX_PAGE:
+                            raise ResourceExhausted(
+                                f"the page is over {MAX_PAGE >> 20} MiB: ask for a smaller limit"
+                            )
+                        if len(found) == limit:
+                            break
+        return found
+
+    def directories(self) -> set[int]:
+        """Return the ids of all snapshots that own a directory."""
+        with self._connections.reading() as db:
+            rows = db.execute("SELECT id FROM snapshots WHERE kind <> 'view' OR parent IS NULL")
+            return {id_ for (id_,) in rows}
+
+    def reserved(self) -> set[int]:
+        """Return the ids of all reservations."""
+        with self._connections.writing():
+            return {reservation.id for reservation in self._reserved.values()}
+
+    def reserve(self, key: str, parent: str) -> Reservation:
+        """Hold ``key`` for a new snapshot of ``parent``, and the parent with it.
+
+        The order of checks is that of containerd's ``storage.CreateSnapshot``.
+
+        Raises:
+            NotFound: there is no such parent.
+            InvalidArgument: the parent is not committed.
+            AlreadyExists: the key is taken or reserved.
+        """
+        with self._connections.writing() as db:
+            base = _committed_parent(db, parent) if parent else None
+            self._check_free(db, key, "key")
+            reservation = Reservation(key, self._next_id, base)
+            self._next_id += 1
+            self._reserved[key] = reservation
+        return reservation
+
+    def reserve_commit(self, name: str, key: str, parent: str) -> Reservation:
+        """Hold ``name`` for the active snapshot ``key``, and both it and its parent.
+
+        The order of checks is that of containerd's ``storage.CommitActive``. ``parent`` may name
+        a parent for a snapshot that has none.
+
+        Raises:
+            AlreadyExists: the name is taken or reserved.
+            NotFound: there is no such key or parent.
+            FailedPrecondition: the key is not active, or is being committed already.
+            InvalidArgument: the snapshot has another parent, or the parent is not committed.
+        """
+        with self._connections.writing() as db:
+            self._check_free(db, name, "name")
+            record = _get(db, key)
+            if record.info.kind is not Kind.ACTIVE:
+                raise FailedPrecondition(
+                    f"cannot commit {quote(key)}: it is {_described(record)}, not active"
+                )
+            if self._is_committing(record):
+                raise FailedPrecondition(f"cannot commit {quote(key)}: it is being committed")
+            base = None
+            if parent and record.info.parent not in ("", parent):
+                raise InvalidArgument(
+                    f"cannot commit {quote(key)} with the parent {quote(parent)}:"
+                    f" it was prepared from {quote(record.info.parent)}"
+                )
+            if parent:
+                base = _committed_parent(db, parent)
+            reservation = Reservation(name, record.id, base, record)
+            self._reserved[name] = reservation
+        return reservation
+
+    def release(self, reservation: Reservation) -> None:
+        """Give up a reservation; one that was published is gone already."""
+        with self._connections.writing():
+            if self._reserved.get(reservation.name) is reservation:
+                del self._reserved[reservation.name]
+
+    def publish(self, reservation: Reservation, kind: Kind, labels: Mapping[str, str]) -> None:
+        """Make a reservation of `reserve` a snapshot, durably."""
+        parent = reservation.parent
+        with self._connections.writing() as db:
+            now = _now()
+            with transaction(db):
+                db.execute(
+                    "INSERT INTO snapshots (id, name, kind, parent, created, updated, labels)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        reservation.id,
+                        reservation.name,
+                        kind.value,
+                        parent.id if parent else None,
+                        now,
+                        now,
+                        _packed(labels),
+                    ),
+                )
+            del self._reserved[reservation.name]
+            self._announce(Added(reservation.name, kind, parent.info.name if parent else ""))
+
+    def publish_commit(
+        self, reservation: Reservation, usage: Usage, labels: Mapping[str, str]
+    ) -> None:
+        """Make a reservation of `reserve_commit` the committed snapshot, durably.
+
+        Labels are replaced, not inherited, and created and updated are now, as in containerd's
+        ``storage.CommitActive``.
+        """
+        record = reservation.committing
+        assert record is not None  # noqa: S101 - reserve_commit sets it
+        parent_id = reservation.parent.id if reservation.parent else record.parent_id
+        with self._connections.writing() as db:
+            now = _now()
+            with transaction(db):
+                db.execute(
+                    "UPDATE snapshots SET name = ?, kind = 'committed', parent = ?, created = ?,"
+                    " updated = ?, labels = ?, size = ?, inodes = ? WHERE id = ?",
+                    (
+                        reservation.name,
+                        parent_id,
+                        now,
+                        now,
+                        _packed(labels),
+                        usage.size,
+                        usage.inodes,
+                        record.id,
+                    ),
+                )
+            del self._reserved[reservation.name]
+            self._announce(Committed(reservation.name, record.info.name))
+
+    def update(self, name: str, change: Callable[[Mapping[str, str]], Mapping[str, str]]) -> Info:
+        """Replace a snapshot's labels by what ``change`` makes of them, durably.
+
+        Raises:
+            NotFound: there is no such snapshot.
+            SnapdError: whatever ``change`` raises; nothing is changed then.
+        """
+        with self._connections.writing() as db:
+            with transaction(db):
+                record = _get(db, name)
+                db.execute(
+                    "UPDATE snapshots SET labels = ?, updated = ? WHERE id = ?",
+                    (_packed(change(record.info.labels)), _now(), record.id),
+                )
+                updated = _get(db, name).info
+            self._announce(Updated(name))
+        return updated
+
+    def remove(self, key: str) -> Record:
+        """Forget a snapshot, durably, and return what it was.
+
+        Raises:
+            NotFound: there is no such snapshot.
+            FailedPrecondition: it has children, or is in use by a call that is running.
+        """
+        with self._connections.writing() as db:
+            record = _get(db, key)
+            children = "SELECT 1 FROM snapshots WHERE parent = ? LIMIT 1"
+            if db.execute(children, (record.id,)).fetchone() or any(
+                held.parent is not None and held.parent.id == record.id
+                for held in self._reserved.values()
+            ):
+                raise FailedPrecondition(
+                    f"cannot remove {quote(key)}: it has children, remove them first"
+                )
+            if self._is_committing(record):
+                raise FailedPrecondition(
+                    f"cannot remove {quote(key)}: it is being committed, wait for that to end"
+                )
+            with transaction(db):
+                db.execute("DELETE FROM snapshots WHERE id = ?", (record.id,))
+            self._announce(Removed(key))
+        return record
+
+    def _check_free(self, db: sqlite3.Connection, name: str, what: str) -> None:
+        taken = db.execute("SELECT kind FROM snapshots WHERE name = ?", (name,)).fetchone()
+        if taken:
+            raise AlreadyExists(
+                f"the {what} {quote(name)} is taken by {_DESCRIPTIONS[Kind(taken[0])]}:"
+                " choose another or remove that one"
+            )
+        if name in self._reserved:
+            raise AlreadyExists(
+                f"the {what} {quote(name)} is taken by a call that is still running:"
+                " choose another or wait"
+            )
+
+    def _is_committing(self, record: Record) -> bool:
+        return any(
+            held.committing is not None and held.id == record.id for held in self._reserved.values()
+        )
+
+
+def _now() -> int:
+    return time.time_ns() // 1000
+
+
+def _packed(labels: Mapping[str, str]) -> str:
+    return json.dumps(dict(labels), ensure_ascii=False, separators=(",", ":"))
+
+
+def _record(row: Iterable[object]) -> Record:
+    id_, name, kind, parent_id, parent, created, updated, labels, size, inodes = row
+    info = Info(name, Kind(kind), parent, created, updated, json.loads(labels))  # type: ignore[arg-type]
+    return Record(id_, parent_id, info, None if size is None else Usage(size, inodes))  # type: ignore[arg-type]
+
+
+def _find(db: sqlite3.Connection, name: str) -> Record | None:
+    row = db.execute(f"SELECT {_COLUMNS} WHERE s.name = ?", (name,)).fetchone()
+    return _record(row) if row else None
+
+
+def _get(db: sqlite3.Connection, key: str) -> Record:
+    record = _find(db, key)
+    if record is None:
+        raise NotFound(f"there is no snapshot {quote(key)}: list them to see which there are")
+    return record
+
+
+def _committed_parent(db: sqlite3.Connection, parent: str) -> Record:
+    record = _find(db, parent)
+    if record is None:
+        raise NotFound(f"there is no parent {quote(parent)}: commit it first")
+    if record.info.kind is not Kind.COMMITTED:
+        raise InvalidArgument(
+            f"the parent {quote(parent)} is {_described(record)}, not committed: commit it first"
+        )
+    return record
+
+
+def _described(record: Record) -> str:
+    return _DESCRIPTIONS[record.info.kind]

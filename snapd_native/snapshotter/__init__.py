@@ -1,0 +1,5 @@
+"""The contract as plain, blocking, thread-safe Python; usable without a bus."""
+
+from snapd_native.snapshotter.engine import Snapshotter
+
+__all__ = ["Snapshotter"]

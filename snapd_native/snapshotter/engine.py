@@ -1,0 +1,383 @@
+"""What Prepare, View, Commit and the other calls mean."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from snapd_native import trees
+from snapd_native.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    Unavailable,
+)
+from snapd_native.filters import parse
+from snapd_native.metastore import Metastore, Reservation
+from snapd_native.model import (
+    Change,
+    Info,
+    Kind,
+    Mount,
+    Usage,
+    check_labels,
+    check_name,
+    quote,
+)
+from snapd_native.snapshotter.failures import explained
+from snapd_native.snapshotter.reaper import Reaper
+from snapd_native.snapshotter.state import StateDirectory
+
+log = logging.getLogger(__name__)
+
+DEFAULT_LIMIT = 1000
+"""Snapshots in a page of `Snapshotter.list`, unless the caller says."""
+
+MAX_LIMIT = 10000
+"""Snapshots in a page of `Snapshotter.list` at most."""
+
+
+class Snapshotter:
+    """containerd's native snapshotter on one state directory.
+
+    Every method may be called by any thread. Arguments are checked before the state is looked at,
+    and a call that fails has changed nothing. No call waits for another one's copy: nothing is
+    copied, measured or deleted inside a transaction.
+    """
+
+    def __init__(self, state: Path, announce: Callable[[Change], None]) -> None:
+        """Open the state directory, and delete what a crash or an earlier removal left.
+
+        ``announce`` is told of each change after it is durable, in the order of the changes.
+
+        Raises:
+            Unavailable: another process uses the directory.
+            FailedPrecondition: the directory belongs to somebody else.
+            DataLoss: the database is damaged or was made by a newer version.
+        """
+        self._stopping = threading.Event()
+        with ExitStack() as undo:
+            self._state = StateDirectory(state)
+            undo.callback(self._state.close)
+            # An id whose directory could not be deleted is never given again.
+            highest = max((id_ for _, _, id_ in self._state.listing()), default=0)
+            self._store = Metastore(self._state.database, announce, first_id=highest + 1)
+            undo.callback(self._store.close)
+            self._check_directories()
+            try:
+                self._sweep()
+            except OSError as error:
+                log.warning("something orphaned could not be deleted: %s", error)
+            self._reaper = Reaper()
+            undo.pop_all()
+
+    def check_health(self) -> None:
+        """Read from the metastore; for a watchdog.
+
+        Raises:
+            DataLoss: it cannot be read.
+        """
+        self._store.check_health()
+
+    def stop(self) -> None:
+        """Make calls that copy, measure or wait fail soon with Unavailable, undoing their work."""
+        self._stopping.set()
+
+    def close(self) -> None:
+        """Stop the background deletion and close everything; no call may be running."""
+        self.stop()
+        self._reaper.close()
+        self._store.close()
+        self._state.close()
+
+    @property
+    def state_directory(self) -> Path:
+        """Where everything lies."""
+        return self._state.path
+
+    @property
+    def filesystem_type(self) -> str:
+        """The type of the file system that holds the state, such as ``ext4``."""
+        return self._state.filesystem_type
+
+    @property
+    def reflink(self) -> bool:
+        """Whether copies share their data with the parent until either is changed."""
+        return self._state.reflink
+
+    def prepare(self, key: str, parent: str = "", labels: Mapping[str, str] | None = None) -> Mount:
+        """Make the active snapshot ``key``: empty, or a full private copy of ``parent``.
+
+        Raises:
+            InvalidArgument: a name or label cannot be, or the parent is not committed.
+            NotFound: there is no such parent.
+            AlreadyExists: the key is taken.
+            ResourceExhausted: no room.
+            DataLoss: the parent's tree is damaged or gone.
+        """
+        return self._create(Kind.ACTIVE, key, parent, labels)
+
+    def view(self, key: str, parent: str = "", labels: Mapping[str, str] | None = None) -> Mount:
+        """Make the view ``key`` of ``parent``, or of nothing; raises as `prepare`."""
+        return self._create(Kind.VIEW, key, parent, labels)
+
+    def commit(
+        self,
+        name: str,
+        key: str,
+        labels: Mapping[str, str] | None = None,
+        parent: str = "",
+    ) -> None:
+        """Make the active snapshot ``key`` the committed snapshot ``name``.
+
+        When this returns, its data and its record survive a power cut. ``labels`` replace those
+        it had. ``parent`` gives one to a snapshot that was prepared without.
+
+        Raises:
+            InvalidArgument: a name or label cannot be, or the parent is another or not committed.
+            AlreadyExists: the name is taken.
+            NotFound: there is no such key or parent.
+            FailedPrecondition: the key is not active.
+            ResourceExhausted: no room.
+            DataLoss: its tree could not be read or written.
+        """
+        check_name(name, "name")
+        check_name(key)
+        if parent:
+            check_name(parent, "parent")
+        stored = check_labels(labels or {})
+        with ExitStack() as undo:
+            held = self._store.reserve_commit(name, key, parent)
+            undo.callback(self._store.release, held)
+            with explained("commit", key):
+                usage = self._measure(held.id)
+                self._state.sync()
+            self._store.publish_commit(held, usage, stored)
+
+    def mounts(self, key: str) -> Mount:
+        """Return the mount of an active snapshot or a view.
+
+        Raises:
+            InvalidArgument: the key cannot be.
+            NotFound: there is no such key.
+            FailedPrecondition: it is committed.
+            DataLoss: its directory is gone.
+        """
+        record = self._store.get(check_name(key))
+        if record.info.kind is Kind.COMMITTED:
+            raise FailedPrecondition(
+                f"{quote(key)} is committed and has no mount: make a view of it"
+            )
+        try:
+            with explained("mount", key):
+                self._state.check(_tree_id(record.info.kind, record.id, record.parent_id))
+        finally:
+            self._store.get(key)  # NotFound, if it was removed meanwhile
+        return self._mount(record.info.kind, record.id, record.parent_id)
+
+    def stat(self, key: str) -> Info:
+        """Return a snapshot's record.
+
+        Raises:
+            InvalidArgument: the key cannot be.
+            NotFound: there is no such snapshot.
+        """
+        return self._store.get(check_name(key)).info
+
+    def update(self, name: str, labels: Mapping[str, str], fieldpaths: Sequence[str] = ()) -> Info:
+        """Set labels of a snapshot and return its record as it is then.
+
+        The field path ``labels`` replaces all, ``labels.KEY`` sets that one, or deletes it if
+        ``labels`` has no or an empty value for it. Paths are applied in their order; none means
+        ``labels``. As containerd's ``storage.UpdateInfo``.
+
+        Raises:
+            InvalidArgument: the name, a label or a path cannot be.
+            NotFound: there is no such snapshot.
+        """
+        check_name(name, "name")
+        given = check_labels(labels)
+        keys = [_label_key(path) for path in fieldpaths or ("labels",)]
+        return self._store.update(name, partial(_updated, given=given, keys=keys))
+
+    def usage(self, key: str) -> Usage:
+        """Return what a snapshot takes: measured now if active, as of Commit if committed.
+
+        A view takes nothing.
+
+        Raises:
+            InvalidArgument: the key cannot be.
+            NotFound: there is no such snapshot.
+            FailedPrecondition: its directories are moved while it is measured.
+            DataLoss: its tree is damaged or gone.
+        """
+        record = self._store.get(check_name(key))
+        if record.usage is not None:
+            return record.usage
+        if record.info.kind is Kind.VIEW:
+            return Usage(0, 0)
+        try:
+            with explained("measure", key):
+                return self._measure(record.id)
+        finally:
+            self._store.get(key)  # NotFound, if it was removed meanwhile
+
+    def list(
+        self, filters: Sequence[str] = (), after: str = "", limit: int = DEFAULT_LIMIT
+    ) -> list[Info]:
+        """Return a page of the snapshots that match any filter, by name in byte order.
+
+        A page begins after the name ``after``; one shorter than ``limit`` is the last.
+
+        Raises:
+            InvalidArgument: a filter is wrong or too slow, or the limit is not 1 to `MAX_LIMIT`.
+            ResourceExhausted: the page is too large; a smaller limit helps.
+        """
+        chosen = parse(filters)
+        if after:
+            check_name(after, "name to list after")
+        if not 1 <= limit <= MAX_LIMIT:
+            raise InvalidArgument(f"the limit {limit} cannot be: give 1 to {MAX_LIMIT}")
+        return self._store.list(chosen, after, limit)
+
+    def remove(self, key: str) -> None:
+        """Forget a snapshot; its data is deleted in the background.
+
+        Raises:
+            InvalidArgument: the key cannot be.
+            NotFound: there is no such snapshot.
+            FailedPrecondition: it has children, or is being committed.
+        """
+        record = self._store.remove(check_name(key))
+        if record.info.kind is Kind.VIEW and record.parent_id is not None:
+            return
+        try:
+            garbage = self._state.retire(record.id)
+        except OSError as error:
+            log.warning("%s is left for Cleanup: %s", quote(key), error)
+            return
+        if garbage is not None:
+            self._reaper.submit(partial(self._state.delete, garbage, self._check_stopping))
+
+    def cleanup(self) -> None:
+        """Return when every deferred deletion is done and nothing orphaned is left.
+
+        Raises:
+            FailedPrecondition: something is mounted in what is to be deleted.
+            Unavailable: the service is stopping.
+        """
+        with explained("clean up", "the state directory"):
+            self._reaper.submit(self._sweep).result()
+
+    def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str] | None) -> Mount:
+        check_name(key)
+        if parent:
+            check_name(parent, "parent")
+        stored = check_labels(labels or {})
+        with ExitStack() as undo:
+            held = self._store.reserve(key, parent)
+            undo.callback(self._store.release, held)
+            with explained("view" if kind is Kind.VIEW else "prepare", key):
+                if kind is Kind.ACTIVE or held.parent is None:
+                    undo.callback(self._discard, held.id)
+                    self._make_tree(held)
+                else:
+                    self._state.check(held.parent.id)
+            self._store.publish(held, kind, stored)
+            undo.pop_all()
+        return self._mount(kind, held.id, held.parent.id if held.parent else None)
+
+    def _make_tree(self, held: Reservation) -> None:
+        """Make the directory of a new snapshot, durably."""
+        name = self._state.create(held.id)
+        if held.parent is None:
+            name = self._state.bring_to_life(held.id)
+            self._state.sync_directory(name)
+            return
+        with (
+            self._state.open(str(held.parent.id)) as source,
+            self._state.open(name, writable=True) as target,
+        ):
+            trees.clone(source, target, self._check_stopping, reflink=self.reflink)
+        # One sync for the tree and its final name: without a record it is an orphan.
+        self._state.bring_to_life(held.id)
+        self._state.sync()
+
+    def _discard(self, id_: int) -> None:
+        try:
+            self._state.discard(id_)
+        except OSError as error:
+            log.warning("a snapshot that failed is left for Cleanup: %s", error)
+
+    def _measure(self, id_: int) -> Usage:
+        with self._state.open(str(id_)) as tree:
+            return trees.measure(tree, self._check_stopping)
+
+    def _mount(self, kind: Kind, id_: int, parent_id: int | None) -> Mount:
+        source = self._state.source(_tree_id(kind, id_, parent_id))
+        return Mount("bind", source, ("rbind", "ro" if kind is Kind.VIEW else "rw"))
+
+    def _check_stopping(self, _copied: int) -> None:
+        if self._stopping.is_set():
+            raise Unavailable("the service is stopping: try again when it runs")
+
+    def _sweep(self) -> None:
+        """Delete every directory that no snapshot and no running call owns.
+
+        Raises:
+            OSError: the last failure, after everything else was deleted.
+        """
+        # What is found first, is reserved or recorded at that time or later, or is an orphan.
+        found = list(self._state.listing())
+        reserved = self._store.reserved()
+        owned = self._store.directories()
+        failure: OSError | None = None
+        for name, prefix, id_ in found:
+            if prefix != "rm-" and (id_ in reserved or (not prefix and id_ in owned)):
+                continue
+            try:
+                self._state.delete(name, self._check_stopping)
+            except OSError as error:
+                failure = error
+        if failure is not None:
+            raise failure
+
+    def _check_directories(self) -> None:
+        found = {id_ for _, prefix, id_ in self._state.listing() if not prefix}
+        missing = len(self._store.directories() - found)
+        if missing:
+            log.error("%d snapshots have lost their directories", missing)
+
+
+def _tree_id(kind: Kind, id_: int, parent_id: int | None) -> int:
+    """Return whose directory a snapshot shows: a view of a parent has none of its own."""
+    return parent_id if kind is Kind.VIEW and parent_id is not None else id_
+
+
+def _label_key(path: str) -> str | None:
+    """Return the label that a field path names, or None for all."""
+    if path == "labels":
+        return None
+    prefix, dot, key = path.partition(".")
+    if prefix != "labels" or not dot or not key:
+        raise InvalidArgument(
+            f"the field path {quote(path)} cannot be updated: give labels or labels.KEY"
+        )
+    return key
+
+
+def _updated(
+    old: Mapping[str, str], *, given: Mapping[str, str], keys: Sequence[str | None]
+) -> Mapping[str, str]:
+    labels = dict(old)
+    for key in keys:
+        if key is None:
+            labels = dict(given)
+        elif key in given:
+            labels[key] = given[key]
+        else:
+            labels.pop(key, None)
+    return check_labels(labels)

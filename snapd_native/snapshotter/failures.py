@@ -1,0 +1,56 @@
+"""What an error of the kernel means to a caller."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from snapd_native.errors import (
+    DataLoss,
+    FailedPrecondition,
+    Internal,
+    ResourceExhausted,
+    SnapdError,
+)
+from snapd_native.model import quote
+
+log = logging.getLogger(__name__)
+
+_EXHAUSTED = {
+    errno.ENOSPC: "free space or inodes",
+    errno.EDQUOT: "raise the quota or free space",
+    errno.ENOMEM: "free memory",
+    errno.EMFILE: "let other calls end first",
+    errno.ENFILE: "let other programs close files",
+}
+_DAMAGED = {errno.EIO, errno.EUCLEAN, errno.EBADMSG}
+
+
+@contextmanager
+def explained(doing: str, key: str) -> Iterator[None]:
+    """Turn an `OSError` into the contract's error for "cannot <doing> <key>"."""
+    try:
+        yield
+    except DataLoss as error:
+        raise DataLoss(f"cannot {doing} {quote(key)}: {error}") from error
+    except OSError as error:
+        raise _meaning(error, f"cannot {doing} {quote(key)}") from error
+
+
+def _meaning(error: OSError, what: str) -> SnapdError:
+    # The path in an OSError is the service's own; only its number leaves.
+    code = error.errno or 0
+    reason = os.strerror(code).lower()
+    if code in _EXHAUSTED:
+        return ResourceExhausted(f"{what}: {reason}, {_EXHAUSTED[code]} and try again")
+    if code in _DAMAGED:
+        return DataLoss(f"{what}: {reason}, check the disk and the kernel's log")
+    if code == errno.ESTALE:
+        return FailedPrecondition(f"{what}: its tree was being changed, try again when it rests")
+    if code == errno.EBUSY:
+        return FailedPrecondition(f"{what}: something is mounted in it, unmount that first")
+    log.error("%s: %s", what, error, exc_info=error)
+    return Internal(f"{what}: {reason}, see the service's log")

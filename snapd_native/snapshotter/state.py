@@ -1,0 +1,176 @@
+"""The state directory: what lies in it, and who may use it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from snapd_native import linux, trees
+from snapd_native.errors import DataLoss, FailedPrecondition, Unavailable
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OURS = re.compile(r"(new-|rm-)?([1-9][0-9]{0,18})", re.ASCII)
+
+
+class StateDirectory:
+    """One service's state: ``metadata.db`` and ``snapshots/`` with a directory a snapshot.
+
+    A snapshot's directory is named by its id: ``new-<id>`` while it is made, ``<id>`` while it
+    lives, ``rm-<id>`` while it is deleted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Make the directory if there is none, and lock it for this process.
+
+        Raises:
+            Unavailable: another process uses it.
+            FailedPrecondition: it belongs to somebody else, or is no directory.
+        """
+        self.path = path
+        with ExitStack() as undo:
+            self._fd = _private_directory(path)
+            undo.callback(os.close, self._fd)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Unavailable(
+                    f"{path} is in use by another snapd-native daemon: stop that one,"
+                    " or choose another --state-directory"
+                ) from None
+            self._snapshots = _private_directory(path / "snapshots")
+            undo.callback(os.close, self._snapshots)
+            os.fsync(self._fd)
+            self.filesystem_type = linux.filesystem_type(self._snapshots)
+            self.reflink = trees.reflink_works(self._snapshots)
+            undo.pop_all()
+
+    def close(self) -> None:
+        """Unlock the directory."""
+        os.close(self._snapshots)
+        os.close(self._fd)
+
+    @property
+    def database(self) -> Path:
+        """Where the metastore lies."""
+        return self.path / "metadata.db"
+
+    def source(self, id_: int) -> str:
+        """Return the path of a snapshot's directory, for mounting it."""
+        return str(self.path / "snapshots" / str(id_))
+
+    def check(self, id_: int) -> None:
+        """Make sure that a snapshot's directory is there.
+
+        Raises:
+            DataLoss: it is not.
+        """
+        try:
+            found = os.stat(str(id_), dir_fd=self._snapshots, follow_symlinks=False)
+        except FileNotFoundError:
+            raise _lost() from None
+        if not stat.S_ISDIR(found.st_mode):
+            raise _lost()
+
+    def create(self, id_: int) -> str:
+        """Make the directory of a new snapshot, empty and not yet alive; return its name."""
+        name = f"new-{id_}"
+        os.mkdir(name, 0o700, dir_fd=self._snapshots)
+        os.chmod(name, 0o755, dir_fd=self._snapshots)  # noqa: S103 - the contract's mode
+        return name
+
+    def bring_to_life(self, id_: int) -> str:
+        """Give the directory made by `create` its final name; return that."""
+        name = str(id_)
+        os.rename(f"new-{id_}", name, src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
+        return name
+
+    def sync_directory(self, name: str) -> None:
+        """Put one directory and its entry on disk, but not what lies in it."""
+        fd = os.open(name, _DIRECTORY, dir_fd=self._snapshots)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.fsync(self._snapshots)
+
+    def sync(self) -> None:
+        """Put everything on the state's file system on disk."""
+        linux.syncfs(self._snapshots)
+
+    @contextmanager
+    def open(self, name: str, *, writable: bool = False) -> Iterator[int]:
+        """Open a snapshot's tree; see `trees.open_tree`.
+
+        Raises:
+            DataLoss: there is none.
+        """
+        with ExitStack() as stack:
+            try:
+                fd = stack.enter_context(trees.open_tree(self._snapshots, name, writable=writable))
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    raise _lost() from None
+                raise
+            yield fd
+
+    def retire(self, id_: int) -> str | None:
+        """Rename a snapshot's directory to what will be deleted; None if there is none."""
+        name = f"rm-{id_}"
+        try:
+            os.rename(str(id_), name, src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
+        except FileNotFoundError:
+            return None
+        return name
+
+    def delete(self, name: str, step: Callable[[int], None]) -> None:
+        """Delete a directory with all that is in it; see `trees.delete`."""
+        with suppress(FileNotFoundError):
+            trees.delete(self._snapshots, name, step)
+
+    def discard(self, id_: int) -> None:
+        """Delete what `create` made, whatever its name is by now."""
+        for name in (f"new-{id_}", str(id_)):
+            self.delete(name, lambda _: None)
+
+    def listing(self) -> Iterator[tuple[str, str, int]]:
+        """Iterate over all directories of snapshots: name, prefix (``new-``, ``rm-``, none), id.
+
+        What the service would not have made itself is left out, and so never touched.
+        """
+        for name in os.listdir(self._snapshots):
+            if match := _OURS.fullmatch(name):
+                yield name, match[1] or "", int(match[2])
+
+
+def _lost() -> DataLoss:
+    return DataLoss("the snapshot's directory is gone, restore it from a backup")
+
+
+def _private_directory(path: Path) -> int:
+    """Open a directory that only this user may enter; make it so if it is ours."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileExistsError, NotADirectoryError):
+        raise FailedPrecondition(
+            f"{path} is not a directory: remove it, or choose another --state-directory"
+        ) from None
+    try:
+        found = os.fstat(fd)
+        if found.st_uid != os.geteuid():
+            raise FailedPrecondition(
+                f"{path} belongs to uid {found.st_uid}: give it to uid {os.geteuid()},"
+                " or choose another --state-directory"
+            )
+        if stat.S_IMODE(found.st_mode) != 0o700:
+            os.fchmod(fd, 0o700)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
