@@ -20,6 +20,7 @@ def clone(source: int, target: int, step: Callable[[int], None], *, reflink: boo
     called for every entry, and inside large files, with the allocated bytes done since; it may
     raise to stop. After a failure ``target`` holds part of the tree.
     """
+    _forget_inherited(target)
     with Descent(target) as there:
         with Links(source, target) as links:
             for visit in walk(source):
@@ -40,3 +41,12 @@ def clone(source: int, target: int, step: Callable[[int], None], *, reflink: boo
                     copy_entry(visit.directory, there.fd, name, status, step, reflink=reflink)
                     links.remember(status, there.fd, name)
         copy_attributes(source, target, os.fstat(source))
+
+
+def _forget_inherited(target: int) -> None:
+    """Take from an empty directory what it may have from its parent, and would hand down."""
+    os.fchown(target, 0, 0)
+    os.fchmod(target, 0o700)
+    for attribute in os.listxattr(target):
+        if attribute.startswith("system.posix_acl_"):
+            os.removexattr(target, attribute)

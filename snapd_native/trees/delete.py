@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 
 from snapd_native import linux
-from snapd_native.trees.descent import Descent, scan
+from snapd_native.trees.descent import Descent
 from snapd_native.trees.opened import open_tree
 
 _ROUNDS = 100
@@ -26,6 +27,7 @@ def delete(parent: int, name: str, step: Callable[[int], None] = lambda _: None)
             deleted is gone then.
     """
     with open_tree(parent, name, writable=True) as root:
+        _clear_protection(root)
         busy = _empty(root, step)
     if busy is not None:
         raise busy
@@ -37,7 +39,7 @@ def _empty(root: int, step: Callable[[int], None]) -> OSError | None:
     busy: OSError | None = None
     with Descent(root) as here:
         levels: list[tuple[str, int, Iterator[str]]] = []
-        names, rounds = scan(here), 0
+        names, rounds = here.scan(), 0
         while True:
             for name in names:
                 step(0)
@@ -49,7 +51,7 @@ def _empty(root: int, step: Callable[[int], None]) -> OSError | None:
                     _unprotect(here.fd, name)
                     here.down(name)
                     levels.append((name, rounds, names))
-                    names, rounds = scan(here), 0
+                    names, rounds = here.scan(), 0
                     break
                 except OSError as error:
                     if error.errno != errno.EBUSY:
@@ -66,7 +68,7 @@ def _empty(root: int, step: Callable[[int], None]) -> OSError | None:
                     if error.errno == errno.ENOTEMPTY and busy is None and rounds < _ROUNDS:
                         here.down(name)
                         levels.append((name, outer_rounds, outer_names))
-                        names, rounds = scan(here), rounds + 1
+                        names, rounds = here.scan(), rounds + 1
                         continue
                     if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
                         raise
@@ -94,18 +96,22 @@ def _unlink(parent: int, name: str, *, directory: bool) -> None:
 
 def _unprotect(parent: int, name: str) -> bool:
     """Take the immutable and append-only flags off a file or directory; False if it had none."""
+    mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        # Nothing else can have them, and to open a device may do anything.
+        return False
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    fd = os.open(name, flags, dir_fd=parent)
     try:
-        fd = os.open(name, flags, dir_fd=parent)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO, errno.ENODEV):
-            return False
-        raise
+        return _clear_protection(fd)
+    finally:
+        os.close(fd)
+
+
+def _clear_protection(fd: int) -> bool:
     try:
         return linux.clear_protection(fd)
     except OSError as error:
         if error.errno in (errno.ENOTTY, errno.EOPNOTSUPP):
             return False
         raise
-    finally:
-        os.close(fd)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 MAX_OPEN = 64
 """Directories that a descent, or a scan along it, keeps open at once."""
@@ -24,12 +24,15 @@ class Descent:
         self._root = root
         self._open: list[int] = []
         self._above: list[tuple[int, int]] = []
+        self._scans: dict[int, Generator[str, None, None]] = {}
         self._depth = 0
 
     def __enter__(self) -> Descent:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for names in self._scans.values():
+            names.close()
         while self._open:
             os.close(self._open.pop())
 
@@ -37,11 +40,6 @@ class Descent:
     def fd(self) -> int:
         """The directory at this position."""
         return self._open[-1] if self._open else self._root
-
-    @property
-    def depth(self) -> int:
-        """How many levels below the root this is."""
-        return self._depth
 
     def down(self, name: str) -> None:
         """Enter the subdirectory ``name``; never through a symbolic link."""
@@ -65,18 +63,21 @@ class Descent:
         os.close(self._open.pop())
         self._depth -= 1
 
+    def scan(self) -> Iterator[str]:
+        """Iterate over the names in the directory at this position, until it is left for good.
 
-def scan(position: Descent) -> Iterator[str]:
-    """Iterate over the names in the directory at ``position``.
+        The directory is read as the iteration goes on, so memory does not grow with its width;
+        only `MAX_OPEN` levels down is it read at once and closed, so open files do not grow with
+        depth.
+        """
+        names = _stream(self.fd)
+        if self._depth >= MAX_OPEN:
+            return iter(list(names))
+        self._scans[self._depth] = names
+        return names
 
-    The directory is read as the iteration goes on, so memory does not grow with its width; only
-    `MAX_OPEN` levels down is it read at once and closed, so open files do not grow with depth.
-    """
-    names = _stream(position.fd)
-    return names if position.depth < MAX_OPEN else iter(list(names))
 
-
-def _stream(directory: int) -> Iterator[str]:
+def _stream(directory: int) -> Generator[str, None, None]:
     with os.scandir(directory) as entries:
         for entry in entries:
             yield entry.name

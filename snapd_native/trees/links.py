@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 
@@ -38,7 +39,7 @@ class Links:
         """Make ``name`` in ``directory`` one more name of the copy; False if there is none yet."""
         if self._fd < 0:
             return False
-        known = str(status.st_ino)
+        known = _key(status)
         try:
             copy = os.stat(known, dir_fd=self._fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -57,16 +58,15 @@ class Links:
             self._open()
         os.link(
             name,
-            str(status.st_ino),
+            _key(status),
             src_dir_fd=directory,
             dst_dir_fd=self._fd,
             follow_symlinks=False,
         )
 
     def _open(self) -> None:
-        name = ".links"
-        while _exists(self._source, name):
-            name += "-"
+        names = (f".links-{number}" for number in itertools.count())
+        name = next(name for name in names if not _exists(self._source, name))
         os.mkdir(name, 0o700, dir_fd=self._target)
         self._name = name
         self._fd = os.open(
@@ -74,6 +74,11 @@ class Links:
             os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
             dir_fd=self._target,
         )
+
+
+def _key(status: os.stat_result) -> str:
+    # Subvolumes of btrfs have devices of their own, and inode numbers in common.
+    return f"{status.st_dev:x}-{status.st_ino:x}"
 
 
 def _exists(directory: int, name: str) -> bool:

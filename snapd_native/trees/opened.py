@@ -15,20 +15,16 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 def open_tree(parent: int, name: str, *, writable: bool = False) -> Iterator[int]:
     """Open the directory ``name`` in the directory ``parent`` and yield its fd.
 
-    What is seen through the fd is the directory's own file system alone: the fd belongs to a
-    detached, non-recursive clone of the mount, so whatever is mounted inside the tree (tmpfs,
-    bind mounts, also of single files) is not there, and what it hides is. Unless ``writable``,
-    the clone is read-only and reading leaves no access times behind.
+    What is seen through the fd is the file system of ``parent`` alone: the fd belongs to a
+    detached, non-recursive clone of its mount, so whatever is mounted inside the tree or on it
+    (tmpfs, bind mounts, also of single files) is not there, and what it hides is. Unless
+    ``writable``, the clone is read-only and reading leaves no access times behind.
     """
-    plain = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-    try:
-        mount = linux.open_tree(
-            plain,
-            "",
-            linux.OPEN_TREE_CLONE | linux.OPEN_TREE_CLOEXEC | linux.AT_EMPTY_PATH,
-        )
-    finally:
-        os.close(plain)
+    mount = linux.open_tree(
+        parent,
+        "",
+        linux.OPEN_TREE_CLONE | linux.OPEN_TREE_CLOEXEC | linux.AT_EMPTY_PATH,
+    )
     try:
         if not writable:
             linux.mount_setattr(
@@ -36,7 +32,7 @@ def open_tree(parent: int, name: str, *, writable: bool = False) -> Iterator[int
                 linux.MOUNT_ATTR_RDONLY | linux.MOUNT_ATTR_NOATIME,
                 linux.MOUNT_ATTR__ATIME,
             )
-        root = os.open(".", _DIRECTORY, dir_fd=mount)
+        root = os.open(name, _DIRECTORY, dir_fd=mount)
         try:
             yield root
         finally:

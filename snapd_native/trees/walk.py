@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from enum import Enum, auto
 from typing import NamedTuple
 
-from snapd_native.trees.descent import Descent, scan
+from snapd_native.trees.descent import Descent
 
 
 class Step(Enum):
@@ -47,7 +47,7 @@ def walk(root: int) -> Iterator[Visit]:
     """
     with Descent(root) as here:
         levels: list[tuple[str, os.stat_result, Iterator[str]]] = []
-        names = scan(here)
+        names = here.scan()
         while True:
             for name in names:
                 try:
@@ -61,7 +61,7 @@ def walk(root: int) -> Iterator[Visit]:
                     continue
                 yield Visit(Step.ENTER, here.fd, name, status)
                 levels.append((name, status, names))
-                names = scan(here)
+                names = here.scan()
                 break
             else:
                 if not levels:

@@ -1,0 +1,36 @@
+# Any target may be the first one called on a fresh machine: tools/bootstrap does what is missing.
+
+PYTHON ?= /usr/bin/python3
+bin := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types check bench-metastore clean runtime development
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: runtime ## show the service at work on a bus of its own (root)
+	@$(bin)/snapd-native demo
+
+test: lint types check ## everything that has to pass before a change is merged (root)
+
+lint: development ## style and formatting
+	@$(bin)/ruff check .
+	@$(bin)/ruff format --check .
+
+types: development ## static types
+	@$(bin)/mypy
+
+check: development ## the tests alone (root)
+	@$(bin)/pytest
+
+bench-metastore: runtime ## measure the metadata store
+	@$(bin)/python -m bench.metastore
+
+clean: ## remove the virtual environment, what was built and the caches
+	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -path ./.git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# The lock keeps `make -j demo test` and a second make from building one .venv at the same time.
+runtime development:
+	@flock --close . tools/bootstrap $@ "$(PYTHON)" "make $(MAKECMDGOALS)"

@@ -1,0 +1,1 @@
+"""The service on the bus: its connection, dispatch, interface and authority."""

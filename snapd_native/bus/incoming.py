@@ -1,0 +1,131 @@
+"""Messages as they arrive, read without trusting who sent them.
+
+dbus-next would parse every body on the event loop before anybody asked who sent it, and end the
+connection at the first surprise. Here only the header is read at once. A call's body is parsed
+where it is needed: after the caller is known, and in a worker thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from dbus_next._private.constants import PROTOCOL_VERSION
+from dbus_next._private.unmarshaller import Unmarshaller
+from dbus_next.constants import MessageFlag, MessageType
+from dbus_next.message import Message
+from dbus_next.signature import SignatureTree
+
+from snapd_native.errors import InvalidArgument
+from snapd_native.wire.names import DRIVER
+from snapd_native.wire.values import Body
+
+log = logging.getLogger(__name__)
+
+MAX_CALL = 4 << 20
+"""Bytes in a call's body; the largest that can be accepted, all labels, has about half of it."""
+
+MAX_SIGNATURES = 1000
+"""Signatures that are remembered."""
+
+_HEADER = SignatureTree("a(yv)").types[0]
+_PATH, _INTERFACE, _MEMBER, _SENDER, _SIGNATURE = 1, 2, 3, 7, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A method call. ``sender`` is the caller's unique name, vouched for by the bus."""
+
+    serial: int
+    flags: int
+    sender: str
+    path: str
+    interface: str
+    member: str
+    signature: str
+    payload: bytes
+    endian: int
+
+    @property
+    def wants_reply(self) -> bool:
+        """Whether the caller waits for an answer."""
+        return not self.flags & MessageFlag.NO_REPLY_EXPECTED
+
+    @property
+    def may_ask(self) -> bool:
+        """Whether a person may be asked for the caller's authorisation."""
+        return bool(self.flags & MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION)
+
+    def arguments(self) -> Body:
+        """Parse the body.
+
+        Raises:
+            InvalidArgument: it is over `MAX_CALL` bytes.
+        """
+        if len(self.payload) > MAX_CALL:
+            raise InvalidArgument(
+                f"the call of {self.member} has {len(self.payload)} bytes:"
+                f" at most {MAX_CALL} are allowed"
+            )
+        # dbus-next keeps every signature it ever met, also those that callers put into variants.
+        if len(SignatureTree._cache) > MAX_SIGNATURES:
+            SignatureTree._cache.clear()
+        parser = Unmarshaller(None)
+        parser.buf = bytearray(self.payload)
+        parser.endian = self.endian
+        return [parser.read_argument(t) for t in SignatureTree(self.signature).types]
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """A message that is nothing to the service."""
+
+
+class Reader(Unmarshaller):
+    """Reads one message: a `Call`, the bus's own signals and replies as `Message`, or `Ignored`."""
+
+    def _unmarshall(self) -> None:
+        self.offset = 0
+        self.read(16, prefetch=True)
+        self.endian = self.buf[0]
+        self.offset = 4
+        body_length, _serial, header_length = (self.read_uint32() for _ in range(3))
+        header_end = 16 + header_length + self._padding(header_length, 8)
+        self.offset = 16
+        self.read(header_end - 16 + body_length, prefetch=True)
+        # The message is here as a whole: whatever is wrong with it, the next one can be read.
+        try:
+            self.message = self._parsed(body_length, header_end)
+        except Exception as error:
+            log.warning("a message that cannot be read was ignored: %s", error)
+            self.message = Ignored()
+
+    def _parsed(self, body_length: int, body: int) -> Call | Message | Ignored:
+        endian, type_, flags, version = self.buf[:4]
+        if version != PROTOCOL_VERSION:
+            return Ignored()
+        self.offset = 8
+        serial = self.read_uint32()
+        header = self.read_argument(_HEADER)
+        fields: dict[int, Any] = {code: variant.value for code, variant in header}
+        sender = fields.get(_SENDER, "")
+        if type_ == MessageType.METHOD_CALL.value:
+            return Call(
+                serial=serial,
+                flags=flags,
+                sender=sender,
+                path=fields[_PATH],
+                interface=fields.get(_INTERFACE, ""),
+                member=fields[_MEMBER],
+                signature=fields.get(_SIGNATURE, ""),
+                payload=bytes(self.buf[body : body + body_length]),
+                endian=endian,
+            )
+        if type_ == MessageType.SIGNAL.value and sender != DRIVER:
+            return Ignored()
+        if type_ not in {kind.value for kind in MessageType}:
+            return Ignored()
+        self.message = None
+        super()._unmarshall()
+        return self.message  # type: ignore[return-value]

@@ -1,0 +1,102 @@
+"""The introspection XML: the contract's shape, and what the bus shows of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from xml.etree import ElementTree
+
+from snapd_native.wire.names import INTROSPECTABLE, OBJECT_PATH, PEER, PROPERTIES
+
+_DOCTYPE = (
+    '<!DOCTYPE node PUBLIC "-//freedesktop//DTD D-BUS Object Introspection 1.0//EN"\n'
+    ' "http://www.freedesktop.org/standards/dbus/1.0/introspect.dtd">\n'
+)
+
+_STANDARD = f"""
+  <interface name="{PEER}">
+    <method name="Ping"/>
+    <method name="GetMachineId">
+      <arg name="machine_uuid" type="s" direction="out"/>
+    </method>
+  </interface>
+  <interface name="{INTROSPECTABLE}">
+    <method name="Introspect">
+      <arg name="xml_data" type="s" direction="out"/>
+    </method>
+  </interface>
+  <interface name="{PROPERTIES}">
+    <method name="Get">
+      <arg name="interface_name" type="s" direction="in"/>
+      <arg name="property_name" type="s" direction="in"/>
+      <arg name="value" type="v" direction="out"/>
+    </method>
+    <method name="GetAll">
+      <arg name="interface_name" type="s" direction="in"/>
+      <arg name="props" type="a{{sv}}" direction="out"/>
+    </method>
+    <method name="Set">
+      <arg name="interface_name" type="s" direction="in"/>
+      <arg name="property_name" type="s" direction="in"/>
+      <arg name="value" type="v" direction="in"/>
+    </method>
+    <signal name="PropertiesChanged">
+      <arg name="interface_name" type="s"/>
+      <arg name="changed_properties" type="a{{sv}}"/>
+      <arg name="invalidated_properties" type="as"/>
+    </signal>
+  </interface>
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The types of an interface's members, as signatures."""
+
+    methods: dict[str, tuple[str, str]]
+    """In and out."""
+    signals: dict[str, str]
+    properties: dict[str, str]
+
+
+def contract() -> str:
+    """Return the text of ``org.snapdnative1.xml``."""
+    return resources.files(__package__).joinpath("org.snapdnative1.xml").read_text("utf-8")
+
+
+def shapes(xml: str) -> dict[str, Shape]:
+    """Return the interfaces that an introspection document describes."""
+    # The documents are the package's own, so they need no hardened parser.
+    node = ElementTree.fromstring(xml)  # noqa: S314
+    return {interface.attrib["name"]: _shape(interface) for interface in node.iter("interface")}
+
+
+def document(path: str) -> str | None:
+    """Return what Introspect answers at ``path``, or None where there is no object."""
+    if path == OBJECT_PATH:
+        return contract().replace("</node>", _STANDARD.strip("\n") + "\n</node>")
+    below = OBJECT_PATH.removeprefix(path.rstrip("/") + "/")
+    if below == OBJECT_PATH:
+        return None
+    return f'{_DOCTYPE}<node>\n  <node name="{below.partition("/")[0]}"/>\n</node>\n'
+
+
+def _shape(interface: ElementTree.Element) -> Shape:
+    return Shape(
+        methods={
+            method.attrib["name"]: (_signature(method, "in"), _signature(method, "out"))
+            for method in interface.iter("method")
+        },
+        signals={
+            signal.attrib["name"]: _signature(signal, "") for signal in interface.iter("signal")
+        },
+        properties={p.attrib["name"]: p.attrib["type"] for p in interface.iter("property")},
+    )
+
+
+def _signature(member: ElementTree.Element, direction: str) -> str:
+    return "".join(
+        arg.attrib["type"]
+        for arg in member.iter("arg")
+        if arg.attrib.get("direction", "") == direction
+    )

@@ -1,0 +1,60 @@
+"""Bounded worker threads, so that no kind of call stands in the way of another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+from typing import TypeVar
+
+from snapd_native.errors import ResourceExhausted
+
+_T = TypeVar("_T")
+
+
+class Lane(Enum):
+    """What kind of work a call is: its worker threads, and the calls that may be under way."""
+
+    READ = (4, 1024)
+    """Answered from the metastore."""
+    CHANGE = (4, 512)
+    """One short transaction."""
+    TREE = (64, 64)
+    """Copies, measures or waits: minutes perhaps, so nobody queues behind another."""
+
+    def __init__(self, threads: int, bound: int) -> None:
+        self.threads = threads
+        self.bound = bound
+
+
+class Lanes:
+    """The worker threads of all lanes."""
+
+    def __init__(self) -> None:
+        self._pools = {
+            lane: ThreadPoolExecutor(lane.threads, thread_name_prefix=lane.name.lower())
+            for lane in Lane
+        }
+        self._admitted = dict.fromkeys(Lane, 0)
+
+    async def run(self, lane: Lane, work: Callable[[], _T]) -> _T:
+        """Run ``work`` in a thread of ``lane`` and return its result.
+
+        Raises:
+            ResourceExhausted: the lane is full.
+        """
+        if self._admitted[lane] >= lane.bound:
+            raise ResourceExhausted(
+                f"{lane.bound} operations of this kind are running: try again when some are done"
+            )
+        self._admitted[lane] += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pools[lane], work)
+        finally:
+            self._admitted[lane] -= 1
+
+    def close(self) -> None:
+        """Wait for all threads to end."""
+        for pool in self._pools.values():
+            pool.shutdown(wait=True)

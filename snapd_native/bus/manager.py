@@ -1,0 +1,108 @@
+"""The interface ``org.snapdnative1.Manager``: wire values in, the engine's calls, wire values out.
+
+Members carry their D-Bus names; their types are in ``org.snapdnative1.xml``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from dbus_next.signature import Variant
+
+from snapd_native import __version__
+from snapd_native.bus.authority import Action
+from snapd_native.bus.lanes import Lane
+from snapd_native.bus.options import unpack
+from snapd_native.model import Added, Change, Committed, Removed, Updated
+from snapd_native.snapshotter import Snapshotter
+from snapd_native.wire.values import Body, info_to_wire, mount_to_wire
+
+Options = Mapping[str, Variant]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How a method is called: who may, in which lane, and what it does."""
+
+    action: Action
+    lane: Lane
+    run: Callable[..., Body]
+
+
+class Manager:
+    """The contract's methods and properties on one engine."""
+
+    def __init__(self, snapshotter: Snapshotter) -> None:
+        self._snapshotter = snapshotter
+        self.methods = {
+            "Prepare": Method(Action.MANAGE, Lane.TREE, self._prepare),
+            "View": Method(Action.MANAGE, Lane.CHANGE, self._view),
+            "Commit": Method(Action.MANAGE, Lane.TREE, self._commit),
+            "Mounts": Method(Action.READ, Lane.READ, self._mounts),
+            "Stat": Method(Action.READ, Lane.READ, self._stat),
+            "Update": Method(Action.MANAGE, Lane.CHANGE, self._update),
+            "Usage": Method(Action.READ, Lane.TREE, self._usage),
+            "List": Method(Action.READ, Lane.READ, self._list),
+            "Remove": Method(Action.MANAGE, Lane.CHANGE, self._remove),
+            "Cleanup": Method(Action.MANAGE, Lane.TREE, self._cleanup),
+        }
+        self.properties = {
+            "Version": Variant("s", __version__),
+            "StateDirectory": Variant("s", str(snapshotter.state_directory)),
+            "FilesystemType": Variant("s", snapshotter.filesystem_type),
+            "Reflink": Variant("b", snapshotter.reflink),
+        }
+
+    def _prepare(self, key: str, parent: str, options: Options) -> Body:
+        given = unpack(options, labels="a{ss}")
+        return [[mount_to_wire(self._snapshotter.prepare(key, parent, **given))]]
+
+    def _view(self, key: str, parent: str, options: Options) -> Body:
+        given = unpack(options, labels="a{ss}")
+        return [[mount_to_wire(self._snapshotter.view(key, parent, **given))]]
+
+    def _commit(self, name: str, key: str, options: Options) -> Body:
+        given = unpack(options, labels="a{ss}", parent="s")
+        self._snapshotter.commit(name, key, **given)
+        return []
+
+    def _mounts(self, key: str) -> Body:
+        return [[mount_to_wire(self._snapshotter.mounts(key))]]
+
+    def _stat(self, key: str) -> Body:
+        return [info_to_wire(self._snapshotter.stat(key))]
+
+    def _update(self, name: str, labels: Mapping[str, str], fieldpaths: list[str]) -> Body:
+        return [info_to_wire(self._snapshotter.update(name, labels, fieldpaths))]
+
+    def _usage(self, key: str) -> Body:
+        usage = self._snapshotter.usage(key)
+        return [usage.size, usage.inodes]
+
+    def _list(self, filters: list[str], options: Options) -> Body:
+        given = unpack(options, after="s", limit="u")
+        return [[info_to_wire(info) for info in self._snapshotter.list(filters, **given)]]
+
+    def _remove(self, key: str, options: Options) -> Body:
+        unpack(options)
+        self._snapshotter.remove(key)
+        return []
+
+    def _cleanup(self, options: Options) -> Body:
+        unpack(options)
+        self._snapshotter.cleanup()
+        return []
+
+
+def signal(change: Change) -> tuple[str, Body]:
+    """Return the signal, with its arguments, that tells of a change."""
+    match change:
+        case Added(key, kind, parent):
+            return "SnapshotAdded", [key, kind.value, parent]
+        case Committed(name, key):
+            return "SnapshotCommitted", [name, key]
+        case Updated(name):
+            return "SnapshotUpdated", [name]
+        case Removed(key):
+            return "SnapshotRemoved", [key]

@@ -1,0 +1,33 @@
+"""The ``options`` argument of the contract's methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dbus_next.signature import Variant
+
+from snapd_native.errors import InvalidArgument
+from snapd_native.model import quote
+
+
+def unpack(options: Mapping[str, Variant], **signatures: str) -> dict[str, Any]:
+    """Return the values of ``options``; ``signatures`` says which there can be, and their types.
+
+    Raises:
+        InvalidArgument: an option is unknown, or has another type.
+    """
+    values = {}
+    for name, variant in options.items():
+        signature = signatures.get(name)
+        if signature is None:
+            known = ", ".join(sorted(signatures)) or "none"
+            raise InvalidArgument(
+                f"there is no option {quote(name)} here: leave it out (known: {known})"
+            )
+        if variant.signature != signature:
+            raise InvalidArgument(
+                f"the option {name} has the type {quote(variant.signature)}: give {signature}"
+            )
+        values[name] = variant.value
+    return values

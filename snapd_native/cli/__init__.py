@@ -1,0 +1,5 @@
+"""The program ``snapd-native``."""
+
+from snapd_native.cli.main import main
+
+__all__ = ["main"]

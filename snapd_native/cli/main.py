@@ -1,0 +1,279 @@
+"""Commands and their arguments.
+
+What needs D-Bus or rich is imported by the command that needs it, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+from snapd_native import __version__
+from snapd_native.cli.exits import INTERRUPTED, status
+from snapd_native.errors import AccessDenied, InvalidArgument, SnapdError
+from snapd_native.model import quote
+
+if TYPE_CHECKING:
+    from snapd_native.client import BlockingClient
+
+_Command = TypeVar("_Command", bound=Callable[..., None])
+
+_EPILOG = """\b
+Exit status: 0 done, 1 internal error, 2 wrong usage, 3 invalid argument, 4 not found,
+5 already exists, 6 failed precondition, 7 resource exhausted, 8 data loss, 9 cancelled,
+10 service unavailable, 11 access denied, 12 interactive authorization required.
+"""
+
+
+def main() -> None:
+    """Run the program."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.Abort:
+        sys.exit(INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except SnapdError as error:
+        click.echo(f"snapd-native: {error.message}", err=True)
+        sys.exit(status(error))
+    except BrokenPipeError:
+        # The reader of a pipe has seen enough. Python would complain at exit about what it could
+        # not flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+@click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "--version", prog_name="snapd-native")
+def cli() -> None:
+    """Keep snapshots of directory trees: prepare, commit and view them."""
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _labels_option(command: _Command) -> _Command:
+    return click.option(
+        "-l",
+        "--label",
+        "labels",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Set a label; may be repeated.",
+    )(command)
+
+
+@contextmanager
+def _client() -> Iterator[BlockingClient]:
+    from snapd_native.client import BlockingClient
+
+    try:
+        with BlockingClient() as client:
+            yield client
+    except KeyboardInterrupt:
+        raise click.Abort from None
+
+
+@cli.command()
+@click.option(
+    "--state-directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where snapshots and metadata lie. [default: $STATE_DIRECTORY, /var/lib/snapd-native]",
+)
+@click.option(
+    "--runtime-directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where mounts are made. [default: $RUNTIME_DIRECTORY, /run/snapd-native]",
+)
+@click.option("-v", "--verbose", is_flag=True, help="Log details.")
+def daemon(state_directory: Path | None, runtime_directory: Path | None, verbose: bool) -> None:
+    """Serve on the system bus; systemd runs this."""
+    from snapd_native.daemon import configure_logging, run
+
+    configure_logging(logging.DEBUG if verbose else logging.INFO)
+    if os.geteuid() != 0:
+        raise AccessDenied("the daemon needs root: run it as root")
+    state = state_directory or Path(os.environ.get("STATE_DIRECTORY", "/var/lib/snapd-native"))
+    runtime = runtime_directory or Path(os.environ.get("RUNTIME_DIRECTORY", "/run/snapd-native"))
+    sys.exit(run(state.absolute(), runtime.absolute()))
+
+
+@cli.command()
+@click.argument("key")
+@click.argument("parent", default="")
+@_labels_option
+@_json
+def prepare(key: str, parent: str, labels: tuple[str, ...], as_json: bool) -> None:
+    """Make the active snapshot KEY: empty, or a private copy of PARENT."""
+    from snapd_native.cli import render
+
+    given = _parsed_labels(labels)
+    with _client() as client:
+        render.mount(client.prepare(key, parent, given), as_json=as_json)
+
+
+@cli.command()
+@click.argument("key")
+@click.argument("parent", default="")
+@_labels_option
+@_json
+def view(key: str, parent: str, labels: tuple[str, ...], as_json: bool) -> None:
+    """Make the read-only view KEY of PARENT."""
+    from snapd_native.cli import render
+
+    given = _parsed_labels(labels)
+    with _client() as client:
+        render.mount(client.view(key, parent, given), as_json=as_json)
+
+
+@cli.command()
+@click.argument("name")
+@click.argument("key")
+@click.option("--parent", default="", help="Give a parent to a snapshot prepared without one.")
+@_labels_option
+def commit(name: str, key: str, parent: str, labels: tuple[str, ...]) -> None:
+    """Make the active snapshot KEY the committed snapshot NAME.
+
+    When this returns, the snapshot survives a power cut. Labels of KEY are not inherited.
+    """
+    given = _parsed_labels(labels)
+    with _client() as client:
+        client.commit(name, key, given, parent)
+
+
+@cli.command()
+@click.argument("key")
+@_json
+def mounts(key: str, as_json: bool) -> None:
+    """Print the mount of the active snapshot or view KEY."""
+    from snapd_native.cli import render
+
+    with _client() as client:
+        render.mount(client.mounts(key), as_json=as_json)
+
+
+@cli.command()
+@click.argument("key")
+@_json
+def stat(key: str, as_json: bool) -> None:
+    """Print the record of KEY."""
+    from snapd_native.cli import render
+
+    with _client() as client:
+        render.stat(client.stat(key), as_json=as_json)
+
+
+@cli.command()
+@click.argument("filters", nargs=-1, metavar="[FILTER]...")
+@_json
+def ls(filters: tuple[str, ...], as_json: bool) -> None:
+    """List snapshots, all or those that match any FILTER.
+
+    A FILTER is a comma-joined AND of conditions on name, parent, kind and labels:
+    kind==committed,labels.app==web or name~=^build- or labels."org/tier".
+    """
+    from snapd_native.cli import render
+
+    with _client() as client:
+        render.table(client.walk(filters), as_json=as_json)
+
+
+@cli.command()
+@_json
+def tree(as_json: bool) -> None:
+    """Draw which snapshot descends from which."""
+    from snapd_native.cli import render
+
+    with _client() as client:
+        render.lineage(client.walk(), as_json=as_json)
+
+
+@cli.command()
+@click.argument("name")
+@click.argument("changes", nargs=-1, metavar="[KEY=VALUE | KEY-]...")
+@click.option("--replace", is_flag=True, help="Drop all other labels.")
+@_json
+def label(name: str, changes: tuple[str, ...], replace: bool, as_json: bool) -> None:
+    """Set labels of NAME by KEY=VALUE, and delete them by KEY-."""
+    from snapd_native.cli import render
+
+    if not changes and not replace:
+        raise click.UsageError("give at least one KEY=VALUE or KEY-, or --replace")
+    deleted = {change[:-1] for change in changes if "=" not in change and change.endswith("-")}
+    given = _parsed_labels(tuple(c for c in changes if c[:-1] not in deleted or "=" in c))
+    paths = ["labels"] if replace else [f"labels.{key}" for key in [*given, *sorted(deleted)]]
+    with _client() as client:
+        render.stat(client.update(name, given, paths), as_json=as_json)
+
+
+@cli.command()
+@click.argument("keys", nargs=-1, required=True, metavar="KEY...")
+@_json
+def usage(keys: tuple[str, ...], as_json: bool) -> None:
+    """Print how much of the disk each KEY takes."""
+    from snapd_native.cli import render
+
+    with _client() as client:
+        render.usage([(key, client.usage(key)) for key in keys], as_json=as_json)
+
+
+@cli.command()
+@click.argument("keys", nargs=-1, required=True, metavar="KEY...")
+def rm(keys: tuple[str, ...]) -> None:
+    """Remove each KEY; its data is deleted in the background."""
+    with _client() as client:
+        for key in keys:
+            client.remove(key)
+
+
+@cli.command()
+def cleanup() -> None:
+    """Return when all that was removed is deleted."""
+    with _client() as client:
+        client.cleanup()
+
+
+@cli.command()
+@click.option(
+    "--tree",
+    "source",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=Path("/usr/share"),
+    show_default=True,
+    help="The directory tree to take.",
+)
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=Path("/var/tmp"),  # noqa: S108 - a private directory is made in it
+    show_default=True,
+    help="Where the demonstration keeps its snapshots meanwhile.",
+)
+def demo(source: Path, directory: Path) -> None:
+    """Show the service at work, on a private bus and on a real tree of this machine."""
+    from snapd_native.cli.demo import run
+
+    if os.geteuid() != 0:
+        raise AccessDenied("the demonstration starts the daemon: run it as root")
+    try:
+        run(source, directory)
+    except KeyboardInterrupt:
+        raise click.Abort from None
+
+
+def _parsed_labels(texts: tuple[str, ...]) -> dict[str, str]:
+    labels = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise InvalidArgument(f"{quote(text)} is no label: write KEY=VALUE")
+        labels[key] = value
+    return labels

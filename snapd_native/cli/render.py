@@ -1,0 +1,185 @@
+"""What commands print: aligned text for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from snapd_native.model import Info, Kind, Mount, Usage
+
+_STYLES = {Kind.COMMITTED: "green", Kind.ACTIVE: "yellow", Kind.VIEW: "cyan"}
+
+
+def mount(value: Mount, *, as_json: bool) -> None:
+    """Print a mount: its source alone for people, who know the rest."""
+    if as_json:
+        _print_json({"type": value.type, "source": value.source, "options": list(value.options)})
+    else:
+        print(f"{value.type}\t{value.source}\t{','.join(value.options)}")
+
+
+def stat(info: Info, *, as_json: bool) -> None:
+    """Print a record."""
+    if as_json:
+        _print_json(_plain(info))
+        return
+    table = _grid()
+    rows = {
+        "Name": shown(info.name),
+        "Kind": info.kind.value,
+        "Parent": shown(info.parent) or "-",
+        "Created": f"{_local(info.created)} ({age(info.created)} ago)",
+        "Updated": f"{_local(info.updated)} ({age(info.updated)} ago)",
+    }
+    for name, value in rows.items():
+        table.add_row(Text(name, "bold"), Text(value))
+    for number, text in enumerate(_labels(info) or ["-"]):
+        table.add_row(Text("Labels" if number == 0 else "", "bold"), Text(text))
+    _print_rich(table)
+
+
+def table(infos: Iterable[Info], *, as_json: bool) -> None:
+    """Print records, one a line."""
+    if as_json:
+        _print_json([_plain(info) for info in infos])
+        return
+    grid = _grid("NAME", "KIND", "PARENT", "AGE", "LABELS")
+    for info in infos:
+        grid.add_row(
+            Text(shown(info.name)),
+            Text(info.kind.value, _STYLES[info.kind]),
+            Text(shown(info.parent) or "-"),
+            Text(age(info.created)),
+            Text(", ".join(_labels(info)) or "-"),
+        )
+    _print_rich(grid)
+
+
+def lineage(infos: Iterable[Info], *, as_json: bool) -> None:
+    """Print records as a tree of parents and children."""
+    children: dict[str, list[Info]] = {}
+    for info in infos:
+        children.setdefault(info.parent, []).append(info)
+    if as_json:
+        _print_json(_nested(children))
+        return
+    root = Tree("", hide_root=True)
+    pending = [(root, info) for info in reversed(children.get("", []))]
+    while pending:
+        branch, info = pending.pop()
+        line = Text(shown(info.name))
+        line.append(f"  {info.kind.value}, {age(info.created)}", _STYLES[info.kind])
+        node = branch.add(line)
+        pending += [(node, child) for child in reversed(children.get(info.name, []))]
+    if root.children:
+        _print_rich(root)
+
+
+def usage(usages: Sequence[tuple[str, Usage]], *, as_json: bool) -> None:
+    """Print what snapshots take."""
+    if as_json:
+        _print_json(
+            [{"key": key, "size": used.size, "inodes": used.inodes} for key, used in usages]
+        )
+        return
+    grid = _grid("KEY", "SIZE", "INODES", right=(1, 2))
+    for key, used in usages:
+        grid.add_row(Text(shown(key)), size(used.size), f"{used.inodes:,}")
+    _print_rich(grid)
+
+
+def size(count: int) -> str:
+    """Write a number of bytes in binary units."""
+    if count < 1024:
+        return f"{count} B"
+    power = min((count.bit_length() - 1) // 10, 6)
+    return f"{count / (1 << 10 * power):.1f} {'KMGTPE'[power - 1]}iB"
+
+
+def age(microseconds: int) -> str:
+    """Write how long ago a time of the contract was, in its largest whole unit."""
+    seconds = max(0, int(time.time() - microseconds / 1_000_000))
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length}{unit}"
+    return f"{seconds}s"
+
+
+def shown(text: str) -> str:
+    """Make text safe for a terminal: what is not printable is escaped."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
+
+
+def _plain(info: Info) -> dict[str, Any]:
+    return {
+        "name": info.name,
+        "kind": info.kind.value,
+        "parent": info.parent,
+        "created": _utc(info.created),
+        "updated": _utc(info.updated),
+        "labels": dict(info.labels),
+    }
+
+
+def _nested(children: dict[str, list[Info]]) -> list[dict[str, Any]]:
+    top: list[dict[str, Any]] = []
+    pending = [(top, "")]
+    while pending:
+        siblings, parent = pending.pop()
+        for info in children.get(parent, []):
+            node = {**_plain(info), "children": []}
+            siblings.append(node)
+            pending.append((node["children"], info.name))
+    return top
+
+
+def _labels(info: Info) -> list[str]:
+    return [f"{shown(key)}={shown(value)}" for key, value in sorted(info.labels.items())]
+
+
+def _utc(microseconds: int) -> str:
+    moment = datetime.fromtimestamp(microseconds / 1_000_000, UTC)
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _local(microseconds: int) -> str:
+    moment = datetime.fromtimestamp(microseconds / 1_000_000, UTC).astimezone()
+    return moment.strftime("%Y-%m-%d %H:%M:%S %Z")
+
+
+def _grid(*headings: str, right: tuple[int, ...] = ()) -> Table:
+    grid = Table(box=None, pad_edge=False, show_header=bool(headings), header_style="bold")
+    for number, heading in enumerate(headings or ("", "")):
+        justify = "right" if number in right else "left"
+        grid.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    return grid
+
+
+def _print_rich(thing: Table | Tree) -> None:
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(thing)
+        return
+    # A pipe has no width: nothing is cut or folded there.
+    wide = Console(highlight=False, width=1 << 20, color_system=None)
+    with wide.capture() as capture:
+        wide.print(thing)
+    for line in capture.get().splitlines():
+        print(line.rstrip())
+
+
+def _print_json(value: Any) -> None:  # noqa: ANN401 - whatever json takes
+    json.dump(value, sys.stdout, ensure_ascii=False, indent=2)
+    print()

@@ -1,0 +1,176 @@
+"""The service as a process: recover, connect, serve, and leave in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+from dbus_next.constants import NameFlag, RequestNameReply
+from sdnotify import SystemdNotifier
+
+from snapd_native.bus.dispatch import Dispatcher
+from snapd_native.bus.lanes import Lane, Lanes
+from snapd_native.bus.manager import Manager
+from snapd_native.errors import SnapdError, Unavailable
+from snapd_native.model import Change
+from snapd_native.snapshotter import Snapshotter
+from snapd_native.wire.names import BUS_NAME
+
+log = logging.getLogger(__name__)
+
+GRACE = 10.0
+"""Seconds that running calls get to finish after SIGTERM, before those that copy are undone."""
+
+_EXTENSION = 30
+"""Seconds of start-up time asked of systemd again and again while recovery goes on."""
+
+
+def run(state: Path, runtime: Path) -> int:
+    """Serve until SIGTERM or SIGINT; return the process's exit status."""
+    # Nothing that the service makes is for others, unless a mode is set on purpose.
+    os.umask(0o077)
+    try:
+        runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+        asyncio.run(_Daemon(state).serve())
+    except (SnapdError, OSError) as error:
+        log.critical("%s", error)
+        return 1
+    return 0
+
+
+class _Daemon:
+    def __init__(self, state: Path) -> None:
+        self._state = state
+        self._systemd = SystemdNotifier()
+        self._stop = asyncio.Event()
+        self._dispatcher: Dispatcher | None = None
+
+    async def serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        snapshotter = await self._recovered(loop)
+        lanes = Lanes()
+        try:
+            dispatcher = Dispatcher(Manager(snapshotter), lanes)
+            self._dispatcher = dispatcher
+            await dispatcher.start()
+            await self._take_name(dispatcher)
+            log.info(
+                "serving %s on %s, reflink %s",
+                snapshotter.state_directory,
+                snapshotter.filesystem_type,
+                "works" if snapshotter.reflink else "does not work",
+            )
+            self._systemd.notify(f"READY=1\nSTATUS=Serving {snapshotter.state_directory}")
+            lost = asyncio.ensure_future(dispatcher.connection.wait_for_disconnect())
+            async with self._watchdog(lanes, snapshotter):
+                asked = asyncio.ensure_future(self._stop.wait())
+                await asyncio.wait({lost, asked}, return_when=asyncio.FIRST_COMPLETED)
+                asked.cancel()
+                await self._leave(dispatcher, snapshotter)
+            if not self._stop.is_set():
+                with suppress(Exception):
+                    await lost
+                raise Unavailable("the system bus closed the connection: the service ends")
+            dispatcher.connection.disconnect()
+            with suppress(Exception):
+                await lost
+        finally:
+            snapshotter.stop()
+            lanes.close()
+            snapshotter.close()
+
+    async def _recovered(self, loop: asyncio.AbstractEventLoop) -> Snapshotter:
+        """Open the engine, telling systemd to be patient while orphans are deleted."""
+
+        def announce(change: Change) -> None:
+            loop.call_soon_threadsafe(self._emit, change)
+
+        self._systemd.notify("STATUS=Deleting what the last run left")
+        opening = loop.run_in_executor(None, partial(Snapshotter, self._state, announce))
+        while not opening.done():
+            self._systemd.notify(f"EXTEND_TIMEOUT_USEC={_EXTENSION * 1_000_000}")
+            await asyncio.wait({opening}, timeout=_EXTENSION / 3)
+        return await opening
+
+    def _emit(self, change: Change) -> None:
+        if self._dispatcher is not None:
+            self._dispatcher.emit(change)
+
+    async def _take_name(self, dispatcher: Dispatcher) -> None:
+        try:
+            (reply,) = await dispatcher.connection.ask_driver(
+                "RequestName", "su", [BUS_NAME, NameFlag.DO_NOT_QUEUE.value]
+            )
+        except SnapdError as error:
+            raise Unavailable(
+                f"the bus does not give the name {BUS_NAME} ({error}): install the bus policy"
+                " dbus/org.snapdnative1.conf, and run the daemon as root"
+            ) from None
+        if reply != RequestNameReply.PRIMARY_OWNER.value:
+            raise Unavailable(
+                f"the name {BUS_NAME} is taken by another process: stop that daemon first"
+            )
+
+    async def _leave(self, dispatcher: Dispatcher, snapshotter: Snapshotter) -> None:
+        self._systemd.notify("STOPPING=1\nSTATUS=Waiting for running calls")
+        dispatcher.refuse()
+        if not await dispatcher.finish(GRACE):
+            log.info("undoing the calls that are still running")
+            snapshotter.stop()
+            await dispatcher.finish(None)
+        if dispatcher.connection.connected:
+            # Its answer comes after everything else that was sent has left.
+            with suppress(SnapdError):
+                await dispatcher.connection.ask_driver("ReleaseName", "s", [BUS_NAME])
+
+    @asynccontextmanager
+    async def _watchdog(self, lanes: Lanes, snapshotter: Snapshotter) -> AsyncIterator[None]:
+        """Feed systemd's watchdog, if there is one, as long as loop and workers are well."""
+        interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 1_000_000
+        task = asyncio.ensure_future(self._feed(interval / 3, lanes, snapshotter))
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def _feed(self, period: float, lanes: Lanes, snapshotter: Snapshotter) -> None:
+        while period:
+            # A worker that hangs holds up the next ping, and so brings the watchdog.
+            try:
+                await lanes.run(Lane.READ, snapshotter.check_health)
+                await lanes.run(Lane.CHANGE, snapshotter.check_health)
+            except SnapdError as error:
+                log.error("the service is not well: %s", error)
+            else:
+                self._systemd.notify("WATCHDOG=1")
+            await asyncio.sleep(period)
+
+
+def configure_logging(level: int) -> None:
+    """Log to stderr, with the level as the journal reads it where the journal is listening."""
+    handler = logging.StreamHandler(sys.stderr)
+    if os.environ.get("JOURNAL_STREAM"):
+        handler.setFormatter(_JournalFormatter("%(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+class _JournalFormatter(logging.Formatter):
+    """Puts the syslog priority in front of each line; see sd-daemon(3)."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
+        prefix = f"<{priority.get(record.levelno, 2)}>"
+        return "\n".join(prefix + line for line in super().format(record).splitlines())

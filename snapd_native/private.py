@@ -1,0 +1,157 @@
+"""A bus and a daemon of one's own, for demonstrations and tests: real processes, no systemd."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from snapd_native.errors import Unavailable
+
+READY_SECONDS = 60.0
+"""How long a daemon may take to be ready."""
+
+# Like the system bus without its users: the rules for org.snapdnative1 are the service's own.
+_CONFIGURATION = """
+<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-BUS Bus Configuration 1.0//EN"
+ "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
+<busconfig>
+  <type>system</type>
+  <listen>unix:path={socket}</listen>
+  <auth>EXTERNAL</auth>
+  <policy context="default">
+    <allow user="*"/>
+    <deny own="*"/>
+    <deny send_type="method_call"/>
+    <allow send_type="signal"/>
+    <allow send_requested_reply="true" send_type="method_return"/>
+    <allow send_requested_reply="true" send_type="error"/>
+    <allow receive_type="method_call"/>
+    <allow receive_type="method_return"/>
+    <allow receive_type="error"/>
+    <allow receive_type="signal"/>
+    <allow send_destination="org.freedesktop.DBus"/>
+    <allow send_destination="org.snapdnative1"/>
+  </policy>
+  <policy user="root">
+    <allow own="org.snapdnative1"/>
+  </policy>
+</busconfig>
+"""
+
+
+@contextmanager
+def private_bus() -> Iterator[str]:
+    """Run a dbus-daemon that everybody on the machine may connect to; yield its address.
+
+    Raises:
+        Unavailable: there is no dbus-daemon on this machine.
+    """
+    with ExitStack() as stack:
+        directory = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="snapd-native-bus-"))
+        )
+        directory.chmod(0o755)
+        path = directory / "socket"
+        configuration = directory / "bus.conf"
+        configuration.write_text(_CONFIGURATION.format(socket=path).strip())
+        reader, writer = os.pipe()
+        log = directory / "log"
+        try:
+            bus = subprocess.Popen(
+                [
+                    "dbus-daemon",
+                    f"--config-file={configuration}",
+                    "--nofork",
+                    "--nopidfile",
+                    f"--print-address={writer}",
+                ],
+                pass_fds=[writer],
+                stderr=stack.enter_context(log.open("wb")),
+            )
+        except FileNotFoundError:
+            os.close(reader)
+            raise Unavailable("there is no dbus-daemon: install the package dbus") from None
+        finally:
+            os.close(writer)
+        try:
+            with open(reader, "rb") as address:
+                if not address.readline():
+                    raise Unavailable(
+                        f"the private dbus-daemon did not start: {log.read_text().strip()}"
+                    )
+            yield f"unix:path={path}"
+        finally:
+            bus.terminate()
+            bus.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """A running daemon."""
+
+    process: subprocess.Popen[bytes]
+    state: Path
+
+    def stop(self) -> int:
+        """Ask it to end, and return its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait()
+
+
+@contextmanager
+def private_daemon(
+    address: str, state: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[Daemon]:
+    """Run a daemon on the bus at ``address`` and yield it when it is ready.
+
+    Raises:
+        Unavailable: it ended before it was ready, or took too long; its own message is on stderr.
+    """
+    with ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="snapd-native-run-"))
+        notify = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        notify.bind(f"{directory}/notify")
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "snapd_native", "daemon"),
+                *("--state-directory", str(state)),
+                *("--runtime-directory", f"{directory}/run"),
+            ],
+            env={
+                **os.environ,
+                **(environment or {}),
+                "DBUS_SYSTEM_BUS_ADDRESS": address,
+                "NOTIFY_SOCKET": f"{directory}/notify",
+            },
+        )
+        daemon = Daemon(process, state)
+        stack.callback(daemon.stop)
+        _await_ready(process, notify)
+        yield daemon
+
+
+def _await_ready(process: subprocess.Popen[bytes], notify: socket.socket) -> None:
+    # A pidfd becomes readable when the process ends: no need to ask again and again.
+    ended = os.pidfd_open(process.pid)
+    try:
+        while True:
+            readable, _, _ = select.select([notify.fileno(), ended], [], [], READY_SECONDS)
+            if notify.fileno() in readable:
+                if b"READY=1" in notify.recv(4096).splitlines():
+                    return
+                continue
+            raise Unavailable(
+                "the daemon ended before it was ready" if readable else "the daemon is not ready"
+            )
+    finally:
+        os.close(ended)

@@ -1,0 +1,119 @@
+"""A connection to the system bus that notices when the other side is gone."""
+
+from __future__ import annotations
+
+import asyncio
+
+from dbus_next.aio.message_bus import MessageBus
+from dbus_next.constants import BusType, MessageType
+from dbus_next.errors import DBusError, SignatureBodyMismatchError
+from dbus_next.message import Message
+from dbus_next.signature import Variant
+
+from snapd_native.errors import InvalidArgument, Unavailable
+from snapd_native.model import quote
+from snapd_native.wire.names import DRIVER, DRIVER_PATH, error_from
+from snapd_native.wire.values import Body
+
+CONNECT_SECONDS = 10.0
+"""How long the bus may take to greet us."""
+
+
+class Connection(MessageBus):
+    """dbus-next's connection to the system bus, or to ``DBUS_SYSTEM_BUS_ADDRESS``."""
+
+    def __init__(self) -> None:
+        """Open the socket.
+
+        Raises:
+            Unavailable: there is no bus.
+        """
+        try:
+            super().__init__(bus_type=BusType.SYSTEM)
+        except (OSError, ValueError, DBusError) as error:
+            raise Unavailable(
+                f"the system bus cannot be reached ({error}): start dbus,"
+                " or set DBUS_SYSTEM_BUS_ADDRESS"
+            ) from None
+
+    async def open(self) -> None:
+        """Say hello to the bus.
+
+        Raises:
+            Unavailable: it does not answer.
+        """
+        try:
+            await asyncio.wait_for(self.connect(), CONNECT_SECONDS)
+        except (OSError, EOFError, TimeoutError) as error:
+            raise Unavailable(f"the system bus does not answer ({error}): restart dbus") from None
+
+    async def request(
+        self,
+        destination: str,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str = "",
+        body: Body | None = None,
+    ) -> Body:
+        """Call a method and return what it answers.
+
+        Raises:
+            SnapdError: what the D-Bus error stands for; Unavailable if the connection is lost;
+                InvalidArgument if an argument is nothing that D-Bus can carry.
+        """
+        _check_text(body)
+        message = Message(
+            destination=destination,
+            path=path,
+            interface=interface,
+            member=member,
+            signature=signature,
+            body=body or [],
+        )
+        try:
+            reply = await self.call(message) if self.connected else None
+        except SignatureBodyMismatchError as error:
+            raise InvalidArgument(f"{member} cannot be called like this: {error}") from None
+        except (OSError, EOFError) as error:
+            raise Unavailable(f"the system bus is gone ({error}): try again") from None
+        if reply is None:
+            raise Unavailable("the system bus is gone: try again")
+        if reply.message_type is MessageType.ERROR:
+            text = reply.body[0] if reply.signature.startswith("s") else ""
+            raise error_from(reply.error_name, text)
+        return reply.body
+
+    async def ask_driver(self, member: str, signature: str, body: Body) -> Body:
+        """Call a method of the bus itself."""
+        return await self.request(DRIVER, DRIVER_PATH, DRIVER, member, signature, body)
+
+    async def _auth_readline(self) -> str:
+        # dbus-next's own loops for ever when the bus closes the socket before it has answered.
+        line = b""
+        while not line.endswith(b"\r\n"):
+            byte = await self._loop.sock_recv(self._sock, 1)
+            if not byte:
+                raise EOFError("it closed the connection")
+            line += byte
+        return line[:-2].decode()
+
+
+def _check_text(value: object) -> None:
+    """Refuse text that cannot be sent: the bus hangs up on whoever tries.
+
+    Raises:
+        InvalidArgument: some text in ``value`` is no UTF-8 or has a NUL character.
+    """
+    if isinstance(value, str):
+        if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
+            raise InvalidArgument(
+                f"{quote(value)} is not valid UTF-8 without NUL characters: mend it"
+            )
+    elif isinstance(value, Variant):
+        _check_text(value.value)
+    elif isinstance(value, dict):
+        _check_text([*value, *value.values()])
+    elif isinstance(value, list):
+        for item in value:
+            _check_text(item)

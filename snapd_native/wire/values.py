@@ -1,0 +1,40 @@
+"""The contract's values as dbus-next carries them: structs are lists, variants are `Variant`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from snapd_native.model import Info, Kind, Mount
+
+Body = list[Any]
+"""The arguments of a message, in dbus-next's types."""
+
+
+def mount_to_wire(mount: Mount) -> Body:
+    """Pack a mount as ``(ssas)``."""
+    return [mount.type, mount.source, list(mount.options)]
+
+
+def mount_from_wire(value: Sequence[Any]) -> Mount:
+    """Unpack a mount from ``(ssas)``."""
+    type_, source, options = value
+    return Mount(type_, source, tuple(options))
+
+
+def info_to_wire(info: Info) -> Body:
+    """Pack a record as ``(ssstta{ss})``."""
+    return [
+        info.name,
+        info.kind.value,
+        info.parent,
+        info.created,
+        info.updated,
+        dict(info.labels),
+    ]
+
+
+def info_from_wire(value: Sequence[Any]) -> Info:
+    """Unpack a record from ``(ssstta{ss})``."""
+    name, kind, parent, created, updated, labels = value
+    return Info(name, Kind(kind), parent, created, updated, labels)
