@@ -35,11 +35,12 @@ Exit status: 0 done, 1 internal error, 2 wrong usage, 3 invalid argument, 4 not 
 def main() -> None:
     """Run the program."""
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="snapd-native", standalone_mode=False)
     except click.Abort:
         sys.exit(INTERRUPTED)
-    except click.ClickException as error:
-        error.show()
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "snapd-native"
+        click.echo(f"snapd-native: {error.format_message()} See {path} --help.", err=True)
         sys.exit(error.exit_code)
     except SnapdError as error:
         click.echo(f"snapd-native: {error.message}", err=True)
@@ -206,7 +207,7 @@ def label(name: str, changes: tuple[str, ...], replace: bool, as_json: bool) -> 
     from snapd_native.cli import render
 
     if not changes and not replace:
-        raise click.UsageError("give at least one KEY=VALUE or KEY-, or --replace")
+        raise click.UsageError("Give at least one KEY=VALUE or KEY-, or --replace.")
     deleted = {change[:-1] for change in changes if "=" not in change and change.endswith("-")}
     given = _parsed_labels(tuple(c for c in changes if c[:-1] not in deleted or "=" in c))
     paths = ["labels"] if replace else [f"labels.{key}" for key in [*given, *sorted(deleted)]]

@@ -20,7 +20,7 @@ _STYLES = {Kind.COMMITTED: "green", Kind.ACTIVE: "yellow", Kind.VIEW: "cyan"}
 
 
 def mount(value: Mount, *, as_json: bool) -> None:
-    """Print a mount: its source alone for people, who know the rest."""
+    """Print a mount: type, source and options, with tabs between them."""
     if as_json:
         _print_json({"type": value.type, "source": value.source, "options": list(value.options)})
     else:

@@ -168,8 +168,10 @@ def _private_directory(path: Path) -> int:
                 f"{path} belongs to uid {found.st_uid}: give it to uid {os.geteuid()},"
                 " or choose another --state-directory"
             )
-        if stat.S_IMODE(found.st_mode) != 0o700:
-            os.fchmod(fd, 0o700)
+        os.fchmod(fd, 0o700)
+        # A default ACL would reach into every new snapshot.
+        with suppress(OSError):
+            os.removexattr(fd, "system.posix_acl_default")
     except BaseException:
         os.close(fd)
         raise

@@ -39,10 +39,21 @@ _CLASSES: dict[str, type[errors.SnapdError]] = {
 _NAMES = {kind: name for name, kind in _CLASSES.items()}
 
 # What the bus itself says when it cannot deliver a call or its answer.
-_FROM_THE_BUS = {
-    _STANDARD + name: errors.Unavailable
-    for name in ("ServiceUnknown", "NameHasNoOwner", "NoReply", "Disconnected", "Timeout")
-} | {_STANDARD + "LimitsExceeded": errors.ResourceExhausted}
+_FROM_THE_BUS: dict[str, tuple[type[errors.SnapdError], str]] = {
+    _STANDARD + name: (errors.Unavailable, text)
+    for name, text in {
+        "ServiceUnknown": "the service is not running: start it, systemctl start snapd-native",
+        "NameHasNoOwner": "the service is not running: start it, systemctl start snapd-native",
+        "NoReply": "the service ended before it answered: look at its log",
+        "Disconnected": "the bus closed the connection: try again",
+        "Timeout": "the service did not start in time: look at its log",
+    }.items()
+} | {
+    _STANDARD + "LimitsExceeded": (
+        errors.ResourceExhausted,
+        "the bus refuses more from this caller: let some calls end first",
+    )
+}
 
 
 def error_name(error: errors.SnapdError) -> str:
@@ -52,5 +63,7 @@ def error_name(error: errors.SnapdError) -> str:
 
 def error_from(name: str, message: str) -> errors.SnapdError:
     """Return the exception that a D-Bus error stands for."""
-    kind = _CLASSES.get(name) or _FROM_THE_BUS.get(name)
-    return kind(message) if kind else errors.Internal(f"{name}: {message}")
+    if kind := _CLASSES.get(name):
+        return kind(message)
+    kind, text = _FROM_THE_BUS.get(name, (errors.Internal, f"{name}: {message}"))
+    return kind(text)
