@@ -69,7 +69,7 @@ class _Daemon:
                 snapshotter.filesystem_type,
                 "works" if snapshotter.reflink else "does not work",
             )
-            self._systemd.notify(f"READY=1\nSTATUS=Serving {snapshotter.state_directory}")
+            self._notify(f"READY=1\nSTATUS=Serving {snapshotter.state_directory}")
             lost = asyncio.ensure_future(dispatcher.connection.wait_for_disconnect())
             async with self._watchdog(lanes, snapshotter):
                 asked = asyncio.ensure_future(self._stop.wait())
@@ -94,12 +94,16 @@ class _Daemon:
         def announce(change: Change) -> None:
             loop.call_soon_threadsafe(self._emit, change)
 
-        self._systemd.notify("STATUS=Deleting what the last run left")
+        self._notify("STATUS=Deleting what the last run left")
         opening = loop.run_in_executor(None, partial(Snapshotter, self._state, announce))
         while not opening.done():
-            self._systemd.notify(f"EXTEND_TIMEOUT_USEC={_EXTENSION * 1_000_000}")
+            self._notify(f"EXTEND_TIMEOUT_USEC={_EXTENSION * 1_000_000}")
             await asyncio.wait({opening}, timeout=_EXTENSION / 3)
         return await opening
+
+    def _notify(self, state: str) -> None:
+        # SystemdNotifier encodes as Latin-1, systemd reads UTF-8.
+        self._systemd.notify(state.encode(errors="replace").decode("latin-1"))
 
     def _emit(self, change: Change) -> None:
         if self._dispatcher is not None:
@@ -121,7 +125,7 @@ class _Daemon:
             )
 
     async def _leave(self, dispatcher: Dispatcher, snapshotter: Snapshotter) -> None:
-        self._systemd.notify("STOPPING=1\nSTATUS=Waiting for running calls")
+        self._notify("STOPPING=1\nSTATUS=Waiting for running calls")
         dispatcher.refuse()
         if not await dispatcher.finish(GRACE):
             log.info("undoing the calls that are still running")
@@ -153,7 +157,7 @@ class _Daemon:
             except SnapdError as error:
                 log.error("the service is not well: %s", error)
             else:
-                self._systemd.notify("WATCHDOG=1")
+                self._notify("WATCHDOG=1")
             await asyncio.sleep(period)
 
 
