@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -36,6 +37,9 @@ def run(state: Path, runtime: Path) -> int:
     """Serve until SIGTERM or SIGINT; return the process's exit status."""
     # Nothing that the service makes is for others, unless a mode is set on purpose.
     os.umask(0o077)
+    # A walk may keep some two hundred directories open, and many go on at once.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
         asyncio.run(_Daemon(state).serve())

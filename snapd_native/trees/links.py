@@ -27,9 +27,11 @@ class Links:
         if self._fd < 0:
             return
         try:
-            # Files that also have names outside the tree are still listed.
-            for name in os.listdir(self._fd):
-                os.unlink(name, dir_fd=self._fd)
+            # Files that also have names outside the tree are still listed, and all of them after
+            # a failure.
+            with os.scandir(self._fd) as left:
+                for entry in left:
+                    os.unlink(entry.name, dir_fd=self._fd)
         finally:
             os.close(self._fd)
             self._fd = -1

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from snapd_native import linux
 
@@ -44,13 +45,15 @@ def open_tree(parent: int, name: str, *, writable: bool = False) -> Iterator[int
 def reflink_works(directory: int) -> bool:
     """Tell whether files in ``directory`` can share data, by trying it on two unnamed files."""
     flags = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC
-    source = os.open(".", flags, 0o600, dir_fd=directory)
-    try:
-        target = os.open(".", flags, 0o600, dir_fd=directory)
+    with ExitStack() as stack:
         try:
-            os.write(source, b"reflink")
-            return linux.ficlone(source, target)
-        finally:
-            os.close(target)
-    finally:
-        os.close(source)
+            source = os.open(".", flags, 0o600, dir_fd=directory)
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.EISDIR):
+                return False  # no file system with reflink lacks unnamed files
+            raise
+        stack.callback(os.close, source)
+        target = os.open(".", flags, 0o600, dir_fd=directory)
+        stack.callback(os.close, target)
+        os.write(source, b"reflink")
+        return linux.ficlone(source, target)

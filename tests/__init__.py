@@ -1,0 +1,1 @@
+"""Tests on the real thing: file systems, mounts and a message bus."""
