@@ -7,13 +7,14 @@ import queue
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from snapd_native.errors import DataLoss, Internal, ResourceExhausted, SnapdError
 
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR}
 _FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM}
+_NO_ROOM = {sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_NOMEM}
 
 
 class Connections:
@@ -25,11 +26,13 @@ class Connections:
         self._lock = threading.Lock()
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-        with translated():
+        with translated(), ExitStack() as undo:
             self._writer = self._connect()
+            undo.callback(self._writer.close)
             self._writer.execute("PRAGMA journal_mode = WAL").fetchone()
             # FULL makes every COMMIT durable before it returns; NORMAL would lose the last ones.
             self._writer.execute("PRAGMA synchronous = FULL")
+            undo.pop_all()
 
     def close(self) -> None:
         """Close everything; the last close leaves a database without a WAL file."""
@@ -88,9 +91,11 @@ def translated() -> Iterator[None]:
 
 def _meaning(error: sqlite3.Error) -> SnapdError:
     # The primary result code is the low byte of the extended one.
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-    if code in _FULL:
+    extended = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+    code = extended & 0xFF
+    if code in _FULL or extended in _NO_ROOM:
         return ResourceExhausted("no room is left for the metadata: free some and try again")
-    if code in _DAMAGED:
+    # SQLite has no code of its own for a header that it does not understand.
+    if code in _DAMAGED or str(error) == "unsupported file format":
         return DataLoss(f"metadata.db cannot be used ({error}): restore it from a backup")
     return Internal(f"the metadata could not be used ({error}): see the service's log")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from snapd_native.filters import Filter, Operator, Selector
+
+MAX_TERMS = 8
+"""Selectors of one filter that SQLite is told of: its expressions are at most 1000 deep."""
 
 _COLUMNS = {"name": "s.name", "parent": "coalesce(p.name, '')", "kind": "s.kind"}
 
@@ -17,7 +22,7 @@ def condition(chosen: Filter) -> tuple[str, list[str]]:
     values: list[str] = []
     for selectors in chosen.alternatives:
         terms = []
-        for selector in filter(_is_plain, selectors):
+        for selector in islice(filter(_is_plain, selectors), MAX_TERMS):
             value = selector.value
             if selector.path[0] == "parent" and value:
                 terms.append("s.parent = (SELECT id FROM snapshots WHERE name = ?)")

@@ -6,7 +6,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,9 +86,12 @@ class Metastore:
         self._announce = announce
         self._reserved: dict[str, Reservation] = {}
         self._connections = Connections(path)
-        with self._connections.writing() as db:
-            migrate(db)
-            (used,) = db.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence").fetchone()
+        with ExitStack() as undo:
+            undo.callback(self._connections.close)
+            with self._connections.writing() as db:
+                migrate(db)
+                (used,) = db.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence").fetchone()
+            undo.pop_all()
         self._next_id = max(used + 1, first_id)
 
     def close(self) -> None:
