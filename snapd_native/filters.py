@@ -16,7 +16,7 @@ from enum import Enum
 
 from snapd_native.errors import InvalidArgument
 from snapd_native.model import Info, quote
-from snapd_native.patterns import Pattern
+from snapd_native.patterns import Budget, Pattern
 
 MAX_FILTER = 16384
 """Bytes of UTF-8 in one filter."""
@@ -88,7 +88,8 @@ def parse(filters: Sequence[str]) -> Filter:
     """
     if len(filters) > MAX_FILTERS:
         raise InvalidArgument(f"{len(filters)} filters are too many: give at most {MAX_FILTERS}")
-    return Filter(tuple(_Parser(text).selectors() for text in filters))
+    budget = Budget()
+    return Filter(tuple(_Parser(text, budget).selectors() for text in filters))
 
 
 def _field(info: Info, path: tuple[str, ...]) -> str | None:
@@ -107,10 +108,11 @@ def _field(info: Info, path: tuple[str, ...]) -> str | None:
 
 
 class _Parser:
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, budget: Budget) -> None:
         if len(text.encode(errors="surrogatepass")) > MAX_FILTER:
             raise InvalidArgument(f"the filter {quote(text, 40)} is over {MAX_FILTER} bytes long")
         self._text = text
+        self._budget = budget
         self._at = 0
 
     def selectors(self) -> tuple[Selector, ...]:
@@ -137,7 +139,7 @@ class _Parser:
         if operator is not Operator.MATCHES:
             return Selector(tuple(path), operator, value)
         try:
-            return Selector(tuple(path), operator, value, Pattern(value))
+            return Selector(tuple(path), operator, value, Pattern(value, self._budget))
         except ValueError as error:
             self._at = start
             raise self._error(f"the regular expression is wrong: {error}") from None

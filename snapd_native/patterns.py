@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import dataclass
 
 import regex
 
@@ -23,7 +24,7 @@ MAX_REPEAT = 1000
 """The highest count in a repetition, as in Go."""
 
 SECONDS = 1.0
-"""How long all searches for one pattern may take together."""
+"""How long all searches within one budget may take together."""
 
 _LEADING_FLAGS = re.compile(r"\(\?([ims]+)\)")
 _GROUP = re.compile(r"\((?:\?(?:P?<[A-Za-z_]\w*>|:))?", re.ASCII)
@@ -58,11 +59,18 @@ _ASCII = {
 """What a class of Go's contains: ASCII only, while ``\\p`` and case folding are Unicode's."""
 
 
+@dataclass
+class Budget:
+    """The seconds that are left for searching, shared by all patterns of a call."""
+
+    left: float = SECONDS
+
+
 class Pattern:
     """A compiled regular expression, matched anywhere in a text."""
 
-    def __init__(self, text: str) -> None:
-        """Compile ``text``.
+    def __init__(self, text: str, budget: Budget | None = None) -> None:
+        """Compile ``text``, to be searched for within ``budget`` or one of its own.
 
         Raises:
             ValueError: it is not in the syntax; the message says what is wrong.
@@ -70,7 +78,7 @@ class Pattern:
         if len(text) > MAX_PATTERN:
             raise ValueError(f"it has over {MAX_PATTERN} characters")
         self._text = text
-        self._left = SECONDS
+        self._budget = budget or Budget()
         try:
             self._compiled = regex.compile(_translate(text), regex.VERSION0)
         except (regex.error, OverflowError, RecursionError) as error:
@@ -80,17 +88,19 @@ class Pattern:
         """Tell whether the expression matches somewhere in ``text``.
 
         Raises:
-            InvalidArgument: the searches took over `SECONDS` so far.
+            InvalidArgument: the budget is used up.
         """
         start = time.monotonic()
         try:
-            return self._compiled.search(text, timeout=self._left, concurrent=True) is not None
+            return (
+                self._compiled.search(text, timeout=self._budget.left, concurrent=True) is not None
+            )
         except TimeoutError:
             raise InvalidArgument(
                 f"the regular expression {quote(self._text)} takes too long: make it simpler"
             ) from None
         finally:
-            self._left = max(0.0, self._left - (time.monotonic() - start))
+            self._budget.left = max(0.0, self._budget.left - (time.monotonic() - start))
 
 
 def _translate(text: str) -> str:

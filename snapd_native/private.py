@@ -123,7 +123,7 @@ def private_daemon(
         notify.bind(f"{directory}/notify")
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "snapd_native", "daemon"),
+                *(sys.executable, "-P", "-m", "snapd_native", "daemon"),
                 *("--state-directory", str(state)),
                 *("--runtime-directory", f"{directory}/run"),
             ],

@@ -124,8 +124,9 @@ class Gate:
 
 @contextmanager
 def gated(name: str) -> Iterator[Gate]:
-    """Let the next calls of a function of `trees` wait."""
-    gate, real = Gate(), getattr(trees, name)
+    """Let the next calls of a function of `trees`, or a method of its crew, wait."""
+    owner = trees.Crew if hasattr(trees.Crew, name) else trees
+    gate, real = Gate(), getattr(owner, name)
 
     def wait(*arguments: object, **options: object) -> object:
         gate.reached.set()
@@ -133,7 +134,7 @@ def gated(name: str) -> Iterator[Gate]:
         return real(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trees, name, wait)
+        patch.setattr(owner, name, wait)
         try:
             yield gate
         finally:
@@ -695,10 +696,10 @@ def fail(code: int) -> Callable[..., None]:
     ("owner", "function"),
     [
         (StateDirectory, "create"),
-        (trees, "clone"),
+        (trees.Crew, "clone"),
         (StateDirectory, "bring_to_life"),
         (StateDirectory, "sync"),
-        (trees, "measure"),
+        (trees.Crew, "measure"),
     ],
 )
 def test_a_failing_system_call_undoes_everything(
@@ -778,14 +779,14 @@ def stand(*_, **__):
     print("there", flush=True)
     sys.stdin.read()
 
-def halfway(source, target, step, *, reflink):
-    real(source, target, step, reflink=reflink)
+def halfway(crew, source, target, step, *, reflink):
+    real(crew, source, target, step, reflink=reflink)
     stand()
 
 engine = Snapshotter(Path(sys.argv[1]), lambda _: None)
-real = trees.clone
+real = trees.Crew.clone
 if sys.argv[2] == "clone":
-    trees.clone = halfway
+    trees.Crew.clone = halfway
 else:
     owner = next(o for o in (StateDirectory, Metastore, Snapshotter) if hasattr(o, sys.argv[2]))
     setattr(owner, sys.argv[2], stand)
@@ -953,6 +954,31 @@ def test_an_orphan_that_stays_keeps_its_id(left: Path) -> None:
         subprocess.run(["umount", str(orphan / "inside")], check=True)
     with opened(left) as engine:
         assert orphan.name not in directories(engine)
+
+
+@pytest.mark.parametrize("size", [None, 0])
+def test_a_lost_database_costs_no_data(left: Path, size: int | None) -> None:
+    before = sorted(os.listdir(left / "snapshots"))
+    for path in left.glob("metadata.db*"):
+        path.rename(left.parent / path.name)
+    if size is not None:
+        (left / "metadata.db").touch()
+    with pytest.raises(DataLoss, match="restore it"):
+        Snapshotter(left, ignore)
+    assert sorted(os.listdir(left / "snapshots")) == before
+    for path in left.parent.glob("metadata.db*"):
+        path.rename(left / path.name)
+    with opened(left) as engine:
+        assert names(engine) == BEFORE
+
+
+def test_a_file_is_no_orphan_of_ours(left: Path) -> None:
+    file = left / "snapshots" / "99"
+    file.write_text("somebody's")
+    with opened(left) as engine:
+        engine.cleanup()
+        assert file.read_text() == "somebody's"
+    file.unlink()
 
 
 def test_a_state_directory_has_one_service(left: Path) -> None:

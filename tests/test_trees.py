@@ -20,7 +20,7 @@ import pytest
 import snapd_native
 from snapd_native import trees
 from snapd_native.model import Usage
-from tests import torture
+from tests import alone, torture
 from tests.filesystems import FileSystem, mounted, scratch_on
 
 LEVELS = 2000
@@ -58,12 +58,12 @@ def clone(
 ) -> None:
     target.mkdir(exist_ok=True)
     with opened(source) as here, directory(target) as there:
-        trees.clone(here, there, step, reflink=reflink)
+        alone.clone(here, there, step, reflink=reflink)
 
 
 def measure(tree: Path, step: Callable[[int], None] = ignore) -> Usage:
     with opened(tree) as root:
-        return trees.measure(root, step)
+        return alone.measure(root, step)
 
 
 def delete(tree: Path, step: Callable[[int], None] = ignore) -> None:
@@ -402,6 +402,7 @@ def fill(path: Path, names: int, inodes: int) -> None:
 PROGRAM = """
 import os, sys
 from snapd_native import trees
+from tests import alone
 
 def ignore(_): pass
 
@@ -409,10 +410,10 @@ parent = os.open(sys.argv[1], os.O_RDONLY)
 os.mkdir("copy", dir_fd=parent)
 target = os.open("copy", os.O_RDONLY, dir_fd=parent)
 with trees.open_tree(parent, "source") as source:
-    trees.clone(source, target, ignore, reflink=False)
+    alone.clone(source, target, ignore, reflink=False)
     print(sum(1 for _ in os.scandir(target)))
     if sys.argv[2] == "measure":
-        print(trees.measure(source, ignore).inodes)
+        print(alone.measure(source, ignore).inodes)
 for name in ("source", "copy"):
     trees.delete(parent, name)
 with open("/proc/self/status") as status:

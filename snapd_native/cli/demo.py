@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -86,8 +86,8 @@ def _described(usage: Usage) -> str:
 def _measure(path: Path) -> Usage:
     parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with trees.open_tree(parent, path.name) as tree:
-            return trees.measure(tree, lambda _: None)
+        with closing(trees.Crew()) as crew, trees.open_tree(parent, path.name) as tree:
+            return crew.measure(tree, lambda _: None)
     finally:
         os.close(parent)
 

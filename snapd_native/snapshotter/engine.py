@@ -11,12 +11,14 @@ from pathlib import Path
 
 from snapd_native import trees
 from snapd_native.errors import (
+    DataLoss,
     FailedPrecondition,
     InvalidArgument,
+    NotFound,
     Unavailable,
 )
 from snapd_native.filters import parse
-from snapd_native.metastore import Metastore, Reservation
+from snapd_native.metastore import Metastore, Record, Reservation
 from snapd_native.model import (
     Change,
     Info,
@@ -56,14 +58,22 @@ class Snapshotter:
         Raises:
             Unavailable: another process uses the directory.
             FailedPrecondition: the directory belongs to somebody else.
-            DataLoss: the database is damaged or was made by a newer version.
+            DataLoss: the database is damaged, gone, or was made by a newer version.
         """
         self._stopping = threading.Event()
         with ExitStack() as undo:
             self._state = StateDirectory(state)
             undo.callback(self._state.close)
+            self._crew = trees.Crew()
+            undo.callback(self._crew.close)
             # An id whose directory could not be deleted is never given again.
-            highest = max((id_ for _, _, id_ in self._state.listing()), default=0)
+            found = list(self._state.listing())
+            highest = max((id_ for _, _, id_ in found), default=0)
+            if any(not prefix for _, prefix, _ in found) and not self._state.has_database():
+                raise DataLoss(
+                    f"{self._state.database} is gone, but its snapshots are there:"
+                    " restore it from a backup, or move the snapshots away"
+                )
             self._store = Metastore(self._state.database, announce, first_id=highest + 1)
             undo.callback(self._store.close)
             self._check_directories()
@@ -72,7 +82,8 @@ class Snapshotter:
             except OSError as error:
                 log.warning("something orphaned could not be deleted: %s", error)
             self._reaper = Reaper()
-            undo.pop_all()
+            undo.callback(self._reaper.close)
+            self._resources = undo.pop_all()
 
     def check_health(self) -> None:
         """Read from the metastore; for a watchdog.
@@ -89,9 +100,7 @@ class Snapshotter:
     def close(self) -> None:
         """Stop the background deletion and close everything; no call may be running."""
         self.stop()
-        self._reaper.close()
-        self._store.close()
-        self._state.close()
+        self._resources.close()
 
     @property
     def state_directory(self) -> Path:
@@ -175,7 +184,7 @@ class Snapshotter:
             with explained("mount", key):
                 self._state.check(_tree_id(record.info.kind, record.id, record.parent_id))
         finally:
-            self._store.get(key)  # NotFound, if it was removed meanwhile
+            self._check_alive(record)
         return self._mount(record.info.kind, record.id, record.parent_id)
 
     def stat(self, key: str) -> Info:
@@ -223,7 +232,7 @@ class Snapshotter:
             with explained("measure", key):
                 return self._measure(record.id)
         finally:
-            self._store.get(key)  # NotFound, if it was removed meanwhile
+            self._check_alive(record)
 
     def list(
         self, filters: Sequence[str] = (), after: str = "", limit: int = DEFAULT_LIMIT
@@ -301,7 +310,7 @@ class Snapshotter:
             self._state.open(str(held.parent.id)) as source,
             self._state.open(name, writable=True) as target,
         ):
-            trees.clone(source, target, self._check_stopping, reflink=self.reflink)
+            self._crew.clone(source, target, self._check_stopping, reflink=self.reflink)
         # One sync for the tree and its final name: without a record it is an orphan.
         self._state.bring_to_life(held.id)
         self._state.sync()
@@ -314,11 +323,17 @@ class Snapshotter:
 
     def _measure(self, id_: int) -> Usage:
         with self._state.open(str(id_)) as tree:
-            return trees.measure(tree, self._check_stopping)
+            return self._crew.measure(tree, self._check_stopping)
 
     def _mount(self, kind: Kind, id_: int, parent_id: int | None) -> Mount:
         source = self._state.source(_tree_id(kind, id_, parent_id))
         return Mount("bind", source, ("rbind", "ro" if kind is Kind.VIEW else "rw"))
+
+    def _check_alive(self, record: Record) -> None:
+        """Raise NotFound if a snapshot was removed, or committed to another name, meanwhile."""
+        key = record.info.name
+        if self._store.get(key).id != record.id:
+            raise NotFound(f"the snapshot {quote(key)} was removed meanwhile: try again")
 
     def _check_stopping(self, _copied: int) -> None:
         if self._stopping.is_set():

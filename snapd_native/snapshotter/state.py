@@ -60,6 +60,13 @@ class StateDirectory:
         """Where the metastore lies."""
         return self.path / "metadata.db"
 
+    def has_database(self) -> bool:
+        """Tell whether the metastore was ever made here, and is still there."""
+        try:
+            return self.database.stat().st_size > 0
+        except FileNotFoundError:
+            return False
+
     def source(self, id_: int) -> str:
         """Return the path of a snapshot's directory, for mounting it."""
         return str(self.path / "snapshots" / str(id_))
@@ -143,9 +150,11 @@ class StateDirectory:
 
         What the service would not have made itself is left out, and so never touched.
         """
-        for name in os.listdir(self._snapshots):
-            if match := _OURS.fullmatch(name):
-                yield name, match[1] or "", int(match[2])
+        with os.scandir(self._snapshots) as entries:
+            for entry in entries:
+                match = _OURS.fullmatch(entry.name)
+                if match and entry.is_dir(follow_symlinks=False):
+                    yield entry.name, match[1] or "", int(match[2])
 
 
 def _lost() -> DataLoss:

@@ -5,9 +5,8 @@ are never followed, and depth has no limit. A tree is opened by `open_tree`, whi
 anything that is mounted inside it.
 """
 
-from snapd_native.trees.clone import clone
+from snapd_native.trees.crew import Crew
 from snapd_native.trees.delete import delete
-from snapd_native.trees.measure import measure
 from snapd_native.trees.opened import open_tree, reflink_works
 
-__all__ = ["clone", "delete", "measure", "open_tree", "reflink_works"]
+__all__ = ["Crew", "delete", "open_tree", "reflink_works"]

@@ -3,44 +3,62 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from snapd_native.trees.copy import copy_attributes, copy_entry
+from snapd_native.trees.copy import Copier
 from snapd_native.trees.descent import Descent
-from snapd_native.trees.links import Links
-from snapd_native.trees.walk import Step, walk
+from snapd_native.trees.links import Links, link_table
+from snapd_native.trees.walk import Step, Walk
+
+Share = Callable[[int, int], bool]
+"""Offers a directory and its empty copy, as fds, to somebody else who would fill it.
+
+True means that somebody will.
+"""
 
 
-def clone(source: int, target: int, step: Callable[[int], None], *, reflink: bool) -> None:
-    """Make the empty directory ``target`` a copy of the tree at ``source``.
+@contextmanager
+def cloning(source: int, target: int) -> Iterator[int]:
+    """Prepare the empty directory ``target`` to be filled by `fill`, and finish it afterwards.
+
+    Yields the link table. After a failure ``target`` holds part of the tree.
+    """
+    _forget_inherited(target)
+    with link_table(source, target) as table:
+        yield table
+    root = os.fstat(source)
+    os.fchmod(target, stat.S_IMODE(root.st_mode))
+    Copier(lambda _: None, reflink=False).finish_directory(source, target, root)
+
+
+def fill(source: int, target: int, copier: Copier, links: Links, share: Share) -> None:
+    """Copy what is in the directory ``source`` to ``target``, but for directories that are shared.
 
     Kept are contents, holes, modes with special bits, owners, hard links, symbolic links, devices
     with whiteouts, FIFOs, sockets, times to the nanosecond, and extended attributes with ACLs and
-    file capabilities. Data is shared where ``reflink`` says that the file system can. ``step`` is
-    called for every entry, and inside large files, with the allocated bytes done since; it may
-    raise to stop. After a failure ``target`` holds part of the tree.
+    file capabilities. The fds must not show what is mounted in the tree; see `open_tree`.
     """
-    _forget_inherited(target)
     with Descent(target) as there:
-        with Links(source, target) as links:
-            for visit in walk(source):
-                name, status = visit.name, visit.status
-                if visit.step is Step.ENTER:
-                    # Closed to all, and without the source's default ACL, until all is inside.
-                    os.mkdir(name, 0o700, dir_fd=there.fd)
-                    there.down(name)
-                    step(0)
-                elif visit.step is Step.LEAVE:
-                    copy_attributes(visit.directory, there.fd, status)
+        visits = Walk(source)
+        for visit in visits:
+            name, status = visit.name, visit.status
+            if visit.step is Step.ENTER:
+                copier.make_directory(there.fd, name, status)
+                there.down(name)
+                if share(visit.directory, there.fd):
                     there.up()
-                elif status.st_nlink == 1:
-                    copy_entry(visit.directory, there.fd, name, status, step, reflink=reflink)
-                elif links.place(status, there.fd, name):
-                    step(0)
-                else:
-                    copy_entry(visit.directory, there.fd, name, status, step, reflink=reflink)
+                    visits.skip()
+            elif visit.step is Step.LEAVE:
+                copier.finish_directory(visit.directory, there.fd, status)
+                there.up()
+            elif status.st_nlink == 1 or not links.place(status, there.fd, name):
+                copier.copy(visit.directory, there.fd, name, status)
+                if status.st_nlink > 1:
                     links.remember(status, there.fd, name)
-        copy_attributes(source, target, os.fstat(source))
+            else:
+                copier.count_link()
 
 
 def _forget_inherited(target: int) -> None:

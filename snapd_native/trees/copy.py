@@ -6,60 +6,125 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from pathlib import Path
 
 from snapd_native import linux
 
-CHUNK = 64 << 20
-"""Bytes copied by one call at most, so that a copy can be stopped inside a large file."""
+CHUNK = 16 << 20
+"""Bytes copied by one call at most, so that a copy can be stopped soon inside a large file."""
+
+_SMALL = 1 << 20
+"""A file up to this size that has blocks enough for all of it is taken to have no holes."""
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_SPECIAL = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
 
 
-def copy_entry(
-    source: int,
-    target: int,
-    name: str,
-    status: os.stat_result,
-    step: Callable[[int], None],
-    *,
-    reflink: bool,
-) -> None:
-    """Copy ``name`` from the directory ``source`` to ``target``, with all its attributes."""
-    kind = stat.S_IFMT(status.st_mode)
-    if kind == stat.S_IFREG:
-        _copy_file(source, target, name, status, step, reflink=reflink)
-        return
-    if kind == stat.S_IFLNK:
-        os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
-    else:
-        device = status.st_rdev if kind in (stat.S_IFCHR, stat.S_IFBLK) else 0
-        os.mknod(name, kind | 0o600, device, dir_fd=target)
-    _copy_entry_attributes(source, target, name, status)
-    step(0)
+class Copier:
+    """Copies entries from one directory to another of the same file system.
 
-
-def copy_attributes(source: int, target: int, status: os.stat_result) -> None:
-    """Give the open file or directory ``target`` all attributes of ``source``.
-
-    The order matters to the kernel: chown drops setuid and file capabilities, an access ACL sets
-    mode bits, and everything but utimensat touches no times that we set.
+    What is made belongs to 0:0 at first, so the directories it is made in must not hand down
+    another group or an ACL. No system call is made that would change nothing.
     """
-    if (status.st_uid, status.st_gid) != (0, 0):
-        os.fchown(target, status.st_uid, status.st_gid)
-    os.fchmod(target, stat.S_IMODE(status.st_mode))
-    for attribute in os.listxattr(source):
-        os.setxattr(target, attribute, os.getxattr(source, attribute))
-    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def __init__(self, step: Callable[[int], None], *, reflink: bool) -> None:
+        """Share data where ``reflink`` says so; ``step`` is told of bytes done, and may raise."""
+        self._step = step
+        self._reflink = reflink
+        self._umask = _umask()
+
+    def copy(self, source: int, target: int, name: str, status: os.stat_result) -> None:
+        """Copy ``name`` from the directory ``source`` to ``target``, with all its attributes."""
+        kind = stat.S_IFMT(status.st_mode)
+        if kind == stat.S_IFREG:
+            self._copy_file(source, target, name, status)
+            return
+        if kind == stat.S_IFLNK:
+            os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
+        else:
+            device = status.st_rdev if kind in (stat.S_IFCHR, stat.S_IFBLK) else 0
+            os.mknod(name, kind | 0o600, device, dir_fd=target)
+        _copy_unopened(source, target, name, status)
+        self._step(0)
+
+    def make_directory(self, parent: int, name: str, status: os.stat_result) -> None:
+        """Make a directory for the copy of one; its attributes come when its entries are there."""
+        # Without the setgid bit, which would give its group to what is made inside.
+        os.mkdir(name, stat.S_IMODE(status.st_mode) & ~_SPECIAL, dir_fd=parent)
+        self._step(0)
+
+    def finish_directory(self, source: int, target: int, status: os.stat_result) -> None:
+        """Give the open directory ``target``, made by `make_directory`, all other attributes."""
+        self._copy_attributes(source, target, status)
+
+    def count_link(self) -> None:
+        """Count one more name of what is copied already."""
+        self._step(0)
+
+    def _copy_file(self, source: int, target: int, name: str, status: os.stat_result) -> None:
+        reader = os.open(name, _READ, dir_fd=source)
+        try:
+            mode = stat.S_IMODE(status.st_mode) & ~_SPECIAL
+            writer = os.open(name, _CREATE, mode, dir_fd=target)
+            try:
+                if status.st_size and not (self._reflink and linux.ficlone(reader, writer)):
+                    self._copy_data(reader, writer, status)
+                self._copy_attributes(reader, writer, status)
+            finally:
+                os.close(writer)
+        finally:
+            os.close(reader)
+        self._step(status.st_blocks * 512)
+
+    def _copy_attributes(self, source: int, target: int, status: os.stat_result) -> None:
+        # The order matters to the kernel: chown drops setuid and file capabilities, and an access
+        # ACL sets mode bits.
+        mode = stat.S_IMODE(status.st_mode)
+        if status.st_uid or status.st_gid:
+            os.fchown(target, status.st_uid, status.st_gid)
+        if mode & (_SPECIAL | self._umask):
+            os.fchmod(target, mode)
+        for attribute in os.listxattr(source):
+            os.setxattr(target, attribute, os.getxattr(source, attribute))
+        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def _copy_data(self, reader: int, writer: int, status: os.stat_result) -> None:
+        """Copy what is allocated and leave out what is not: a hole stays a hole."""
+        size = status.st_size
+        if size <= _SMALL and status.st_blocks * 512 >= size:
+            self._copy_range(reader, writer, 0, size)
+            return
+        end = 0
+        while end < size:
+            try:
+                start = os.lseek(reader, end, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                break
+            end = os.lseek(reader, start, os.SEEK_HOLE)
+            self._copy_range(reader, writer, start, end)
+        if end < size:
+            os.ftruncate(writer, size)
+
+    def _copy_range(self, reader: int, writer: int, start: int, end: int) -> None:
+        while start < end:
+            copied = os.copy_file_range(reader, writer, min(end - start, CHUNK), start, start)
+            if copied == 0:
+                raise OSError(errno.EIO, "a file became shorter while it was copied")
+            start += copied
+            if start < end:
+                self._step(0)
 
 
-def _copy_entry_attributes(source: int, target: int, name: str, status: os.stat_result) -> None:
-    if (status.st_uid, status.st_gid) != (0, 0):
+def _copy_unopened(source: int, target: int, name: str, status: os.stat_result) -> None:
+    """Give what cannot be opened for its attributes all of them."""
+    if status.st_uid or status.st_gid:
         os.chown(name, status.st_uid, status.st_gid, dir_fd=target, follow_symlinks=False)
     if not stat.S_ISLNK(status.st_mode):
         os.chmod(name, stat.S_IMODE(status.st_mode), dir_fd=target)
-    # A symbolic link or a device cannot be opened for its attributes, and the *xattrat calls
-    # need Linux 6.13: the directory's fd is reached as a path instead.
+    # The *xattrat calls need Linux 6.13: the directory's fd is reached as a path instead.
     there, here = f"/proc/self/fd/{source}/{name}", f"/proc/self/fd/{target}/{name}"
     for attribute in os.listxattr(there, follow_symlinks=False):
         value = os.getxattr(there, attribute, follow_symlinks=False)
@@ -72,55 +137,7 @@ def _copy_entry_attributes(source: int, target: int, name: str, status: os.stat_
     )
 
 
-def _copy_file(
-    source: int,
-    target: int,
-    name: str,
-    status: os.stat_result,
-    step: Callable[[int], None],
-    *,
-    reflink: bool,
-) -> None:
-    reader = os.open(name, _READ, dir_fd=source)
-    try:
-        writer = os.open(name, _CREATE, 0o600, dir_fd=target)
-        try:
-            if not (reflink and status.st_size and linux.ficlone(reader, writer)):
-                _copy_data(reader, writer, status, step)
-            copy_attributes(reader, writer, status)
-        finally:
-            os.close(writer)
-    finally:
-        os.close(reader)
-    step(status.st_blocks * 512)
-
-
-def _copy_data(
-    reader: int, writer: int, status: os.stat_result, step: Callable[[int], None]
-) -> None:
-    """Copy what is allocated and leave out what is not: a hole stays a hole."""
-    size = status.st_size
-    position = 0
-    while position < size:
-        try:
-            start = os.lseek(reader, position, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            break
-        end = os.lseek(reader, start, os.SEEK_HOLE)
-        _copy_range(reader, writer, start, end, step)
-        position = end
-    if position == 0 or os.fstat(writer).st_size < size:
-        os.ftruncate(writer, size)
-
-
-def _copy_range(
-    reader: int, writer: int, start: int, end: int, step: Callable[[int], None]
-) -> None:
-    while start < end:
-        step(0)
-        copied = os.copy_file_range(reader, writer, min(end - start, CHUNK), start, start)
-        if copied == 0:
-            raise OSError(errno.EIO, "a file became shorter while it was copied")
-        start += copied
+def _umask() -> int:
+    # umask(2) cannot be read without being changed, which other threads would notice.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("Umask:", 1)[1].split(maxsplit=1)[0], 8)

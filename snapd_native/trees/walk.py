@@ -36,39 +36,51 @@ class Visit(NamedTuple):
     status: os.stat_result
 
 
-def walk(root: int) -> Iterator[Visit]:
-    """Visit everything below ``root``, depth first, the root itself excluded.
+class Walk:
+    """A walk through everything below ``root``, depth first, the root itself excluded.
 
     What vanishes between being listed and being looked at is not visited. Memory and open files
-    are bounded, whatever the tree.
-
-    Raises:
-        OSError: a directory cannot be read, or was moved meanwhile (ESTALE).
+    are bounded, whatever the tree. Iterating raises `OSError` where a directory cannot be read, or
+    was moved meanwhile (ESTALE).
     """
-    with Descent(root) as here:
-        levels: list[tuple[str, os.stat_result, Iterator[str]]] = []
-        names = here.scan()
-        while True:
-            for name in names:
-                try:
-                    status = os.stat(name, dir_fd=here.fd, follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
-                if not stat.S_ISDIR(status.st_mode):
-                    yield Visit(Step.ENTRY, here.fd, name, status)
-                    continue
-                if not _enter(here, name):
-                    continue
-                yield Visit(Step.ENTER, here.fd, name, status)
-                levels.append((name, status, names))
-                names = here.scan()
-                break
-            else:
-                if not levels:
-                    return
-                name, status, names = levels.pop()
-                yield Visit(Step.LEAVE, here.fd, name, status)
-                here.up()
+
+    def __init__(self, root: int) -> None:
+        self._root = root
+        self._skipped = False
+
+    def skip(self) -> None:
+        """Stay out of the directory just entered; there will be no leaving it."""
+        self._skipped = True
+
+    def __iter__(self) -> Iterator[Visit]:
+        with Descent(self._root) as here:
+            levels: list[tuple[str, os.stat_result, Iterator[str]]] = []
+            names = here.scan()
+            while True:
+                for name in names:
+                    try:
+                        status = os.stat(name, dir_fd=here.fd, follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue
+                    if not stat.S_ISDIR(status.st_mode):
+                        yield Visit(Step.ENTRY, here.fd, name, status)
+                        continue
+                    if not _enter(here, name):
+                        continue
+                    yield Visit(Step.ENTER, here.fd, name, status)
+                    if self._skipped:
+                        self._skipped = False
+                        here.up()
+                        continue
+                    levels.append((name, status, names))
+                    names = here.scan()
+                    break
+                else:
+                    if not levels:
+                        return
+                    name, status, names = levels.pop()
+                    yield Visit(Step.LEAVE, here.fd, name, status)
+                    here.up()
 
 
 def _enter(here: Descent, name: str) -> bool:

@@ -1,0 +1,206 @@
+"""Many hands for one tree: worker processes that share the walk through it.
+
+Two threads in one interpreter would contend for its lock, and hold up whoever else needs it; the
+time that a tree takes is the kernel's, so processes are worth their while.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import selectors
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+
+from snapd_native.model import Usage
+from snapd_native.trees.clone import cloning
+from snapd_native.trees.measure import Tally
+from snapd_native.trees.relay import (
+    ANNOUNCED,
+    DONE,
+    ORDER,
+    REPORT,
+    Operation,
+    Page,
+    receive,
+    receive_finding,
+)
+
+POLL_SECONDS = 0.05
+"""How often a job looks whether it is to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    process: subprocess.Popen[bytes]
+    channel: socket.socket
+
+    def close(self) -> None:
+        self.channel.close()
+        self.process.wait()
+
+
+class Crew:
+    """Worker processes, kept for the next job; any number of jobs may go on at once."""
+
+    def __init__(self, hands: int | None = None) -> None:
+        """Use ``hands`` workers a job: as many as there are processors, if not said."""
+        self._hands = hands or len(os.sched_getaffinity(0))
+        self._idle: list[_Worker] = []
+        self._jobs = 0
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """End all workers; no job may be going on."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def clone(
+        self, source: int, target: int, step: Callable[[int], None], *, reflink: bool
+    ) -> None:
+        """Make the empty directory ``target`` a faithful copy of the tree ``source``; see `fill`.
+
+        Data is shared where ``reflink`` says that the file system can. ``step`` is called many
+        times a second with the allocated bytes copied since, and may raise to stop. After a
+        failure ``target`` holds part of the tree.
+
+        Raises:
+            OSError: the kernel's, from wherever in the tree; ECHILD if a worker was killed.
+        """
+        with cloning(source, target) as table:
+            self._run(Operation.CLONE, [source, target], step, [table], reflink=reflink)
+
+    def measure(self, root: int, step: Callable[[int], None]) -> Usage:
+        """Add up the allocated bytes and the inodes of the tree at ``root``, the root included.
+
+        A file with several names counts once, as in containerd's ``fs.DiskUsage``; data shared by
+        reflink counts fully. ``step`` is called many times a second, and may raise to stop.
+
+        Raises:
+            OSError: as `clone`; ESTALE if directories are moved meanwhile.
+        """
+        total = Tally()
+        total.add(os.fstat(root))
+        for tally in self._run(Operation.MEASURE, [root], step):
+            total.merge(Tally.unpack(tally))
+        return total.usage
+
+    def _run(
+        self,
+        operation: Operation,
+        task: Sequence[int],
+        step: Callable[[int], None],
+        also: Sequence[int] = (),
+        *,
+        reflink: bool = False,
+    ) -> list[bytes]:
+        """Have a job done that begins with ``task``; return what each worker found out."""
+        with ExitStack() as stack:
+            workers = stack.enter_context(self._workers())
+            page_fd = Page.create()
+            stack.callback(os.close, page_fd)
+            page = Page(page_fd)
+            stack.callback(page.close)
+            offers, tasks = stack.enter_context(_pair())
+            to_crew, reports = stack.enter_context(_pair())
+            socket.send_fds(offers, [b"t"], task)
+            fds = [page_fd, offers.fileno(), tasks.fileno(), to_crew.fileno(), *also]
+            for number, worker in enumerate(workers):
+                order = ORDER.pack(operation, number, reflink)
+                socket.send_fds(worker.channel, [order], fds)
+            try:
+                _watch(page, reports, workers, step)
+            except BaseException:
+                page.stop()
+                _end(tasks, workers)
+                raise
+            return _end(tasks, workers)
+
+    @contextmanager
+    def _workers(self) -> Iterator[list[_Worker]]:
+        """Lend workers to one job; one that has died is not kept."""
+        with self._lock:
+            self._jobs += 1
+            # Where many jobs go on, their number keeps the processors busy.
+            wanted = max(1, self._hands // self._jobs)
+            workers = [self._idle.pop() for _ in range(min(wanted, len(self._idle)))]
+        try:
+            while len(workers) < wanted:
+                workers.append(_hire())
+            yield workers
+        finally:
+            with self._lock:
+                self._jobs -= 1
+                alive = [worker for worker in workers if worker.process.poll() is None]
+                keep = max(0, self._hands - len(self._idle))
+                self._idle += alive[:keep]
+            for worker in workers:
+                if worker not in alive[:keep]:
+                    worker.close()
+
+
+def _hire() -> _Worker:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        # -P: the directory that the daemon was started in is no place to take code from.
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "snapd_native.trees.worker", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+    return _Worker(process, ours)
+
+
+@contextmanager
+def _pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with one, other:
+        yield one, other
+
+
+def _watch(
+    page: Page,
+    reports: socket.socket,
+    workers: Sequence[_Worker],
+    step: Callable[[int], None],
+) -> None:
+    """Return when all tasks are done.
+
+    Raises:
+        OSError: a task failed, or a worker ended.
+    """
+    outstanding, copied = 1, 0
+    with selectors.DefaultSelector() as selector:
+        selector.register(reports, selectors.EVENT_READ)
+        for worker in workers:
+            selector.register(worker.channel, selectors.EVENT_READ)
+        while outstanding:
+            for key, _ in selector.select(POLL_SECONDS):
+                if key.fileobj is not reports:
+                    raise ChildProcessError(errno.ECHILD, os.strerror(errno.ECHILD))
+                what, code = REPORT.unpack(receive(reports)[0])
+                if what == ANNOUNCED:
+                    outstanding += 1
+                elif what == DONE:
+                    outstanding -= 1
+                else:
+                    raise OSError(code, os.strerror(code))
+            _, now = page.progress()
+            step(now - copied)
+            copied = now
+
+
+def _end(tasks: socket.socket, workers: Sequence[_Worker]) -> list[bytes]:
+    """End a job, and return what each worker that is left found out."""
+    # Whoever waits for a task wakes up, and finds that there will be none.
+    tasks.shutdown(socket.SHUT_RDWR)
+    findings = []
+    for worker in workers:
+        with suppress(ChildProcessError):
+            findings.append(receive_finding(worker.channel))
+    return findings
