@@ -14,10 +14,11 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from dbus_next.constants import MessageType
+from dbus_next.errors import SignatureBodyMismatchError
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
-from snapd_native.errors import Unavailable
+from snapd_native.errors import InvalidArgument, ResourceExhausted, Unavailable
 from snapd_native.model import (
     Added,
     Change,
@@ -34,7 +35,7 @@ from snapd_native.wire.names import BUS_NAME, MANAGER, OBJECT_PATH, PROPERTIES
 from snapd_native.wire.values import Body, info_from_wire, mount_from_wire
 
 PAGE = 1000
-"""Snapshots that `Client.walk` asks for at once."""
+"""Snapshots that `Client.walk` asks for at once; fewer, if they are too large together."""
 
 _T = TypeVar("_T")
 
@@ -127,18 +128,25 @@ class Client:
         if after:
             options["after"] = Variant("s", after)
         if limit is not None:
-            options["limit"] = Variant("u", limit)
+            options["limit"] = _limit(limit)
         (infos,) = await self._call("List", "asa{sv}", [*filters], options)
         return [info_from_wire(info) for info in infos]
 
     async def walk(self, filters: Sequence[str] = ()) -> AsyncIterator[Info]:
         """Iterate over all snapshots that match, by name in byte order."""
-        after = ""
+        after, limit = "", PAGE
         while True:
-            page = await self.list(filters, after, PAGE)
+            try:
+                page = await self.list(filters, after, limit)
+            except ResourceExhausted:
+                # So many labels do not fit one message.
+                if limit == 1:
+                    raise
+                limit //= 2
+                continue
             for info in page:
                 yield info
-            if len(page) < PAGE:
+            if len(page) < limit:
                 return
             after = page[-1].name
 
@@ -164,10 +172,13 @@ class Client:
 
     @asynccontextmanager
     async def changes(self) -> AsyncIterator[AsyncIterator[Change]]:
-        """Yield the changes that happen from now on, in their order."""
+        """Yield the changes that happen from now on, in their order.
+
+        The iterator raises Unavailable when the connection to the bus is lost.
+        """
         connection = self._connected()
+        arrived: asyncio.Queue[Change | None] = asyncio.Queue()
         rule = f"type='signal',sender='{BUS_NAME}',interface='{MANAGER}',path='{OBJECT_PATH}'"
-        arrived: asyncio.Queue[Change] = asyncio.Queue()
 
         def on_message(message: Message) -> None:
             if message.message_type is MessageType.SIGNAL and message.interface == MANAGER:
@@ -177,8 +188,9 @@ class Client:
 
         connection.add_message_handler(on_message)
         try:
-            await connection.ask_driver("AddMatch", "s", [rule])
-            yield _drained(arrived)
+            with connection.watched(lambda: arrived.put_nowait(None)):
+                await connection.ask_driver("AddMatch", "s", [rule])
+                yield _drained(arrived)
         finally:
             connection.remove_message_handler(on_message)
             if connection.connected:
@@ -299,6 +311,13 @@ def _labels(labels: Mapping[str, str] | None) -> dict[str, Variant]:
     return {"labels": Variant("a{ss}", dict(labels))} if labels else {}
 
 
+def _limit(limit: int) -> Variant:
+    try:
+        return Variant("u", limit)
+    except SignatureBodyMismatchError:
+        raise InvalidArgument(f"the limit {limit} cannot be: give a positive number") from None
+
+
 def _change(member: str, body: Body) -> Change | None:
     match member:
         case "SnapshotAdded":
@@ -314,6 +333,7 @@ def _change(member: str, body: Body) -> Change | None:
             return None
 
 
-async def _drained(queue: asyncio.Queue[Change]) -> AsyncIterator[Change]:
-    while True:
-        yield await queue.get()
+async def _drained(queue: asyncio.Queue[Change | None]) -> AsyncIterator[Change]:
+    while (change := await queue.get()) is not None:
+        yield change
+    raise Unavailable("the system bus is gone: connect again")

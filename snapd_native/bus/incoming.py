@@ -7,6 +7,7 @@ where it is needed: after the caller is known, and in a worker thread.
 
 from __future__ import annotations
 
+import io
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ MAX_CALL = 4 << 20
 MAX_SIGNATURES = 1000
 """Signatures that are remembered."""
 
+_END = io.BytesIO()
 _HEADER = SignatureTree("a(yv)").types[0]
 _PATH, _INTERFACE, _MEMBER, _SENDER, _SIGNATURE = 1, 2, 3, 7, 8
 
@@ -94,7 +96,9 @@ class Reader(Unmarshaller):
         header_end = 16 + header_length + self._padding(header_length, 8)
         self.offset = 16
         self.read(header_end - 16 + body_length, prefetch=True)
-        # The message is here as a whole: whatever is wrong with it, the next one can be read.
+        # The message is here as a whole: whatever is wrong with it, the next one can be read. A
+        # length that lies must not read that one too.
+        self.stream = _END
         try:
             self.message = self._parsed(body_length, header_end)
         except Exception as error:

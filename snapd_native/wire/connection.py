@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from dbus_next.aio.message_bus import MessageBus
+from dbus_next.aio.message_bus import MessageBus, _MessageWriter
 from dbus_next.constants import BusType, MessageType
 from dbus_next.errors import DBusError, SignatureBodyMismatchError
 from dbus_next.message import Message
@@ -35,6 +39,7 @@ class Connection(MessageBus):
                 f"the system bus cannot be reached ({error}): start dbus,"
                 " or set DBUS_SYSTEM_BUS_ADDRESS"
             ) from None
+        self._writer = _Writer(self)
 
     async def open(self) -> None:
         """Say hello to the bus.
@@ -45,7 +50,26 @@ class Connection(MessageBus):
         try:
             await asyncio.wait_for(self.connect(), CONNECT_SECONDS)
         except (OSError, EOFError, TimeoutError) as error:
+            self._finalize()
             raise Unavailable(f"the system bus does not answer ({error}): restart dbus") from None
+
+    def disconnect(self) -> None:
+        """Close the connection; calls that still wait fail with Unavailable."""
+        self._user_disconnect = True
+        self._finalize()
+
+    @contextmanager
+    def watched(self, on_loss: Callable[[], None]) -> Iterator[None]:
+        """Inside the block, call ``on_loss`` when the connection is closed by whomever."""
+
+        def closed(_: asyncio.Future[None]) -> None:
+            on_loss()
+
+        self._disconnect_future.add_done_callback(closed)
+        try:
+            yield
+        finally:
+            self._disconnect_future.remove_done_callback(closed)
 
     async def request(
         self,
@@ -88,6 +112,17 @@ class Connection(MessageBus):
         """Call a method of the bus itself."""
         return await self.request(DRIVER, DRIVER_PATH, DRIVER, member, signature, body)
 
+    def _finalize(self, err: Exception | None = None) -> None:
+        if self._disconnected:
+            return
+        super()._finalize(err)
+        # asyncio would complain of an error that nobody asks for.
+        if not self._disconnect_future.cancelled():
+            self._disconnect_future.exception()
+        # dbus-next leaves the socket to the garbage collector.
+        self._stream.close()
+        self._sock.close()
+
     async def _auth_readline(self) -> str:
         # dbus-next's own loops for ever when the bus closes the socket before it has answered.
         line = b""
@@ -97,6 +132,45 @@ class Connection(MessageBus):
                 raise EOFError("it closed the connection")
             line += byte
         return line[:-2].decode()
+
+
+class _Writer(_MessageWriter):
+    """Sends what is queued, as fast as the bus takes it.
+
+    dbus-next's own ends the connection when the socket is full between two messages.
+    """
+
+    def write_callback(self) -> None:
+        try:
+            while buf := self.buf or self._take():
+                self._send(buf)
+            self.loop.remove_writer(self.fd)
+        except BlockingIOError:
+            return  # The loop calls again when there is room.
+        except Exception as error:
+            if self.fut is not None and not self.fut.done():
+                self.fut.set_exception(error)
+            self.bus._finalize(error)
+
+    def _take(self) -> memoryview | None:
+        if self.messages.empty():
+            return None
+        data, self.unix_fds, self.fut = self.messages.get_nowait()
+        self.buf, self.offset = memoryview(data), 0
+        return self.buf
+
+    def _send(self, buf: memoryview) -> None:
+        rest = buf[self.offset :]
+        if self.unix_fds and self.negotiate_unix_fd:
+            fds = array.array("i", self.unix_fds)
+            self.offset += self.sock.sendmsg([rest], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+            self.unix_fds = None
+        else:
+            self.offset += self.sock.send(rest)
+        if self.offset >= len(buf):
+            self.buf = None
+            if self.fut is not None and not self.fut.done():
+                self.fut.set_result(None)
 
 
 def _check_text(value: object) -> None:

@@ -1,0 +1,128 @@
+"""Engines for tests, and what tests do with them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from snapd_native import trees
+from snapd_native.model import Change, Mount
+from snapd_native.snapshotter import Snapshotter
+
+PROJECT = Path(__file__).parents[1]
+
+BEFORE = ["base", "lone", "look", "work"]
+"""The names of the snapshots that `fill` makes."""
+
+WAIT = 60
+"""Seconds after which a test that waits has failed."""
+
+
+def ignore(_: Change) -> None:
+    """Take no notice of changes."""
+
+
+@contextmanager
+def opened(state: Path, announce: Callable[[Change], None] = ignore) -> Iterator[Snapshotter]:
+    with closing(Snapshotter(state, announce)) as made:
+        yield made
+
+
+@pytest.fixture
+def state(scratch: Path) -> Path:
+    return scratch / "state"
+
+
+@pytest.fixture
+def engine(state: Path) -> Iterator[Snapshotter]:
+    with opened(state) as made:
+        yield made
+
+
+def fill(engine: Snapshotter) -> None:
+    """Make `base`, which is committed, `work` and `look` of it, and `lone` of nothing."""
+    write(engine.prepare("preparing"), file="base", other="more")
+    engine.commit("base", "preparing", {"of": "base"})
+    engine.prepare("work", "base", {"of": "work", "dotted.key/x": "old"})
+    engine.view("look", "base")
+    engine.prepare("lone")
+
+
+@pytest.fixture
+def full(engine: Snapshotter) -> Snapshotter:
+    fill(engine)
+    return engine
+
+
+@pytest.fixture
+def left(state: Path) -> Path:
+    """Leave a filled state directory that no engine has open."""
+    with opened(state) as engine:
+        fill(engine)
+    return state
+
+
+def write(mount: Mount, **files: str) -> None:
+    for name, content in files.items():
+        (Path(mount.source) / name).write_text(content)
+
+
+def read(mount: Mount) -> dict[str, str]:
+    return {path.name: path.read_text() for path in Path(mount.source).iterdir()}
+
+
+def names(engine: Snapshotter) -> list[str]:
+    return [info.name for info in engine.list()]
+
+
+def directories(engine: Snapshotter) -> set[str]:
+    return set(os.listdir(engine.state_directory / "snapshots"))
+
+
+def identity(engine: Snapshotter, key: str) -> str:
+    return str(engine._store.get(key).id)
+
+
+class Gate:
+    """Holds up a function on entry until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+    def wait_until_reached(self) -> None:
+        assert self.reached.wait(WAIT)
+
+    def open(self) -> None:
+        self.opened.set()
+
+
+@contextmanager
+def gated(name: str) -> Iterator[Gate]:
+    """Let the next calls of a function of `trees`, or a method of its crew, wait."""
+    owner = trees.Crew if hasattr(trees.Crew, name) else trees
+    gate, real = Gate(), getattr(owner, name)
+
+    def wait(*arguments: object, **options: object) -> object:
+        gate.reached.set()
+        assert gate.opened.wait(WAIT)
+        return real(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, wait)
+        try:
+            yield gate
+        finally:
+            gate.open()
+
+
+def fail(code: int) -> Callable[..., None]:
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code), "/a/path/of/the/service")
+
+    return failing

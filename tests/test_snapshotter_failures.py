@@ -1,0 +1,259 @@
+"""Failures, crashes and power cuts: each call happens, or leaves nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from snapd_native import trees
+from snapd_native.errors import (
+    DataLoss,
+    FailedPrecondition,
+    ResourceExhausted,
+    SnapdError,
+)
+from snapd_native.metastore import Metastore
+from snapd_native.snapshotter import Snapshotter
+from snapd_native.snapshotter.state import StateDirectory
+from tests import torture
+from tests.engines import (
+    BEFORE,
+    PROJECT,
+    WAIT,
+    directories,
+    fail,
+    identity,
+    names,
+    opened,
+    read,
+)
+from tests.filesystems import mounted
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (errno.ENOSPC, ResourceExhausted),
+        (errno.EDQUOT, ResourceExhausted),
+        (errno.EMFILE, ResourceExhausted),
+        (errno.EIO, DataLoss),
+        (errno.ESTALE, FailedPrecondition),
+    ],
+)
+@pytest.mark.parametrize(
+    ("owner", "function"),
+    [
+        (StateDirectory, "create"),
+        (trees.Crew, "clone"),
+        (StateDirectory, "bring_to_life"),
+        (StateDirectory, "sync"),
+        (trees.Crew, "measure"),
+    ],
+)
+def test_a_failing_system_call_undoes_everything(
+    full: Snapshotter, owner: object, function: str, code: int, error: type[SnapdError]
+) -> None:
+    before = directories(full), full.list()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, function, fail(code))
+        call = full.commit if function == "measure" else full.prepare
+        arguments = ("new", "work") if function == "measure" else ("new", "base")
+        with pytest.raises(error) as caught:
+            call(*arguments)
+        if function == "sync":
+            with pytest.raises(error):
+                full.commit("new", "work")
+    assert "/a/path" not in str(caught.value)
+    assert (directories(full), full.list()) == before
+    full.prepare("new", "base")
+    full.commit("done", "work")
+
+
+@pytest.mark.parametrize("function", ["publish", "publish_commit"])
+def test_a_failing_metastore_undoes_everything(full: Snapshotter, function: str) -> None:
+    before = directories(full), full.list()
+
+    def failing(*_: object) -> None:
+        raise ResourceExhausted("no room is left for the metadata")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Metastore, function, failing)
+        calls: list[Callable[[], object]] = [lambda: full.commit("new", "work")]
+        if function == "publish":
+            calls = [lambda: full.prepare("new", "base"), lambda: full.view("new", "base")]
+        for call in calls:
+            with pytest.raises(ResourceExhausted):
+                call()
+    assert (directories(full), full.list()) == before
+    full.prepare("new", "base")
+    full.commit("done", "work")
+
+
+@pytest.mark.parametrize("scarce", ["blocks", "inodes"])
+def test_a_full_disk_undoes_everything(loop_directory: Path, scarce: str) -> None:
+    with (
+        mounted("ext4", 16 << 20, loop_directory) as disk,
+        opened(disk.root / "state") as engine,
+    ):
+        tree = Path(engine.prepare("preparing").source)
+        if scarce == "blocks":
+            (tree / "large").write_bytes(os.urandom(5 << 20))
+        for number in range(800 if scarce == "inodes" else 0):
+            (tree / str(number)).touch()
+        engine.commit("base", "preparing")
+        engine.prepare("one", "base")
+        for _ in range(2):
+            with pytest.raises(ResourceExhausted, match="try again"):
+                engine.prepare("another", "base")
+            assert names(engine) == ["base", "one"]
+            assert len(directories(engine)) == 2
+        engine.remove("one")
+        engine.cleanup()
+        copy = engine.prepare("another", "base")
+        assert torture.differences(tree, Path(copy.source)) == ""
+
+
+CRASH = """
+import os, sys
+from pathlib import Path
+from snapd_native import trees
+from snapd_native.metastore import Metastore
+from snapd_native.snapshotter import Snapshotter
+from snapd_native.snapshotter.state import StateDirectory
+
+def stand(*_, **__):
+    print("there", flush=True)
+    sys.stdin.read()
+
+def halfway(crew, source, target, step, *, reflink):
+    real(crew, source, target, step, reflink=reflink)
+    stand()
+
+engine = Snapshotter(Path(sys.argv[1]), lambda _: None)
+real = trees.Crew.clone
+if sys.argv[2] == "clone":
+    trees.Crew.clone = halfway
+else:
+    owner = next(o for o in (StateDirectory, Metastore, Snapshotter) if hasattr(o, sys.argv[2]))
+    setattr(owner, sys.argv[2], stand)
+eval(sys.argv[3])
+engine._reaper.submit(lambda: None).result()
+print("not there")
+"""
+
+PREPARE, COMMIT = "engine.prepare('new', 'base')", "engine.commit('done', 'work')"
+EMPTY, VIEW, REMOVE = "engine.prepare('new')", "engine.view('new', 'base')", "engine.remove('work')"
+
+
+@pytest.mark.parametrize(
+    ("where", "call", "after"),
+    [
+        ("clone", PREPARE, BEFORE),
+        ("bring_to_life", PREPARE, BEFORE),
+        ("sync", PREPARE, BEFORE),
+        ("publish", PREPARE, BEFORE),
+        ("_mount", PREPARE, ["base", "lone", "look", "new", "work"]),
+        ("bring_to_life", EMPTY, BEFORE),
+        ("publish", EMPTY, BEFORE),
+        ("publish", VIEW, BEFORE),
+        ("sync", COMMIT, BEFORE),
+        ("publish_commit", COMMIT, BEFORE),
+        ("release", COMMIT, ["base", "done", "lone", "look"]),
+        ("remove", REMOVE, BEFORE),
+        ("retire", REMOVE, ["base", "lone", "look"]),
+        ("delete", REMOVE, ["base", "lone", "look"]),
+    ],
+)
+def test_a_crash_leaves_nothing(left: Path, where: str, call: str, after: list[str]) -> None:
+    command = [sys.executable, "-c", CRASH, str(left), where, call]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=PROJECT) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "there\n"
+        finally:
+            process.kill()
+        assert process.wait(WAIT) == -signal.SIGKILL
+    with opened(left) as engine:
+        assert names(engine) == after
+        owners = {name for name in after if name != "look"}
+        assert directories(engine) == {identity(engine, name) for name in owners}
+        for name in {"work", "new"} & set(after):
+            assert read(engine.mounts(name)) == {"file": "base", "other": "more"}
+        if "new" not in after:
+            assert read(engine.prepare("new", "base")) == {"file": "base", "other": "more"}
+        if "done" not in after:
+            engine.prepare("done")
+
+
+POWER_CUT = """
+import fcntl, os, struct, sys
+from pathlib import Path
+from snapd_native.snapshotter import Snapshotter
+
+root = Path(sys.argv[1])
+engine = Snapshotter(root / "state", lambda _: None)
+tree = Path(engine.prepare("preparing").source)
+for number in range(20):
+    (tree / str(number)).write_bytes(os.urandom(100_000))
+    (tree / f"directory {number}").mkdir()
+    (tree / f"directory {number}" / "file").write_text(str(number))
+content = b"".join((tree / str(number)).read_bytes() for number in range(20))
+engine.prepare("gone")
+engine.commit("base", "preparing", {"a": "b"})
+engine.prepare("work", "base")
+engine.prepare("empty")
+engine.view("look", "base")
+engine.update("look", {"a": "b"})
+engine.remove("gone")
+# FS_IOC_SHUTDOWN with FSOP_GOING_FLAGS_NOLOGFLUSH: what is not on disk by now is lost.
+fd = os.open(root, os.O_RDONLY)
+fcntl.ioctl(fd, 0x8004587D, struct.pack("=I", 2))
+sys.stdout.buffer.write(content)
+sys.stdout.buffer.flush()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("name", ["ext4", "xfs"])
+def test_what_returned_survives_a_power_cut(loop_directory: Path, name: str) -> None:
+    with mounted(name, 512 << 20, loop_directory) as disk:
+        command = [sys.executable, "-c", POWER_CUT, str(disk.root)]
+        done = subprocess.run(command, check=True, capture_output=True, cwd=PROJECT)
+        mount_again(disk.root)
+        with opened(disk.root / "state") as engine:
+            assert names(engine) == ["base", "empty", "look", "work"]
+            assert engine.stat("look").labels == engine.stat("base").labels == {"a": "b"}
+            assert read(engine.mounts("empty")) == {}
+            for key in ("look", "work"):
+                tree = Path(engine.mounts(key).source)
+                content = b"".join((tree / str(number)).read_bytes() for number in range(20))
+                assert content == done.stdout
+                for number in range(20):
+                    assert (tree / f"directory {number}" / "file").read_text() == str(number)
+            owners = {identity(engine, key) for key in ("base", "empty", "work")}
+            assert directories(engine) == owners
+
+
+def mount_again(root: Path) -> None:
+    """Unmount a loop device's file system and mount it anew, as after a reboot."""
+    device = subprocess.run(
+        ["findmnt", "--noheadings", "--output", "SOURCE", str(root)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    # An open device is not detached when its last mount goes.
+    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        subprocess.run(["umount", str(root)], check=True)
+        subprocess.run(["mount", device, str(root)], check=True)
+    finally:
+        os.close(fd)

@@ -1,0 +1,192 @@
+"""The state directory: who may use it, and what start and Cleanup find there."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from snapd_native.errors import (
+    DataLoss,
+    FailedPrecondition,
+    Unavailable,
+)
+from snapd_native.snapshotter import Snapshotter
+from tests.engines import (
+    BEFORE,
+    directories,
+    identity,
+    ignore,
+    names,
+    opened,
+    read,
+)
+
+
+def test_orphans_are_deleted_and_nothing_else(left: Path) -> None:
+    own = set(os.listdir(left / "snapshots"))
+    foreign = {"lost+found", "017", "0", "new-", "new-x", "rm-1x", "17 ", "old-17", "x", "-17"}
+
+    def litter() -> None:
+        for name in {"17", "new-18", "rm-19", "20", "rm-21"} | foreign:
+            (left / "snapshots" / name / "deep").mkdir(parents=True, exist_ok=True)
+            (left / "snapshots" / name / "deep" / "file").touch()
+
+    with opened(left) as engine:
+        litter()
+        engine.cleanup()
+        assert directories(engine) == own | foreign
+        litter()
+    with opened(left) as again:
+        assert directories(again) == own | foreign
+        assert names(again) == BEFORE
+        assert Path(again.prepare("new").source).name not in {"17", "18", "19", "20", "21"}
+
+
+def test_ids_are_never_given_again(state: Path) -> None:
+    seen: list[str] = []
+    for _ in range(3):
+        with opened(state) as engine:
+            for _ in range(3):
+                seen.append(Path(engine.prepare("key").source).name)
+                engine.remove("key")
+    assert len(set(seen)) == 9
+
+
+def test_an_orphan_that_stays_keeps_its_id(left: Path) -> None:
+    last = max(int(name) for name in os.listdir(left / "snapshots"))
+    orphan = left / "snapshots" / f"new-{last + 1}"
+    (orphan / "inside").mkdir(parents=True)
+    subprocess.run(["mount", "--bind", str(left), str(orphan / "inside")], check=True)
+    try:
+        with opened(left) as engine:
+            assert orphan.name in directories(engine)
+            assert Path(engine.prepare("new").source).name == str(last + 2)
+            assert engine.list(["name==base"])
+    finally:
+        subprocess.run(["umount", str(orphan / "inside")], check=True)
+    with opened(left) as engine:
+        assert orphan.name not in directories(engine)
+
+
+@pytest.mark.parametrize("size", [None, 0])
+def test_a_lost_database_costs_no_data(left: Path, size: int | None) -> None:
+    before = sorted(os.listdir(left / "snapshots"))
+    for path in left.glob("metadata.db*"):
+        path.rename(left.parent / path.name)
+    if size is not None:
+        (left / "metadata.db").touch()
+    with pytest.raises(DataLoss, match="restore it"):
+        Snapshotter(left, ignore)
+    assert sorted(os.listdir(left / "snapshots")) == before
+    for path in left.parent.glob("metadata.db*"):
+        path.rename(left / path.name)
+    with opened(left) as engine:
+        assert names(engine) == BEFORE
+
+
+def test_a_file_is_no_orphan_of_ours(left: Path) -> None:
+    file = left / "snapshots" / "99"
+    file.write_text("somebody's")
+    with opened(left) as engine:
+        engine.cleanup()
+        assert file.read_text() == "somebody's"
+    file.unlink()
+
+
+def test_a_state_directory_has_one_service(left: Path) -> None:
+    for _ in range(2):
+        with opened(left) as engine:
+            with pytest.raises(Unavailable, match="in use"):
+                Snapshotter(left, ignore)
+            assert names(engine) == BEFORE
+
+
+@pytest.mark.parametrize("before", [None, 0o755, 0o777])
+def test_the_state_directory_is_private(state: Path, before: int | None) -> None:
+    if before is not None:
+        (state / "snapshots").mkdir(parents=True)
+        for path in (state, state / "snapshots"):
+            path.chmod(before)
+    with opened(state):
+        for path in (state, state / "snapshots"):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o700
+        assert stat.S_IMODE((state / "metadata.db").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("which", [".", "snapshots"])
+@pytest.mark.parametrize("wrong", ["owner", "file", "link to a file"])
+def test_a_wrong_state_directory_is_refused(state: Path, which: str, wrong: str) -> None:
+    path = state / which
+    if wrong == "owner":
+        path.mkdir(parents=True)
+        os.chown(path, 1000, 1000)
+    else:
+        path.parent.mkdir(exist_ok=True)
+        (path.parent / "file").touch()
+        path.symlink_to("file") if wrong != "file" else (path.parent / "file").rename(path)
+    with pytest.raises(FailedPrecondition):
+        Snapshotter(state, ignore)
+    assert not (state / "metadata.db").exists()
+    if wrong == "owner":
+        os.chown(path, 0, 0)
+        with opened(state) as engine:
+            assert names(engine) == []
+
+
+def test_a_damaged_database_is_data_loss(left: Path) -> None:
+    own = set(os.listdir(left / "snapshots"))
+    content = (left / "metadata.db").read_bytes()
+    (left / "metadata.db").write_bytes(b"garbage!" * 4096)
+    with pytest.raises(DataLoss):
+        Snapshotter(left, ignore)
+    (left / "metadata.db").write_bytes(content)
+    with opened(left) as again:
+        assert names(again) == BEFORE
+        assert directories(again) == own
+
+
+@pytest.mark.parametrize("instead", ["nothing", "file", "link"])
+def test_a_lost_tree_is_data_loss(full: Snapshotter, instead: str) -> None:
+    for name in ("base", "lone"):
+        path = full.state_directory / "snapshots" / identity(full, name)
+        path.rename(full.state_directory / name)
+        if instead == "file":
+            path.touch()
+        elif instead == "link":
+            path.symlink_to(full.state_directory / name)
+    before = directories(full), full.list()
+    for call in (
+        lambda: full.mounts("look"),
+        lambda: full.mounts("lone"),
+        lambda: full.usage("lone"),
+        lambda: full.prepare("new", "base"),
+        lambda: full.view("new", "base"),
+        lambda: full.commit("new", "lone"),
+    ):
+        with pytest.raises(DataLoss) as caught:
+            call()
+        assert str(full.state_directory) not in str(caught.value)
+    assert (directories(full), full.list()) == before
+    assert full.usage("base").inodes == 3
+
+
+def test_what_is_mounted_in_a_tree_is_not_deleted(full: Snapshotter) -> None:
+    inside = Path(full.mounts("lone").source) / "mounted"
+    inside.mkdir()
+    subprocess.run(["mount", "--bind", full.mounts("work").source, str(inside)], check=True)
+    try:
+        full.remove("lone")
+        with pytest.raises(FailedPrecondition, match="mounted"):
+            full.cleanup()
+    finally:
+        points = Path("/proc/self/mountinfo").read_text().splitlines()
+        under = [line.split()[4] for line in points if str(full.state_directory) in line.split()[4]]
+        for point in under:
+            subprocess.run(["umount", point], check=True)
+    full.cleanup()
+    assert read(full.mounts("work")) == {"file": "base", "other": "more"}
+    assert directories(full) == {identity(full, "base"), identity(full, "work")}
