@@ -152,24 +152,36 @@ def test_workers_end_with_the_crew(scratch: Path) -> None:
     assert set(workers()) <= before
 
 
-def test_workers_end_when_their_crew_is_killed(scratch: Path) -> None:
-    script = (
-        "import os, sys; from pathlib import Path; from snapd_native import trees;"
-        "from tests.test_crew import clone, workers;"
-        "crew = trees.Crew(2); Path(sys.argv[1], 'tree').mkdir();"
-        "clone(crew, Path(sys.argv[1], 'tree'), Path(sys.argv[1], 'copy'));"
-        "print(*workers(), flush=True); os.kill(os.getpid(), 9)"
-    )
+KILLED = """
+import os, sys
+from pathlib import Path
+from snapd_native import trees
+from tests.test_crew import clone, workers
+
+def end(_):
+    print(*workers(), flush=True)
+    os.kill(os.getpid(), 9)
+
+place = Path(sys.argv[1])
+crew = trees.Crew(3)
+clone(crew, place / "tree", place / "copy", end if sys.argv[2] == "in a job" else lambda _: None)
+end(0)
+"""
+
+
+@pytest.mark.parametrize("when", ["in a job", "after it"])
+def test_workers_end_when_their_crew_is_killed(scratch: Path, when: str) -> None:
+    forest(scratch / "tree", directories=3000, files=5)
     process = subprocess.run(
-        [sys.executable, "-c", script, scratch],
-        capture_output=True,
+        [sys.executable, "-c", KILLED, scratch, when],
+        stdout=subprocess.PIPE,
         text=True,
         check=False,
         cwd=Path(__file__).parent.parent,
     )
     assert process.returncode == -signal.SIGKILL
     pids = [int(pid) for pid in process.stdout.split()]
-    assert len(pids) == 2
+    assert len(pids) == 3
     for pid in pids:
         with suppress(ProcessLookupError):
             ended = os.pidfd_open(pid)

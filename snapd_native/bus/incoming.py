@@ -46,7 +46,9 @@ class Call:
     interface: str
     member: str
     signature: str
+    size: int
     payload: bytes
+    """The body; nothing if its ``size`` is over `MAX_CALL`."""
     endian: int
 
     @property
@@ -65,10 +67,9 @@ class Call:
         Raises:
             InvalidArgument: it is over `MAX_CALL` bytes.
         """
-        if len(self.payload) > MAX_CALL:
+        if self.size > MAX_CALL:
             raise InvalidArgument(
-                f"the call of {self.member} has {len(self.payload)} bytes:"
-                f" at most {MAX_CALL} are allowed"
+                f"the call of {self.member} has {self.size} bytes: at most {MAX_CALL} are allowed"
             )
         # dbus-next keeps every signature it ever met, also those that callers put into variants.
         if len(SignatureTree._cache) > MAX_SIGNATURES:
@@ -123,7 +124,8 @@ class Reader(Unmarshaller):
                 interface=fields.get(_INTERFACE, ""),
                 member=fields[_MEMBER],
                 signature=fields.get(_SIGNATURE, ""),
-                payload=bytes(self.buf[body : body + body_length]),
+                size=body_length,
+                payload=bytes(self.buf[body:]) if body_length <= MAX_CALL else b"",
                 endian=endian,
             )
         if type_ == MessageType.SIGNAL.value and sender != DRIVER:

@@ -13,6 +13,7 @@ import array
 import errno
 import mmap
 import os
+import select
 import socket
 import struct
 from collections.abc import Callable
@@ -107,11 +108,14 @@ class Share:
         self,
         worker: int,
         page: Page,
+        crew: socket.socket,
         offers: socket.socket,
         tasks: socket.socket,
         reports: socket.socket,
     ) -> None:
+        self._parent = os.getppid()
         self._worker = worker
+        self._crew = crew
         self._page = page
         self._offers = offers
         self._tasks = tasks
@@ -123,9 +127,9 @@ class Share:
         """Count one step of work.
 
         Raises:
-            Stopped: the job is to stop.
+            Stopped: the job is to stop, or nobody is left to say so.
         """
-        if self._page.stopped:
+        if self._page.stopped or os.getppid() != self._parent:
             raise Stopped
         self._entries += 1
         self._copied += copied
@@ -165,13 +169,19 @@ class Share:
         self._reports.send(REPORT.pack(what, code))
 
     def _take(self) -> list[int] | None:
-        try:
-            offer, fds = receive(self._tasks, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            self._page.set_idle(self._worker, True)
-            offer, fds = receive(self._tasks)
-            self._page.set_idle(self._worker, False)
-        return fds if offer else None
+        while True:
+            try:
+                offer, fds = receive(self._tasks, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                # The other workers hold the job's sockets too: only the crew's own tells when it
+                # has ended without a word.
+                self._page.set_idle(self._worker, True)
+                ready, _, _ = select.select([self._tasks, self._crew], [], [])
+                self._page.set_idle(self._worker, False)
+                if self._crew in ready:
+                    return None
+            else:
+                return fds if offer else None
 
 
 def receive(channel: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:

@@ -1,7 +1,7 @@
 """A worker process: does its share of one job after the other.
 
 Run as ``python -m snapd_native.trees.worker FD``, where FD is its socket to the crew. It ends when
-that is closed.
+that is closed, also in the middle of a job.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 
 from snapd_native.trees.clone import fill
 from snapd_native.trees.copy import Copier
@@ -24,15 +25,16 @@ def main() -> None:
     # with their final modes, which is one call less for each.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.umask(0)
-    with socket.socket(fileno=int(sys.argv[1])) as crew:
+    # A crew that was killed breaks the pipe.
+    with suppress(ConnectionError), socket.socket(fileno=int(sys.argv[1])) as crew:
         while True:
             order, fds = receive(crew)
             if not order:
                 return
-            send_finding(crew, _serve(order, fds))
+            send_finding(crew, _serve(crew, order, fds))
 
 
-def _serve(order: bytes, fds: list[int]) -> bytes:
+def _serve(crew: socket.socket, order: bytes, fds: list[int]) -> bytes:
     """Do a job, and return what was found out."""
     number, worker, reflink = ORDER.unpack(order)
     page_fd, offers_fd, tasks_fd, reports_fd, *table = fds
@@ -43,7 +45,7 @@ def _serve(order: bytes, fds: list[int]) -> bytes:
         socket.socket(fileno=tasks_fd) as tasks,
         socket.socket(fileno=reports_fd) as reports,
     ):
-        share = Share(worker, page, offers, tasks, reports)
+        share = Share(worker, page, crew, offers, tasks, reports)
         try:
             match Operation(number):
                 case Operation.CLONE:
