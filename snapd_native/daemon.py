@@ -8,10 +8,12 @@ import os
 import resource
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dbus_next.constants import NameFlag, RequestNameReply
 from sdnotify import SystemdNotifier
@@ -61,6 +63,8 @@ class _Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         snapshotter = await self._recovered(loop)
+        if snapshotter is None:
+            return
         lanes = Lanes()
         try:
             dispatcher = Dispatcher(Manager(snapshotter), lanes)
@@ -92,18 +96,33 @@ class _Daemon:
             lanes.close()
             snapshotter.close()
 
-    async def _recovered(self, loop: asyncio.AbstractEventLoop) -> Snapshotter:
-        """Open the engine, telling systemd to be patient while orphans are deleted."""
+    async def _recovered(self, loop: asyncio.AbstractEventLoop) -> Snapshotter | None:
+        """Open the engine, telling systemd to be patient while orphans are deleted.
+
+        None if the daemon is to stop before that is done.
+        """
 
         def announce(change: Change) -> None:
             loop.call_soon_threadsafe(self._emit, change)
 
         self._notify("STATUS=Deleting what the last run left")
-        opening = loop.run_in_executor(None, partial(Snapshotter, self._state, announce))
-        while not opening.done():
+        halt = threading.Event()
+        opening = loop.run_in_executor(None, partial(Snapshotter, self._state, announce, halt))
+        asked = asyncio.ensure_future(self._stop.wait())
+        while not opening.done() and not asked.done():
             self._notify(f"EXTEND_TIMEOUT_USEC={_EXTENSION * 1_000_000}")
-            await asyncio.wait({opening}, timeout=_EXTENSION / 3)
-        return await opening
+            either: set[asyncio.Future[Any]] = {opening, asked}
+            first = asyncio.FIRST_COMPLETED
+            await asyncio.wait(either, timeout=_EXTENSION / 3, return_when=first)
+        if asked.done():
+            halt.set()
+        asked.cancel()
+        try:
+            return await opening
+        except Unavailable:
+            if halt.is_set():
+                return None
+            raise
 
     def _notify(self, state: str) -> None:
         # SystemdNotifier encodes as Latin-1, systemd reads UTF-8.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from snapd_native.errors import InvalidArgument
-from snapd_native.model import Info, quote
+from snapd_native.model import Info, quote, shown
 from snapd_native.patterns import Budget, Pattern
 
 MAX_FILTER = 16384
@@ -142,7 +142,7 @@ class _Parser:
             return Selector(tuple(path), operator, value, Pattern(value, self._budget))
         except ValueError as error:
             self._at = start
-            raise self._error(f"the regular expression is wrong: {error}") from None
+            raise self._error(f"the regular expression is wrong: {shown(str(error))}") from None
 
     def _part(self) -> str:
         self._skip_space()

@@ -90,14 +90,20 @@ Change = Added | Committed | Updated | Removed
 """Something that happened, and is durable."""
 
 
-def quote(text: str, most: int = 80) -> str:
-    """Show a caller's text inside a one-line message: control characters escaped, cut at the end.
+def shown(text: str) -> str:
+    """Make text safe for a terminal, a log or a message: what is not printable is escaped.
 
-    A backslash and a quotation mark stay as they are: the text is for reading, not for parsing.
+    A backslash stays as it is: the text is for reading, not for parsing.
     """
-    cut = text if len(text) <= most else text[:most] + "…"
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
-    return f'"{"".join(shown)}"'
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
+
+
+def quote(text: str, most: int = 80) -> str:
+    """Show a caller's text inside a one-line message: escaped, and cut at the end."""
+    return f'"{shown(text if len(text) <= most else text[:most] + "…")}"'
 
 
 def check_name(name: str, what: str = "key") -> str:

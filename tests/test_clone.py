@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -238,3 +239,33 @@ def test_steps_tell_the_bytes_and_come_inside_large_files(scratch: Path) -> None
     usage = measure(scratch / "source")
     assert sum(steps) == usage.size - (scratch / "source").stat().st_blocks * 512
     assert len(steps) >= 4
+
+
+def test_holes_of_files_with_blocks_of_another_kind(scratch: Path) -> None:
+    """Blocks of attributes, or beyond the end, are no reason to take a hole for data."""
+    tree = scratch / "tree"
+    tree.mkdir()
+    for name in ("attribute", "beyond"):
+        with (tree / name).open("wb") as file:
+            file.truncate(64 << 10)
+    os.setxattr(tree / "attribute", "user.large", b"x" * 3000)
+    run("fallocate", "--keep-size", "--offset", "1MiB", "--length", "128KiB", tree / "beyond")
+    os.sync()
+    clone(tree, scratch / "copy")
+    os.sync()
+    for name in ("attribute", "beyond"):
+        with (scratch / "copy" / name).open("rb") as copy, pytest.raises(OSError) as caught:
+            os.lseek(copy.fileno(), 0, os.SEEK_DATA)
+        assert caught.value.errno == errno.ENXIO
+
+
+def test_no_device_can_be_opened(scratch: Path) -> None:
+    (scratch / "tree").mkdir()
+    os.mknod(scratch / "tree" / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    for writable in (False, True):
+        with (
+            directory(scratch) as parent,
+            trees.open_tree(parent, "tree", writable=writable) as root,
+            pytest.raises(PermissionError),
+        ):
+            os.open("null", os.O_RDONLY, dir_fd=root)

@@ -248,3 +248,11 @@ def test_a_body_that_is_too_large(unchanged: BlockingClient, member: str) -> Non
         _, mended = replaced(member, index, value)
         with refused(InvalidArgument, member, "4194304"):
             request(member, signature, *mended)
+
+
+@pytest.mark.parametrize("pattern", ['"(?\\x00"', '"(?\\xff"', '"\\x00**"', '"\\ud800("'])
+def test_what_no_message_may_carry_is_escaped(unchanged: BlockingClient, pattern: str) -> None:
+    """The bus would hang up on the service, for an error that quotes it as it is."""
+    with pytest.raises(InvalidArgument):
+        unchanged.list([f"name~={pattern}"])
+    assert unchanged.stat("base").name == "base"

@@ -18,6 +18,7 @@ import pytest
 
 from snapd_native import trees
 from snapd_native.model import Usage
+from snapd_native.trees import crew as module
 from tests import torture
 from tests.filesystems import FileSystem, mounted
 
@@ -95,6 +96,7 @@ def test_hard_links_across_workers(crew: trees.Crew, scratch: Path) -> None:
 def test_measure_is_what_du_says(crew: trees.Crew, scratch: Path) -> None:
     forest(scratch / "tree", directories=300, files=5)
     torture.build(scratch / "tree" / "torture")
+    os.sync()  # what is not allocated yet may still change
     used = measure(crew, scratch / "tree")
     for unit, value in (("--block-size=1", used.size), ("--inodes", used.inodes)):
         said = subprocess.run(
@@ -141,6 +143,43 @@ def test_a_worker_that_is_killed_stops_all(scratch: Path) -> None:
         clone(crew, scratch / "tree", scratch / "copy")
     assert torture.differences(scratch / "tree", scratch / "copy") == ""
     assert set(workers()) <= before
+
+
+def test_an_idle_worker_that_was_killed_is_replaced(scratch: Path) -> None:
+    (scratch / "tree").mkdir()
+    before = set(workers())
+    with closing(trees.Crew(2)) as crew:
+        clone(crew, scratch / "tree", scratch / "first")
+        victim = min(set(workers()) - before)
+        ended = os.pidfd_open(victim)
+        os.kill(victim, signal.SIGKILL)
+        assert select.select([ended], [], [], 60)[0]
+        os.close(ended)
+        for number in range(4):
+            clone(crew, scratch / "tree", scratch / f"copy{number}")
+        assert len(set(workers()) - before) == 2
+
+
+def test_a_finding_that_never_comes_is_an_error(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that ends after its last task, before it tells, must not make a tree smaller."""
+    forest(scratch / "tree", directories=50, files=2)
+    before = set(workers())
+    with closing(trees.Crew(2)) as crew:
+        right = measure(crew, scratch / "tree")
+        real = module._watch
+
+        def watch(*arguments: object) -> None:
+            real(*arguments)  # type: ignore[arg-type]
+            for pid in set(workers()) - before:
+                os.kill(pid, signal.SIGKILL)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_watch", watch)
+            with pytest.raises(ChildProcessError):
+                measure(crew, scratch / "tree")
+        assert measure(crew, scratch / "tree") == right
 
 
 def test_workers_end_with_the_crew(scratch: Path) -> None:
@@ -218,4 +257,5 @@ def test_failures_leave_no_fds_and_no_workers(scratch: Path, tmp_path: Path) -> 
                 with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
                     clone(crew, small.root / "tree", small.root / "copy")
                 shutil.rmtree(small.root / "copy")
+        clone(crew, scratch / "tree", scratch / "another")
         assert (len(os.listdir("/proc/self/fd")), len(workers())) == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -190,3 +191,25 @@ def test_what_is_mounted_in_a_tree_is_not_deleted(full: Snapshotter) -> None:
     full.cleanup()
     assert read(full.mounts("work")) == {"file": "base", "other": "more"}
     assert directories(full) == {identity(full, "base"), identity(full, "work")}
+
+
+def test_a_directory_that_is_others_too_is_left_alone(state: Path) -> None:
+    state.mkdir(mode=0o755)
+    state.chmod(0o755)
+    (state / "something").touch()
+    with pytest.raises(FailedPrecondition, match="choose"):
+        Snapshotter(state, ignore)
+    assert stat.S_IMODE(state.stat().st_mode) == 0o755
+    assert os.listdir(state) == ["something"]
+
+
+def test_start_can_be_stopped(left: Path) -> None:
+    orphan = left / "snapshots" / "new-99"
+    (orphan / "inside").mkdir(parents=True)
+    stopping = threading.Event()
+    stopping.set()
+    with pytest.raises(Unavailable):
+        Snapshotter(left, ignore, stopping)
+    assert (orphan / "inside").exists()
+    with opened(left):
+        assert not orphan.exists()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Coroutine
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 from snapd_native.errors import AccessDenied, SnapdError
 from snapd_native.wire.values import Body
@@ -20,7 +22,7 @@ class Action(StrEnum):
 class Driver(Protocol):
     """The part of a connection that asks the bus itself."""
 
-    async def ask_driver(self, member: str, signature: str, body: Body) -> Body:
+    def ask_driver(self, member: str, signature: str, body: Body) -> Coroutine[Any, Any, Body]:
         """Call a method of the bus."""
 
 
@@ -29,7 +31,7 @@ class Authority:
 
     def __init__(self, bus: Driver) -> None:
         self._bus = bus
-        self._uids: dict[str, int] = {}
+        self._uids: dict[str, asyncio.Future[Body]] = {}
 
     async def check(self, sender: str, action: Action, member: str) -> None:
         """Return if the connection ``sender`` may do ``action`` by calling ``member``.
@@ -46,12 +48,15 @@ class Authority:
         self._uids.pop(sender, None)
 
     async def _uid(self, sender: str) -> int:
-        known = self._uids.get(sender)
-        if known is not None:
-            return known
+        # What is kept is the question: one that is asked at once again waits for the same answer,
+        # and a connection that leaves meanwhile is forgotten all the same.
+        asked = self._uids.get(sender)
+        if asked is None:
+            question = self._bus.ask_driver("GetConnectionUnixUser", "s", [sender])
+            asked = self._uids[sender] = asyncio.ensure_future(question)
         try:
-            (uid,) = await self._bus.ask_driver("GetConnectionUnixUser", "s", [sender])
+            (uid,) = await asyncio.shield(asked)
         except SnapdError:
+            self.forget(sender)
             raise AccessDenied("the caller cannot be identified: call again") from None
-        self._uids[sender] = uid
         return int(uid)

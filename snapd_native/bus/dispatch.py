@@ -22,7 +22,7 @@ from snapd_native.bus.introspection import contract, document, shapes
 from snapd_native.bus.lanes import Lanes
 from snapd_native.bus.manager import Manager, Method, signal
 from snapd_native.errors import Internal, InvalidArgument, SnapdError, Unavailable
-from snapd_native.model import Change
+from snapd_native.model import Change, shown
 from snapd_native.wire.names import (
     DRIVER,
     INTROSPECTABLE,
@@ -239,7 +239,8 @@ def _error(call: Call, error: Exception) -> Message:
         reply_serial=call.serial,
         error_name=name,
         signature="s",
-        body=[text],
+        # Text that no message may carry would have the bus hang up on the service.
+        body=[shown(text)],
     )
 
 

@@ -71,9 +71,6 @@ class Call:
             raise InvalidArgument(
                 f"the call of {self.member} has {self.size} bytes: at most {MAX_CALL} are allowed"
             )
-        # dbus-next keeps every signature it ever met, also those that callers put into variants.
-        if len(SignatureTree._cache) > MAX_SIGNATURES:
-            SignatureTree._cache.clear()
         parser = Unmarshaller(None)
         parser.buf = bytearray(self.payload)
         parser.endian = self.endian
@@ -110,6 +107,9 @@ class Reader(Unmarshaller):
         endian, type_, flags, version = self.buf[:4]
         if version != PROTOCOL_VERSION:
             return Ignored()
+        # dbus-next keeps every signature it ever met, also those that callers put into variants.
+        if len(SignatureTree._cache) > MAX_SIGNATURES:
+            SignatureTree._cache.clear()
         self.offset = 8
         serial = self.read_uint32()
         header = self.read_argument(_HEADER)
@@ -128,9 +128,8 @@ class Reader(Unmarshaller):
                 payload=bytes(self.buf[body:]) if body_length <= MAX_CALL else b"",
                 endian=endian,
             )
-        if type_ == MessageType.SIGNAL.value and sender != DRIVER:
-            return Ignored()
-        if type_ not in {kind.value for kind in MessageType}:
+        # Only the bus itself is asked anything, or listened to.
+        if sender != DRIVER or type_ not in {kind.value for kind in MessageType}:
             return Ignored()
         self.message = None
         super()._unmarshall()

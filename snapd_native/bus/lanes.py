@@ -18,6 +18,8 @@ class Lane(Enum):
 
     READ = (4, 1024)
     """Answered from the metastore."""
+    LIST = (2, 256)
+    """Answered from the metastore too, but perhaps from all of it."""
     CHANGE = (4, 512)
     """One short transaction."""
     TREE = (64, 64)

@@ -43,7 +43,7 @@ class Manager:
             "Stat": Method(Action.READ, Lane.READ, self._stat),
             "Update": Method(Action.MANAGE, Lane.CHANGE, self._update),
             "Usage": Method(Action.READ, Lane.TREE, self._usage),
-            "List": Method(Action.READ, Lane.READ, self._list),
+            "List": Method(Action.READ, Lane.LIST, self._list),
             "Remove": Method(Action.MANAGE, Lane.CHANGE, self._remove),
             "Cleanup": Method(Action.MANAGE, Lane.TREE, self._cleanup),
         }

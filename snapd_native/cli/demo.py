@@ -14,6 +14,7 @@ from typing import TypeVar
 from snapd_native import trees
 from snapd_native.cli import render
 from snapd_native.client import BlockingClient
+from snapd_native.errors import FailedPrecondition
 from snapd_native.model import Usage
 from snapd_native.private import private_bus, private_daemon
 
@@ -21,7 +22,19 @@ _T = TypeVar("_T")
 
 
 def run(source: Path, directory: Path) -> None:
-    """Take the tree at ``source`` through every call, keeping snapshots below ``directory``."""
+    """Take the tree at ``source`` through every call, keeping snapshots below ``directory``.
+
+    Raises:
+        FailedPrecondition: the tree cannot be read.
+    """
+    source = source.resolve()
+    try:
+        _run(source, directory)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise FailedPrecondition(f"the demonstration stopped: {error}") from None
+
+
+def _run(source: Path, directory: Path) -> None:
     with ExitStack() as stack:
         scratch = stack.enter_context(
             tempfile.TemporaryDirectory(prefix="snapd-native-demo-", dir=directory)
@@ -86,7 +99,7 @@ def _described(usage: Usage) -> str:
 def _measure(path: Path) -> Usage:
     parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with closing(trees.Crew()) as crew, trees.open_tree(parent, path.name) as tree:
+        with closing(trees.Crew()) as crew, trees.open_tree(parent, path.name or ".") as tree:
             return crew.measure(tree, lambda _: None)
     finally:
         os.close(parent)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from snapd_native.model import Info, Kind, Mount, Usage
+from snapd_native.model import Info, Kind, Mount, Usage, shown
 
 _STYLES = {Kind.COMMITTED: "green", Kind.ACTIVE: "yellow", Kind.VIEW: "cyan"}
 
@@ -112,14 +112,6 @@ def age(microseconds: int) -> str:
         if seconds >= 2 * length:
             return f"{seconds // length}{unit}"
     return f"{seconds}s"
-
-
-def shown(text: str) -> str:
-    """Make text safe for a terminal: what is not printable is escaped."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-        for char in text
-    )
 
 
 def _plain(info: Info) -> dict[str, Any]:

@@ -132,7 +132,7 @@ class Metastore:
                     info = _record(row).info
                     if chosen.matches(info):
                         found.append(info)
-                        size += len(info.name) + len(info.parent) + len(row[7])
+                        size += sum(len(text.encode()) for text in (info.name, info.parent, row[7]))
                         if size > MAX_PAGE:
                             raise ResourceExhausted(
                                 f"the page is over {MAX_PAGE >> 20} MiB: ask for a smaller limit"

@@ -50,17 +50,23 @@ class Snapshotter:
     copied, measured or deleted inside a transaction.
     """
 
-    def __init__(self, state: Path, announce: Callable[[Change], None]) -> None:
+    def __init__(
+        self,
+        state: Path,
+        announce: Callable[[Change], None],
+        stopping: threading.Event | None = None,
+    ) -> None:
         """Open the state directory, and delete what a crash or an earlier removal left.
 
         ``announce`` is told of each change after it is durable, in the order of the changes.
+        Setting ``stopping`` is the same as `stop`, and stops this too.
 
         Raises:
-            Unavailable: another process uses the directory.
+            Unavailable: another process uses the directory, or ``stopping`` is set.
             FailedPrecondition: the directory belongs to somebody else.
             DataLoss: the database is damaged, gone, or was made by a newer version.
         """
-        self._stopping = threading.Event()
+        self._stopping = stopping or threading.Event()
         with ExitStack() as undo:
             self._state = StateDirectory(state)
             undo.callback(self._state.close)
@@ -77,12 +83,13 @@ class Snapshotter:
             self._store = Metastore(self._state.database, announce, first_id=highest + 1)
             undo.callback(self._store.close)
             self._check_directories()
+            self._reaper = Reaper()
+            undo.callback(self._reaper.close)
             try:
                 self._sweep()
             except OSError as error:
-                log.warning("something orphaned could not be deleted: %s", error)
-            self._reaper = Reaper()
-            undo.callback(self._reaper.close)
+                log.warning("something orphaned could not be deleted yet: %s", error)
+                self._reaper.submit(self._sweep)
             self._resources = undo.pop_all()
 
     def check_health(self) -> None:
@@ -161,7 +168,7 @@ class Snapshotter:
         with ExitStack() as undo:
             held = self._store.reserve_commit(name, key, parent)
             undo.callback(self._store.release, held)
-            with explained("commit", key):
+            with explained(f"commit {quote(key)}"):
                 usage = self._measure(held.id)
                 self._state.sync()
             self._store.publish_commit(held, usage, stored)
@@ -181,7 +188,7 @@ class Snapshotter:
                 f"{quote(key)} is committed and has no mount: make a view of it"
             )
         try:
-            with explained("mount", key):
+            with explained(f"mount {quote(key)}"):
                 self._state.check(_tree_id(record.info.kind, record.id, record.parent_id))
         finally:
             self._check_alive(record)
@@ -229,7 +236,7 @@ class Snapshotter:
         if record.info.kind is Kind.VIEW:
             return Usage(0, 0)
         try:
-            with explained("measure", key):
+            with explained(f"measure {quote(key)}"):
                 return self._measure(record.id)
         finally:
             self._check_alive(record)
@@ -278,7 +285,7 @@ class Snapshotter:
             FailedPrecondition: something is mounted in what is to be deleted.
             Unavailable: the service is stopping.
         """
-        with explained("clean up", "the state directory"):
+        with explained("delete what was removed"):
             self._reaper.submit(self._sweep).result()
 
     def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str] | None) -> Mount:
@@ -289,7 +296,8 @@ class Snapshotter:
         with ExitStack() as undo:
             held = self._store.reserve(key, parent)
             undo.callback(self._store.release, held)
-            with explained("view" if kind is Kind.VIEW else "prepare", key):
+            doing = f"{'view' if kind is Kind.VIEW else 'prepare'} {quote(key)}"
+            with explained(f"{doing} from {quote(parent)}" if parent else doing):
                 if kind is Kind.ACTIVE or held.parent is None:
                     undo.callback(self._discard, held.id)
                     self._make_tree(held)

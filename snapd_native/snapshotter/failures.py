@@ -15,7 +15,6 @@ from snapd_native.errors import (
     ResourceExhausted,
     SnapdError,
 )
-from snapd_native.model import quote
 
 log = logging.getLogger(__name__)
 
@@ -25,19 +24,21 @@ _EXHAUSTED = {
     errno.ENOMEM: "free memory",
     errno.EMFILE: "let other calls end first",
     errno.ENFILE: "let other programs close files",
+    errno.EAGAIN: "let other processes end first",
 }
+_KILLED = {errno.ECHILD, errno.EPIPE}
 _DAMAGED = {errno.EIO, errno.EUCLEAN, errno.EBADMSG}
 
 
 @contextmanager
-def explained(doing: str, key: str) -> Iterator[None]:
-    """Turn an `OSError` into the contract's error for "cannot <doing> <key>"."""
+def explained(doing: str) -> Iterator[None]:
+    """Turn an `OSError` into the contract's error that begins with "cannot <doing>"."""
     try:
         yield
     except DataLoss as error:
-        raise DataLoss(f"cannot {doing} {quote(key)}: {error}") from error
+        raise DataLoss(f"cannot {doing}: {error}") from error
     except OSError as error:
-        raise _meaning(error, f"cannot {doing} {quote(key)}") from error
+        raise _meaning(error, f"cannot {doing}") from error
 
 
 def _meaning(error: OSError, what: str) -> SnapdError:
@@ -46,6 +47,10 @@ def _meaning(error: OSError, what: str) -> SnapdError:
     reason = os.strerror(code).lower()
     if code in _EXHAUSTED:
         return ResourceExhausted(f"{what}: {reason}, {_EXHAUSTED[code]} and try again")
+    if code in _KILLED:
+        return ResourceExhausted(
+            f"{what}: a process that helped was killed, perhaps for want of memory, try again"
+        )
     if code in _DAMAGED:
         return DataLoss(f"{what}: {reason}, check the disk and the kernel's log")
     if code == errno.ESTALE:

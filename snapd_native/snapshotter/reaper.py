@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from snapd_native.errors import Unavailable
+
 log = logging.getLogger(__name__)
 
 
@@ -37,7 +39,8 @@ class Reaper:
             try:
                 task()
             except Exception as error:
-                log.warning("deleting what was removed failed, Cleanup tries again: %s", error)
+                if not isinstance(error, Unavailable):
+                    log.warning("deleting what was removed failed, Cleanup tries again: %s", error)
                 outcome.set_exception(error)
             else:
                 outcome.set_result(None)

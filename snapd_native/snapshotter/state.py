@@ -161,6 +161,18 @@ def _lost() -> DataLoss:
     return DataLoss("the snapshot's directory is gone, restore it from a backup")
 
 
+def _make_private(path: Path, fd: int, found: os.stat_result) -> None:
+    """Close a directory to others, unless it is somebody else's room."""
+    if stat.S_IMODE(found.st_mode) == 0o700:
+        return
+    if os.listdir(fd) and path.name != "snapshots" and not (path / "snapshots").is_dir():
+        raise FailedPrecondition(
+            f"{path} is not empty and open to others: choose a --state-directory of its own,"
+            f" or chmod 700 {path}"
+        )
+    os.fchmod(fd, 0o700)
+
+
 def _private_directory(path: Path) -> int:
     """Open a directory that only this user may enter; make it so if it is ours."""
     try:
@@ -177,7 +189,7 @@ def _private_directory(path: Path) -> int:
                 f"{path} belongs to uid {found.st_uid}: give it to uid {os.geteuid()},"
                 " or choose another --state-directory"
             )
-        os.fchmod(fd, 0o700)
+        _make_private(path, fd, found)
         # A default ACL would reach into every new snapshot.
         with suppress(OSError):
             os.removexattr(fd, "system.posix_acl_default")

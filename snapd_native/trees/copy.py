@@ -13,9 +13,6 @@ from snapd_native import linux
 CHUNK = 16 << 20
 """Bytes copied by one call at most, so that a copy can be stopped soon inside a large file."""
 
-_SMALL = 1 << 20
-"""A file up to this size that has blocks enough for all of it is taken to have no holes."""
-
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _SPECIAL = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
@@ -92,9 +89,6 @@ class Copier:
     def _copy_data(self, reader: int, writer: int, status: os.stat_result) -> None:
         """Copy what is allocated and leave out what is not: a hole stays a hole."""
         size = status.st_size
-        if size <= _SMALL and status.st_blocks * 512 >= size:
-            self._copy_range(reader, writer, 0, size)
-            return
         end = 0
         while end < size:
             try:

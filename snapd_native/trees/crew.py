@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from snapd_native.model import Usage
@@ -23,6 +23,7 @@ from snapd_native.trees.measure import Tally
 from snapd_native.trees.relay import (
     ANNOUNCED,
     DONE,
+    MAX_WORKERS,
     ORDER,
     REPORT,
     Operation,
@@ -44,13 +45,17 @@ class _Worker:
         self.channel.close()
         self.process.wait()
 
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
 
 class Crew:
     """Worker processes, kept for the next job; any number of jobs may go on at once."""
 
     def __init__(self, hands: int | None = None) -> None:
         """Use ``hands`` workers a job: as many as there are processors, if not said."""
-        self._hands = hands or len(os.sched_getaffinity(0))
+        self._hands = min(hands or len(os.sched_getaffinity(0)), MAX_WORKERS)
         self._idle: list[_Worker] = []
         self._jobs = 0
         self._lock = threading.Lock()
@@ -110,16 +115,17 @@ class Crew:
             to_crew, reports = stack.enter_context(_pair())
             socket.send_fds(offers, [b"t"], task)
             fds = [page_fd, offers.fileno(), tasks.fileno(), to_crew.fileno(), *also]
-            for number, worker in enumerate(workers):
-                order = ORDER.pack(operation, number, reflink)
-                socket.send_fds(worker.channel, [order], fds)
             try:
+                for number, worker in enumerate(workers):
+                    order = ORDER.pack(operation, number, reflink)
+                    socket.send_fds(worker.channel, [order], fds)
                 _watch(page, reports, workers, step)
+                return _end(tasks, workers)
             except BaseException:
-                page.stop()
-                _end(tasks, workers)
+                # Nobody may go on with what the caller is about to undo.
+                for worker in workers:
+                    worker.kill()
                 raise
-            return _end(tasks, workers)
 
     @contextmanager
     def _workers(self) -> Iterator[list[_Worker]]:
@@ -128,7 +134,13 @@ class Crew:
             self._jobs += 1
             # Where many jobs go on, their number keeps the processors busy.
             wanted = max(1, self._hands // self._jobs)
-            workers = [self._idle.pop() for _ in range(min(wanted, len(self._idle)))]
+            workers: list[_Worker] = []
+            while self._idle and len(workers) < wanted:
+                worker = self._idle.pop()
+                if worker.process.poll() is None:
+                    workers.append(worker)
+                else:
+                    worker.close()
         try:
             while len(workers) < wanted:
                 workers.append(_hire())
@@ -149,7 +161,10 @@ def _hire() -> _Worker:
     with theirs:
         # -P: the directory that the daemon was started in is no place to take code from.
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "snapd_native.trees.worker", str(theirs.fileno())],
+            [
+                *(sys.executable, "-P", "-m", "snapd_native.trees.worker"),
+                *(str(theirs.fileno()), str(os.getpid())),
+            ],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
         )
@@ -196,11 +211,11 @@ def _watch(
 
 
 def _end(tasks: socket.socket, workers: Sequence[_Worker]) -> list[bytes]:
-    """End a job, and return what each worker that is left found out."""
+    """End a job, and return what each worker found out.
+
+    Raises:
+        ChildProcessError: a worker has ended before it could tell.
+    """
     # Whoever waits for a task wakes up, and finds that there will be none.
     tasks.shutdown(socket.SHUT_RDWR)
-    findings = []
-    for worker in workers:
-        with suppress(ChildProcessError):
-            findings.append(receive_finding(worker.channel))
-    return findings
+    return [receive_finding(worker.channel) for worker in workers]

@@ -27,7 +27,6 @@ def delete(parent: int, name: str, step: Callable[[int], None] = lambda _: None)
             deleted is gone then.
     """
     with open_tree(parent, name, writable=True) as root:
-        _clear_protection(root)
         busy = _empty(root, step)
     if busy is not None:
         raise busy
@@ -48,7 +47,6 @@ def _empty(root: int, step: Callable[[int], None]) -> OSError | None:
                 except FileNotFoundError:
                     continue
                 except IsADirectoryError:
-                    _unprotect(here.fd, name)
                     here.down(name)
                     levels.append((name, rounds, names))
                     names, rounds = here.scan(), 0
@@ -82,7 +80,7 @@ def _remove(parent: int, name: str, *, directory: bool) -> None:
     except PermissionError:
         # EPERM for root means that the file, or the directory it lies in, is immutable or
         # append-only.
-        if not _unprotect(parent, name):
+        if not _clear_protection(parent) | _unprotect(parent, name):
             raise
         _unlink(parent, name, directory=directory)
 

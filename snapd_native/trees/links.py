@@ -47,7 +47,8 @@ class Links:
         except FileExistsError:
             # Another process has copied it meanwhile under another of its names.
             os.unlink(name, dir_fd=directory)
-            self.place(status, directory, name)
+            if not self.place(status, directory, name):
+                raise OSError(errno.ESTALE, "a file was unlinked while it was copied") from None
 
     def _link(self, source: int, name: str, target: int, link: str) -> None:
         os.link(name, link, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)

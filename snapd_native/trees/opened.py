@@ -19,7 +19,8 @@ def open_tree(parent: int, name: str, *, writable: bool = False) -> Iterator[int
     What is seen through the fd is the file system of ``parent`` alone: the fd belongs to a
     detached, non-recursive clone of its mount, so whatever is mounted inside the tree or on it
     (tmpfs, bind mounts, also of single files) is not there, and what it hides is. Unless
-    ``writable``, the clone is read-only and reading leaves no access times behind.
+    ``writable``, the clone is read-only. Reading leaves no access times behind, and a device cannot
+    be opened, whoever puts it in the place of a file.
     """
     mount = linux.open_tree(
         parent,
@@ -27,12 +28,10 @@ def open_tree(parent: int, name: str, *, writable: bool = False) -> Iterator[int
         linux.OPEN_TREE_CLONE | linux.OPEN_TREE_CLOEXEC | linux.AT_EMPTY_PATH,
     )
     try:
+        attributes = linux.MOUNT_ATTR_NODEV | linux.MOUNT_ATTR_NOATIME
         if not writable:
-            linux.mount_setattr(
-                mount,
-                linux.MOUNT_ATTR_RDONLY | linux.MOUNT_ATTR_NOATIME,
-                linux.MOUNT_ATTR__ATIME,
-            )
+            attributes |= linux.MOUNT_ATTR_RDONLY
+        linux.mount_setattr(mount, attributes, linux.MOUNT_ATTR__ATIME)
         root = os.open(name, _DIRECTORY, dir_fd=mount)
         try:
             yield root

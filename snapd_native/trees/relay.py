@@ -1,7 +1,7 @@
 """What a crew and its workers say to each other.
 
-A job has a page of shared memory and two sockets. The page holds a flag that stops the job, a flag
-of each worker that is idle, and each worker's progress; every byte has one writer. Tasks, which
+A job has a page of shared memory and two sockets. The page holds a flag of each worker that is
+idle, and each worker's progress; every byte has one writer. Tasks, which
 are open directories, travel over one socket to whoever is idle. Reports go to the crew over the
 other, in one order for all workers: a task is announced before it is offered, so the crew never
 believes too early that all is done.
@@ -19,8 +19,11 @@ import struct
 from collections.abc import Callable
 from enum import IntEnum
 
-MAX_WORKERS = 63
-"""Workers in one job."""
+MAX_WORKERS = 8
+"""Workers in one job: more would only wait for each other in the file system."""
+
+_WATCH = 256
+"""Steps after which a worker looks whether its crew is still there."""
 
 _PROGRESS = struct.Struct("=QQ")
 _FIRST_PROGRESS = 64
@@ -49,10 +52,6 @@ class Operation(IntEnum):
     """Count what is in the directory."""
 
 
-class Stopped(Exception):
-    """The job is to stop."""
-
-
 class Page:
     """The shared memory of a job."""
 
@@ -71,22 +70,13 @@ class Page:
         """Unmap the page."""
         self._memory.close()
 
-    def stop(self) -> None:
-        """Make every worker stop at its next step."""
-        self._memory[0] = 1
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the job is to stop."""
-        return self._memory[0] != 0
-
     def set_idle(self, worker: int, idle: bool) -> None:
         """Say whether a worker waits for a task."""
-        self._memory[1 + worker] = idle
+        self._memory[worker] = idle
 
     def somebody_idle(self) -> bool:
         """Tell whether any worker waits for a task."""
-        return self._memory.find(b"\1", 1, 1 + MAX_WORKERS) >= 0
+        return self._memory.find(b"\1", 0, MAX_WORKERS) >= 0
 
     def report_progress(self, worker: int, entries: int, copied: int) -> None:
         """Say how many entries and bytes a worker has done."""
@@ -108,13 +98,14 @@ class Share:
         self,
         worker: int,
         page: Page,
+        parent: int,
         crew: socket.socket,
         offers: socket.socket,
         tasks: socket.socket,
         reports: socket.socket,
     ) -> None:
-        self._parent = os.getppid()
         self._worker = worker
+        self._parent = parent
         self._crew = crew
         self._page = page
         self._offers = offers
@@ -124,16 +115,12 @@ class Share:
         self._copied = 0
 
     def step(self, copied: int) -> None:
-        """Count one step of work.
-
-        Raises:
-            Stopped: the job is to stop, or nobody is left to say so.
-        """
-        if self._page.stopped or os.getppid() != self._parent:
-            raise Stopped
+        """Count one step of work; end the process if its crew was killed."""
         self._entries += 1
         self._copied += copied
         self._page.report_progress(self._worker, self._entries, self._copied)
+        if self._entries % _WATCH == 0 and os.getppid() != self._parent:
+            raise SystemExit
 
     def offer(self, *directories: int) -> bool:
         """Give a task to a worker that is idle; False if there is none."""
@@ -156,8 +143,6 @@ class Share:
             try:
                 perform(task)
                 self._report(DONE)
-            except Stopped:
-                return
             except OSError as error:
                 self._report(FAILED, error.errno or errno.EIO)
                 return
@@ -173,15 +158,20 @@ class Share:
             try:
                 offer, fds = receive(self._tasks, socket.MSG_DONTWAIT)
             except BlockingIOError:
-                # The other workers hold the job's sockets too: only the crew's own tells when it
-                # has ended without a word.
                 self._page.set_idle(self._worker, True)
-                ready, _, _ = select.select([self._tasks, self._crew], [], [])
+                self._await_offer()
                 self._page.set_idle(self._worker, False)
-                if self._crew in ready:
-                    return None
             else:
                 return fds if offer else None
+
+    def _await_offer(self) -> None:
+        # The other workers hold the job's sockets too: only the crew's own tells when it has ended
+        # without a word. That may have a number that select(2) does not take.
+        waiting = select.poll()
+        for channel in (self._tasks, self._crew):
+            waiting.register(channel, select.POLLIN)
+        if any(fd == self._crew.fileno() for fd, _ in waiting.poll()):
+            raise SystemExit
 
 
 def receive(channel: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:

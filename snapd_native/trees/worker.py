@@ -1,7 +1,7 @@
 """A worker process: does its share of one job after the other.
 
-Run as ``python -m snapd_native.trees.worker FD``, where FD is its socket to the crew. It ends when
-that is closed, also in the middle of a job.
+Run as ``python -m snapd_native.trees.worker FD PID``: its socket to the crew, and the process that
+the crew is in. It ends when that has ended, also in the middle of a job.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def main() -> None:
             order, fds = receive(crew)
             if not order:
                 return
-            send_finding(crew, _serve(crew, order, fds))
+            send_finding(crew, _serve(crew, int(sys.argv[2]), order, fds))
 
 
-def _serve(crew: socket.socket, order: bytes, fds: list[int]) -> bytes:
+def _serve(crew: socket.socket, parent: int, order: bytes, fds: list[int]) -> bytes:
     """Do a job, and return what was found out."""
     number, worker, reflink = ORDER.unpack(order)
     page_fd, offers_fd, tasks_fd, reports_fd, *table = fds
@@ -45,7 +45,7 @@ def _serve(crew: socket.socket, order: bytes, fds: list[int]) -> bytes:
         socket.socket(fileno=tasks_fd) as tasks,
         socket.socket(fileno=reports_fd) as reports,
     ):
-        share = Share(worker, page, crew, offers, tasks, reports)
+        share = Share(worker, page, parent, crew, offers, tasks, reports)
         try:
             match Operation(number):
                 case Operation.CLONE:
