@@ -453,11 +453,15 @@ def test_a_start_in_a_place_that_cannot_be(on_bus: str, scratch: Path) -> None:
     status, line = fails(on_bus, scratch / "file")
     assert status == 2
     assert "is a file" in line
-    (scratch / "strange").mkdir()
+    (scratch / "strange").mkdir(mode=0o700)
     (scratch / "strange" / "snapshots").symlink_to("/nowhere")
     status, line = fails(on_bus, scratch / "strange")
     assert status == 1
     assert "is not a directory" in line
+    (scratch / "open" / "document").mkdir(parents=True)
+    status, line = fails(on_bus, scratch / "open")
+    assert status == 1
+    assert "is not empty and open to others" in line
     (scratch / "foreign").mkdir()
     os.chown(scratch / "foreign", NOBODY, NOBODY)
     status, line = fails(on_bus, scratch / "foreign")
