@@ -1,10 +1,10 @@
 """What a crew and its workers say to each other.
 
 A job has a page of shared memory and two sockets. The page holds a flag of each worker that is
-idle, and each worker's progress; every byte has one writer. Tasks, which
-are open directories, travel over one socket to whoever is idle. Reports go to the crew over the
-other, in one order for all workers: a task is announced before it is offered, so the crew never
-believes too early that all is done.
+idle, and each worker's progress; every byte has one writer. Tasks, which are open directories,
+travel over one socket to whoever is idle. Reports go to the crew over the other, in one order for
+all workers: a task is announced before it is offered, so the crew never believes too early that all
+is done.
 """
 
 from __future__ import annotations
