@@ -193,7 +193,9 @@ def test_what_is_mounted_in_a_tree_is_not_deleted(full: Snapshotter) -> None:
     assert directories(full) == {identity(full, "base"), identity(full, "work")}
 
 
-def test_a_directory_that_is_others_too_is_left_alone(state: Path) -> None:
+@pytest.mark.parametrize("name", ["state", "snapshots"])
+def test_a_directory_that_is_others_too_is_left_alone(scratch: Path, name: str) -> None:
+    state = scratch / name
     state.mkdir(mode=0o755)
     state.chmod(0o755)
     (state / "something").touch()

@@ -34,8 +34,10 @@ class StateDirectory:
         """
         self.path = path
         with ExitStack() as undo:
-            self._fd = _private_directory(path)
+            self._fd = _own_directory(path)
             undo.callback(os.close, self._fd)
+            _check_not_shared(path, self._fd)
+            _close_to_others(self._fd)
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -43,8 +45,9 @@ class StateDirectory:
                     f"{path} is in use by another snapd-native daemon: stop that one,"
                     " or choose another --state-directory"
                 ) from None
-            self._snapshots = _private_directory(path / "snapshots")
+            self._snapshots = _own_directory(path / "snapshots")
             undo.callback(os.close, self._snapshots)
+            _close_to_others(self._snapshots)
             os.fsync(self._fd)
             self.filesystem_type = linux.filesystem_type(self._snapshots)
             self.reflink = trees.reflink_works(self._snapshots)
@@ -161,20 +164,26 @@ def _lost() -> DataLoss:
     return DataLoss("the snapshot's directory is gone, restore it from a backup")
 
 
-def _make_private(path: Path, fd: int, found: os.stat_result) -> None:
-    """Close a directory to others, unless it is somebody else's room."""
-    if stat.S_IMODE(found.st_mode) == 0o700:
-        return
-    if os.listdir(fd) and path.name != "snapshots" and not (path / "snapshots").is_dir():
+def _check_not_shared(path: Path, fd: int) -> None:
+    """Refuse a directory that others may enter and that holds what is not the service's."""
+    held = set(os.listdir(fd))
+    is_ours = not held or held & {"snapshots", "metadata.db"}
+    if stat.S_IMODE(os.fstat(fd).st_mode) & 0o077 and not is_ours:
         raise FailedPrecondition(
             f"{path} is not empty and open to others: choose a --state-directory of its own,"
             f" or chmod 700 {path}"
         )
+
+
+def _close_to_others(fd: int) -> None:
     os.fchmod(fd, 0o700)
+    # A default ACL would reach into every new snapshot.
+    with suppress(OSError):
+        os.removexattr(fd, "system.posix_acl_default")
 
 
-def _private_directory(path: Path) -> int:
-    """Open a directory that only this user may enter; make it so if it is ours."""
+def _own_directory(path: Path) -> int:
+    """Open a directory that belongs to this user; it is made if there is none."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -182,18 +191,11 @@ def _private_directory(path: Path) -> int:
         raise FailedPrecondition(
             f"{path} is not a directory: remove it, or choose another --state-directory"
         ) from None
-    try:
-        found = os.fstat(fd)
-        if found.st_uid != os.geteuid():
-            raise FailedPrecondition(
-                f"{path} belongs to uid {found.st_uid}: give it to uid {os.geteuid()},"
-                " or choose another --state-directory"
-            )
-        _make_private(path, fd, found)
-        # A default ACL would reach into every new snapshot.
-        with suppress(OSError):
-            os.removexattr(fd, "system.posix_acl_default")
-    except BaseException:
+    owner = os.fstat(fd).st_uid
+    if owner != os.geteuid():
         os.close(fd)
-        raise
+        raise FailedPrecondition(
+            f"{path} belongs to uid {owner}: give it to uid {os.geteuid()},"
+            " or choose another --state-directory"
+        )
     return fd
