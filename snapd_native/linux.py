@@ -100,6 +100,12 @@ def clear_protection(fd: int) -> bool:
     return True
 
 
+def boot_id() -> str:
+    """Return what tells this boot of the machine from all others; see random(4)."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
 def filesystem_type(fd: int) -> str:
     """Return the type of the file system behind ``fd``, as /proc/self/mountinfo names it."""
     with open(f"/proc/self/fdinfo/{fd}") as fdinfo:

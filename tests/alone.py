@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from snapd_native.model import Usage
-from snapd_native.trees.clone import cloning, fill
-from snapd_native.trees.copy import Copier
+from snapd_native.trees.clone import Cloner, cloning
 from snapd_native.trees.links import Links
-from snapd_native.trees.measure import Tally, count
+from snapd_native.trees.measure import Counter
+from snapd_native.trees.walk import Report
 
 
-def clone(source: int, target: int, step: Callable[[int], None], *, reflink: bool) -> None:
-    """Do what `Crew.clone` does; ``step`` is called for every entry."""
+class Nobody:
+    """No peers at all."""
+
+    def are_idle(self) -> bool:
+        return False
+
+    def take_directory(self, *_: int) -> bool:
+        return False
+
+    def take_names(self, _: Sequence[str], *__: int) -> bool:
+        return False
+
+    def finish(self) -> None:
+        pass
+
+
+def clone(source: int, target: int, report: Report, *, reflink: bool) -> None:
+    """Do what `Crew.clone` does; ``report`` is called for every entry."""
     with cloning(source, target) as table:
-        fill(source, target, Copier(step, reflink=reflink), Links(table), lambda *_: False)
+        cloner = Cloner(report, Links(table), Nobody(), reflink=reflink)
+        cloner.directory(source, target)
+    report(1, os.fstat(source).st_blocks * 512)
 
 
-def measure(root: int, step: Callable[[int], None]) -> Usage:
-    """Do what `Crew.measure` does; ``step`` is called for every entry."""
-    tally = Tally()
-    tally.add(os.fstat(root))
-    count(root, tally, step, lambda _: False)
-    return tally.usage
+def measure(root: int, report: Report) -> Usage:
+    """Do what `Crew.measure` does; ``report`` is called for every entry."""
+    counter = Counter(report, Nobody())
+    counter.tally.add(os.fstat(root))
+    counter.directory(root)
+    return counter.tally.usage

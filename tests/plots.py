@@ -6,7 +6,7 @@ import os
 import resource
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,7 +28,7 @@ class Stopped(Exception):
     """Raised by a step, as a cancelled job does."""
 
 
-def ignore(_: int) -> None:
+def ignore(*_: int) -> None:
     """Take no notice of progress."""
 
 
@@ -48,19 +48,19 @@ def opened(tree: Path) -> Iterator[int]:
 
 
 def clone(
-    source: Path, target: Path, step: Callable[[int], None] = ignore, *, reflink: bool = False
+    source: Path, target: Path, step: trees.Report = ignore, *, reflink: bool = False
 ) -> None:
     target.mkdir(exist_ok=True)
     with opened(source) as here, directory(target) as there:
         alone.clone(here, there, step, reflink=reflink)
 
 
-def measure(tree: Path, step: Callable[[int], None] = ignore) -> Usage:
+def measure(tree: Path, step: trees.Report = ignore) -> Usage:
     with opened(tree) as root:
         return alone.measure(root, step)
 
 
-def delete(tree: Path, step: Callable[[int], None] = ignore) -> None:
+def delete(tree: Path, step: trees.Report = ignore) -> None:
     with directory(tree.parent) as parent:
         trees.delete(parent, tree.name, step)
 

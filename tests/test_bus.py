@@ -63,7 +63,7 @@ def test_the_served_xml_is_the_file(shared: Service) -> None:
 
 def test_code_and_xml_agree(scratch: Path) -> None:
     shape = introspection.shapes(introspection.contract())[MANAGER]
-    snapshotter = Snapshotter(scratch / "state", lambda _: None)
+    snapshotter = Snapshotter(scratch / "state", lambda *_: None)
     try:
         manager = Manager(snapshotter)
         assert manager.methods.keys() == shape.methods.keys()

@@ -143,7 +143,7 @@ def test_a_mistake_is_the_same_as_with_the_engine(
     """The exception and its message do not tell whether there was a bus in between."""
     committed(shared_client, "base")
     shared_client.prepare("key")
-    engine = Snapshotter(scratch / "engine", lambda _: None)
+    engine = Snapshotter(scratch / "engine", lambda *_: None)
     try:
         engine.prepare("making")
         engine.commit("base", "making")

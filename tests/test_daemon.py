@@ -171,7 +171,7 @@ def test_a_worker_that_hangs_stops_the_pings(
     scratch: Path, notifications: Notifications, monkeypatch: pytest.MonkeyPatch, lane: Lane
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(notifications.path))
-    snapshotter = Snapshotter(scratch / "state", lambda _: None)
+    snapshotter = Snapshotter(scratch / "state", lambda *_: None)
     lanes, release = Lanes(), threading.Event()
 
     async def scenario() -> None:

@@ -102,7 +102,7 @@ def test_a_directory_moved_under_way_is_noticed(scratch: Path) -> None:
         make_deep(root, 100, "d")
     moved: list[int] = []
 
-    def step(_: int) -> None:
+    def step(*_: int) -> None:
         moved.append(0)
         if len(moved) == 100:
             (tree / "/".join("d" * 20)).rename(tree / "elsewhere")

@@ -41,7 +41,7 @@ def database() -> Iterator[Path]:
 
 
 @contextmanager
-def opened(path: Path, announce: Callable[[Change], None] = lambda _: None) -> Iterator[Metastore]:
+def opened(path: Path, announce: Callable[[Change], None] = lambda *_: None) -> Iterator[Metastore]:
     with closing(Metastore(path, announce)) as store:
         yield store
 
@@ -125,7 +125,7 @@ def test_the_database_is_private(database: Path, umask: int) -> None:
 def test_a_symbolic_link_is_not_followed(database: Path) -> None:
     database.symlink_to(database.parent / "elsewhere")
     with pytest.raises(OSError):
-        Metastore(database, lambda _: None)
+        Metastore(database, lambda *_: None)
     assert not (database.parent / "elsewhere").exists()
 
 
@@ -205,7 +205,7 @@ def test_a_newer_version_is_refused_and_left_alone(database: Path) -> None:
     with raw(database) as db:
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
     with pytest.raises(DataLoss, match="newer version"):
-        Metastore(database, lambda _: None)
+        Metastore(database, lambda *_: None)
     with raw(database) as db:
         assert db.execute("SELECT name FROM snapshots").fetchall() == [("key",)]
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
@@ -379,7 +379,7 @@ def test_a_crash_releases_reservations_and_ids_go_on(database: Path) -> None:
             store.remove(str(number))
     with opened(database) as store:
         assert add(store, "held") > last
-    with closing(Metastore(database, lambda _: None, first_id=1000)) as store:
+    with closing(Metastore(database, lambda *_: None, first_id=1000)) as store:
         assert add(store, "new") == 1000
 
 

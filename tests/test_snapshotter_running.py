@@ -220,7 +220,7 @@ def test_no_file_stays_open(full: Snapshotter) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(StateDirectory, "sync", fail(errno.EIO))
             with pytest.raises(DataLoss):
-                full.prepare(key, "base")
+                full.commit(key, "work")
 
     def count() -> int:
         full.cleanup()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -10,20 +11,24 @@ from pathlib import Path
 
 import pytest
 
+from snapd_native import linux
 from snapd_native.errors import (
     DataLoss,
     FailedPrecondition,
     Unavailable,
 )
+from snapd_native.metastore import Metastore
 from snapd_native.snapshotter import Snapshotter
 from tests.engines import (
     BEFORE,
     directories,
+    fail,
     identity,
     ignore,
     names,
     opened,
     read,
+    write,
 )
 
 
@@ -55,6 +60,43 @@ def test_ids_are_never_given_again(state: Path) -> None:
                 seen.append(Path(engine.prepare("key").source).name)
                 engine.remove("key")
     assert len(set(seen)) == 9
+
+
+def test_what_was_not_on_disk_ends_with_the_boot(state: Path) -> None:
+    def boot_before(settled: bool) -> None:
+        with pytest.MonkeyPatch.context() as patch, opened(state) as engine:
+            patch.setattr(linux, "boot_id", lambda: "the boot before")
+            if not settled:
+                patch.setattr(Metastore, "settle", fail(errno.EIO))
+            engine.prepare("settled" if settled else "unsettled", "base")
+
+    with opened(state) as engine:
+        write(engine.prepare("preparing"), file="base")
+        engine.commit("base", "preparing")
+    boot_before(settled=True)
+    with opened(state) as engine:
+        assert names(engine) == ["base", "settled"]
+    boot_before(settled=False)
+    with opened(state) as engine:
+        assert names(engine) == ["base", "settled"]
+        assert directories(engine) == {identity(engine, key) for key in ("base", "settled")}
+        write(engine.prepare("unsettled", "base"), file="again")
+
+
+def test_a_restart_settles_what_is_not_on_disk(state: Path) -> None:
+    with opened(state) as engine:
+        engine.prepare("preparing")
+        engine.commit("base", "preparing")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Metastore, "settle", fail(errno.EIO))
+            engine.prepare("work", "base")
+            engine._syncer.submit(lambda: None).result()
+        engine.prepare("committed", "base")
+        engine.commit("done", "committed")
+    with opened(state) as engine:
+        engine._syncer.submit(lambda: None).result()
+        assert engine._store.unsettled() == set()
+        assert names(engine) == ["base", "done", "work"]
 
 
 def test_an_orphan_that_stays_keeps_its_id(left: Path) -> None:

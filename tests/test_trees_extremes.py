@@ -83,7 +83,7 @@ import os, sys
 from snapd_native import trees
 from tests import alone
 
-def ignore(_): pass
+def ignore(*_): pass
 
 parent = os.open(sys.argv[1], os.O_RDONLY)
 os.mkdir("copy", dir_fd=parent)
@@ -130,7 +130,7 @@ def peak(home: Path, names: int, inodes: int, *extra: str) -> int:
 def test_a_step_that_raises_stops_everything(original: Path, scratch: Path, last: int) -> None:
     """Whoever keeps the exception does not keep files open with it."""
 
-    def step(_: int) -> None:
+    def step(*_: int) -> None:
         steps.append(0)
         if len(steps) == last:
             raise Stopped

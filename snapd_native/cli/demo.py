@@ -100,7 +100,7 @@ def _measure(path: Path) -> Usage:
     parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with closing(trees.Crew()) as crew, trees.open_tree(parent, path.name or ".") as tree:
-            return crew.measure(tree, lambda _: None)
+            return crew.measure(tree, lambda *_: None)
     finally:
         os.close(parent)
 

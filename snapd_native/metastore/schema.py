@@ -46,6 +46,12 @@ MIGRATIONS = (
         SELECT RAISE (ABORT, 'only Commit changes more than labels');
     END;
     """,
+    """
+    -- The boot of the machine during which an active snapshot was prepared, until its tree is on
+    -- disk: at any other boot that tree may be half there.
+    ALTER TABLE snapshots ADD COLUMN boot TEXT CHECK (boot IS NULL OR kind = 'active');
+    CREATE INDEX unsettled ON snapshots (id) WHERE boot IS NOT NULL;
+    """,
 )
 """Scripts in order; ``user_version`` counts those that a database has been through."""
 

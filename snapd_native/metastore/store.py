@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,15 +209,26 @@ class Metastore:
             if self._reserved.get(reservation.name) is reservation:
                 del self._reserved[reservation.name]
 
-    def publish(self, reservation: Reservation, kind: Kind, labels: Mapping[str, str]) -> None:
-        """Make a reservation of `reserve` a snapshot, durably."""
+    def publish(
+        self,
+        reservation: Reservation,
+        kind: Kind,
+        labels: Mapping[str, str],
+        boot: str | None = None,
+    ) -> None:
+        """Make a reservation of `reserve` a snapshot, durably.
+
+        ``boot`` says that its tree is not on disk yet, and what boot of the machine this is: until
+        `settle` says otherwise, the snapshot ends with it; see `forget_unsettled`.
+        """
         parent = reservation.parent
         with self._connections.writing() as db:
             now = _now()
             with transaction(db):
                 db.execute(
-                    "INSERT INTO snapshots (id, name, kind, parent, created, updated, labels)"
-                    " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO snapshots"
+                    " (id, name, kind, parent, created, updated, labels, boot)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         reservation.id,
                         reservation.name,
@@ -226,6 +237,7 @@ class Metastore:
                         now,
                         now,
                         _packed(labels),
+                        boot,
                     ),
                 )
             del self._reserved[reservation.name]
@@ -247,7 +259,7 @@ class Metastore:
             with transaction(db):
                 db.execute(
                     "UPDATE snapshots SET name = ?, kind = 'committed', parent = ?, created = ?,"
-                    " updated = ?, labels = ?, size = ?, inodes = ? WHERE id = ?",
+                    " updated = ?, labels = ?, size = ?, inodes = ?, boot = NULL WHERE id = ?",
                     (
                         reservation.name,
                         parent_id,
@@ -261,6 +273,22 @@ class Metastore:
                 )
             del self._reserved[reservation.name]
             self._announce(Committed(reservation.name, record.info.name))
+
+    def unsettled(self) -> set[int]:
+        """Return the ids of the snapshots whose trees may not be on disk yet."""
+        with self._connections.reading() as db:
+            return {id_ for (id_,) in db.execute("SELECT id FROM snapshots WHERE boot IS NOT NULL")}
+
+    def settle(self, ids: Iterable[int]) -> None:
+        """Record that the trees of snapshots are on disk."""
+        with self._connections.writing() as db, transaction(db):
+            db.executemany("UPDATE snapshots SET boot = NULL WHERE id = ?", ((id_,) for id_ in ids))
+
+    def forget_unsettled(self, boot: str) -> Sequence[str]:
+        """Forget the snapshots that ended with another boot than this; return their names."""
+        with self._connections.writing() as db, transaction(db):
+            rows = db.execute("DELETE FROM snapshots WHERE boot <> ? RETURNING name", (boot,))
+            return [name for (name,) in rows.fetchall()]
 
     def update(self, name: str, change: Callable[[Mapping[str, str]], Mapping[str, str]]) -> Info:
         """Replace a snapshot's labels by what ``change`` makes of them, durably.

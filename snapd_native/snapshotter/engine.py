@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from snapd_native import trees
+from snapd_native import linux, trees
 from snapd_native.errors import (
     DataLoss,
     FailedPrecondition,
@@ -18,7 +19,8 @@ from snapd_native.errors import (
     Unavailable,
 )
 from snapd_native.filters import parse
-from snapd_native.metastore import Metastore, Record, Reservation
+from snapd_native.jobs import Job, Operation
+from snapd_native.metastore import Metastore, Record
 from snapd_native.model import (
     Change,
     Info,
@@ -29,8 +31,8 @@ from snapd_native.model import (
     check_name,
     quote,
 )
+from snapd_native.snapshotter.background import Background
 from snapd_native.snapshotter.failures import explained
-from snapd_native.snapshotter.reaper import Reaper
 from snapd_native.snapshotter.state import StateDirectory
 
 log = logging.getLogger(__name__)
@@ -42,12 +44,17 @@ MAX_LIMIT = 10000
 """Snapshots in a page of `Snapshotter.list` at most."""
 
 
+POLL_SECONDS = 0.05
+"""How often a call that waits for others looks whether it is cancelled."""
+
+
 class Snapshotter:
     """containerd's native snapshotter on one state directory.
 
     Every method may be called by any thread. Arguments are checked before the state is looked at,
     and a call that fails has changed nothing. No call waits for another one's copy: nothing is
-    copied, measured or deleted inside a transaction.
+    copied, measured or deleted inside a transaction. A ``job`` shows how far a call is, and can
+    have it end with `Cancelled`, all undone.
     """
 
     def __init__(
@@ -82,8 +89,15 @@ class Snapshotter:
                 )
             self._store = Metastore(self._state.database, announce, first_id=highest + 1)
             undo.callback(self._store.close)
+            for name in self._store.forget_unsettled(linux.boot_id()):
+                log.warning("%s is gone: it was prepared just before a power cut", quote(name))
             self._check_directories()
-            self._reaper = Reaper()
+            self._syncer = Background("syncer", "a new snapshot could not be put on disk")
+            undo.callback(self._syncer.close)
+            self._syncer.submit(self._settle)
+            self._reaper = Background(
+                "reaper", "what was removed is not all deleted, Cleanup tries again"
+            )
             undo.callback(self._reaper.close)
             try:
                 self._sweep()
@@ -124,8 +138,18 @@ class Snapshotter:
         """Whether copies share their data with the parent until either is changed."""
         return self._state.reflink
 
-    def prepare(self, key: str, parent: str = "", labels: Mapping[str, str] | None = None) -> Mount:
+    def prepare(
+        self,
+        key: str,
+        parent: str = "",
+        labels: Mapping[str, str] | None = None,
+        job: Job | None = None,
+    ) -> Mount:
         """Make the active snapshot ``key``: empty, or a full private copy of ``parent``.
+
+        What it is when this returns survives the end of the service. It survives a power cut once
+        it has had some seconds to reach the disk, or was committed: otherwise it is gone then, as
+        if it had never been.
 
         Raises:
             InvalidArgument: a name or label cannot be, or the parent is not committed.
@@ -134,11 +158,11 @@ class Snapshotter:
             ResourceExhausted: no room.
             DataLoss: the parent's tree is damaged or gone.
         """
-        return self._create(Kind.ACTIVE, key, parent, labels)
+        return self._create(Kind.ACTIVE, key, parent, labels, job or Job())
 
     def view(self, key: str, parent: str = "", labels: Mapping[str, str] | None = None) -> Mount:
         """Make the view ``key`` of ``parent``, or of nothing; raises as `prepare`."""
-        return self._create(Kind.VIEW, key, parent, labels)
+        return self._create(Kind.VIEW, key, parent, labels, Job())
 
     def commit(
         self,
@@ -146,6 +170,7 @@ class Snapshotter:
         key: str,
         labels: Mapping[str, str] | None = None,
         parent: str = "",
+        job: Job | None = None,
     ) -> None:
         """Make the active snapshot ``key`` the committed snapshot ``name``.
 
@@ -165,12 +190,17 @@ class Snapshotter:
         if parent:
             check_name(parent, "parent")
         stored = check_labels(labels or {})
+        job = job or Job()
         with ExitStack() as undo:
             held = self._store.reserve_commit(name, key, parent)
             undo.callback(self._store.release, held)
+            job.begin(Operation.COMMIT, key)
+            # Most of it is on its way to the disk while the tree is measured.
+            self._syncer.submit(self._state.write_back)
             with explained(f"commit {quote(key)}"):
-                usage = self._measure(held.id)
+                usage = self._measure(held.id, job)
                 self._state.sync()
+            job.conclude()
             self._store.publish_commit(held, usage, stored)
 
     def mounts(self, key: str) -> Mount:
@@ -219,7 +249,7 @@ class Snapshotter:
         keys = [_label_key(path) for path in fieldpaths or ("labels",)]
         return self._store.update(name, partial(_updated, given=given, keys=keys))
 
-    def usage(self, key: str) -> Usage:
+    def usage(self, key: str, job: Job | None = None) -> Usage:
         """Return what a snapshot takes: measured now if active, as of Commit if committed.
 
         A view takes nothing.
@@ -235,9 +265,11 @@ class Snapshotter:
             return record.usage
         if record.info.kind is Kind.VIEW:
             return Usage(0, 0)
+        job = job or Job()
+        job.begin(Operation.USAGE, key)
         try:
             with explained(f"measure {quote(key)}"):
-                return self._measure(record.id)
+                return self._measure(record.id, job)
         finally:
             self._check_alive(record)
 
@@ -278,17 +310,27 @@ class Snapshotter:
         if garbage is not None:
             self._reaper.submit(partial(self._state.delete, garbage, self._check_stopping))
 
-    def cleanup(self) -> None:
+    def cleanup(self, job: Job | None = None) -> None:
         """Return when every deferred deletion is done and nothing orphaned is left.
 
         Raises:
             FailedPrecondition: something is mounted in what is to be deleted.
             Unavailable: the service is stopping.
         """
+        job = job or Job()
+        job.begin(Operation.CLEANUP, "")
+        report = self._watched(job)
         with explained("delete what was removed"):
-            self._reaper.submit(self._sweep).result()
+            sweep = self._reaper.submit(partial(self._sweep, report))
+            # It may be the turn of something else first.
+            while not sweep.done():
+                wait([sweep], POLL_SECONDS)
+                report(0, 0)
+            sweep.result()
 
-    def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str] | None) -> Mount:
+    def _create(
+        self, kind: Kind, key: str, parent: str, labels: Mapping[str, str] | None, job: Job
+    ) -> Mount:
         check_name(key)
         if parent:
             check_name(parent, "parent")
@@ -296,32 +338,43 @@ class Snapshotter:
         with ExitStack() as undo:
             held = self._store.reserve(key, parent)
             undo.callback(self._store.release, held)
+            if kind is Kind.ACTIVE:
+                job.begin(Operation.PREPARE, key, held.parent.usage if held.parent else None)
             doing = f"{'view' if kind is Kind.VIEW else 'prepare'} {quote(key)}"
+            boot = None
             with explained(f"{doing} from {quote(parent)}" if parent else doing):
-                if kind is Kind.ACTIVE or held.parent is None:
+                if held.parent is None:
                     undo.callback(self._discard, held.id)
-                    self._make_tree(held)
+                    self._state.create_empty(held.id)
+                elif kind is Kind.ACTIVE:
+                    undo.callback(self._discard, held.id)
+                    self._clone(held.parent.id, held.id, job)
+                    boot = linux.boot_id()
                 else:
                     self._state.check(held.parent.id)
-            self._store.publish(held, kind, stored)
+            job.conclude()
+            self._store.publish(held, kind, stored, boot)
             undo.pop_all()
+        if boot is not None:
+            self._syncer.submit(self._settle)
         return self._mount(kind, held.id, held.parent.id if held.parent else None)
 
-    def _make_tree(self, held: Reservation) -> None:
-        """Make the directory of a new snapshot, durably."""
-        name = self._state.create(held.id)
-        if held.parent is None:
-            name = self._state.bring_to_life(held.id)
-            self._state.sync_directory(name)
-            return
+    def _clone(self, parent_id: int, id_: int, job: Job) -> None:
+        """Make the directory of a new snapshot, a copy of its parent's."""
+        name = self._state.create(id_)
         with (
-            self._state.open(str(held.parent.id)) as source,
+            self._state.open(str(parent_id)) as source,
             self._state.open(name, writable=True) as target,
         ):
-            self._crew.clone(source, target, self._check_stopping, reflink=self.reflink)
-        # One sync for the tree and its final name: without a record it is an orphan.
-        self._state.bring_to_life(held.id)
-        self._state.sync()
+            self._crew.clone(source, target, self._watched(job), reflink=self.reflink)
+        self._state.bring_to_life(id_)
+
+    def _settle(self) -> None:
+        """Put the trees of new snapshots on disk, and record that they are there."""
+        new = self._store.unsettled()
+        if new:
+            self._state.write_back()
+            self._store.settle(new)
 
     def _discard(self, id_: int) -> None:
         try:
@@ -329,9 +382,9 @@ class Snapshotter:
         except OSError as error:
             log.warning("a snapshot that failed is left for Cleanup: %s", error)
 
-    def _measure(self, id_: int) -> Usage:
+    def _measure(self, id_: int, job: Job) -> Usage:
         with self._state.open(str(id_)) as tree:
-            return self._crew.measure(tree, self._check_stopping)
+            return self._crew.measure(tree, self._watched(job))
 
     def _mount(self, kind: Kind, id_: int, parent_id: int | None) -> Mount:
         source = self._state.source(_tree_id(kind, id_, parent_id))
@@ -343,11 +396,20 @@ class Snapshotter:
         if self._store.get(key).id != record.id:
             raise NotFound(f"the snapshot {quote(key)} was removed meanwhile: try again")
 
-    def _check_stopping(self, _copied: int) -> None:
+    def _watched(self, job: Job) -> trees.Report:
+        """Return what is told of progress, and stops the work when that is to be."""
+
+        def report(inodes: int, size: int) -> None:
+            self._check_stopping()
+            job.report(inodes, size)
+
+        return report
+
+    def _check_stopping(self, *_: int) -> None:
         if self._stopping.is_set():
             raise Unavailable("the service is stopping: try again when it runs")
 
-    def _sweep(self) -> None:
+    def _sweep(self, report: trees.Report | None = None) -> None:
         """Delete every directory that no snapshot and no running call owns.
 
         Raises:
@@ -362,7 +424,7 @@ class Snapshotter:
             if prefix != "rm-" and (id_ in reserved or (not prefix and id_ in owned)):
                 continue
             try:
-                self._state.delete(name, self._check_stopping)
+                self._state.delete(name, report or self._check_stopping)
             except OSError as error:
                 failure = error
         if failure is not None:

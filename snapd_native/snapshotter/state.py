@@ -7,7 +7,7 @@ import fcntl
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -48,6 +48,8 @@ class StateDirectory:
             self._snapshots = _own_directory(path / "snapshots")
             undo.callback(os.close, self._snapshots)
             _close_to_others(self._snapshots)
+            self._synced = os.open(".", _DIRECTORY, dir_fd=self._snapshots)
+            undo.callback(os.close, self._synced)
             os.fsync(self._fd)
             self.filesystem_type = linux.filesystem_type(self._snapshots)
             self.reflink = trees.reflink_works(self._snapshots)
@@ -55,8 +57,8 @@ class StateDirectory:
 
     def close(self) -> None:
         """Unlock the directory."""
-        os.close(self._snapshots)
-        os.close(self._fd)
+        for fd in (self._synced, self._snapshots, self._fd):
+            os.close(fd)
 
     @property
     def database(self) -> Path:
@@ -100,18 +102,28 @@ class StateDirectory:
         os.rename(f"new-{id_}", name, src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
         return name
 
-    def sync_directory(self, name: str) -> None:
-        """Put one directory and its entry on disk, but not what lies in it."""
-        fd = os.open(name, _DIRECTORY, dir_fd=self._snapshots)
+    def create_empty(self, id_: int) -> None:
+        """Make the directory of a new snapshot that stays empty for now, alive and on disk."""
+        self.create(id_)
+        fd = os.open(self.bring_to_life(id_), _DIRECTORY, dir_fd=self._snapshots)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
         os.fsync(self._snapshots)
 
-    def sync(self) -> None:
-        """Put everything on the state's file system on disk."""
+    def write_back(self) -> None:
+        """Put everything on the state's file system on disk, without a word on what was lost."""
         linux.syncfs(self._snapshots)
+
+    def sync(self) -> None:
+        """Put everything on the state's file system on disk.
+
+        Raises:
+            OSError: it could not be, or something could not since this was last called. The kernel
+                tells that once for each time the directory was opened; see syncfs(2).
+        """
+        linux.syncfs(self._synced)
 
     @contextmanager
     def open(self, name: str, *, writable: bool = False) -> Iterator[int]:
@@ -138,15 +150,15 @@ class StateDirectory:
             return None
         return name
 
-    def delete(self, name: str, step: Callable[[int], None]) -> None:
+    def delete(self, name: str, report: trees.Report) -> None:
         """Delete a directory with all that is in it; see `trees.delete`."""
         with suppress(FileNotFoundError):
-            trees.delete(self._snapshots, name, step)
+            trees.delete(self._snapshots, name, report)
 
     def discard(self, id_: int) -> None:
         """Delete what `create` made, whatever its name is by now."""
         for name in (f"new-{id_}", str(id_)):
-            self.delete(name, lambda _: None)
+            self.delete(name, lambda *_: None)
 
     def listing(self) -> Iterator[tuple[str, str, int]]:
         """Iterate over all directories of snapshots: name, prefix (``new-``, ``rm-``, none), id.

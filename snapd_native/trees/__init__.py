@@ -8,5 +8,6 @@ anything that is mounted inside it.
 from snapd_native.trees.crew import Crew
 from snapd_native.trees.delete import delete
 from snapd_native.trees.opened import open_tree, reflink_works
+from snapd_native.trees.walk import Report
 
-__all__ = ["Crew", "delete", "open_tree", "reflink_works"]
+__all__ = ["Crew", "Report", "delete", "open_tree", "reflink_works"]

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from snapd_native.trees.copy import Copier
 from snapd_native.trees.descent import Descent
 from snapd_native.trees.links import Links, link_table
-from snapd_native.trees.walk import Step, Walk
+from snapd_native.trees.peers import Peers
+from snapd_native.trees.walk import Report, Step, Walk, allocated
 
-Share = Callable[[int, int], bool]
-"""Offers a directory and its empty copy, as fds, to somebody else who would fill it.
-
-True means that somebody will.
-"""
+WORTH_SHARING = 64
+"""Entries that a peer is handed at once to copy."""
 
 
 @contextmanager
 def cloning(source: int, target: int) -> Iterator[int]:
-    """Prepare the empty directory ``target`` to be filled by `fill`, and finish it afterwards.
+    """Prepare the empty directory ``target`` to be filled by a `Cloner`, and finish it afterwards.
 
     Yields the link table. After a failure ``target`` holds part of the tree.
     """
@@ -30,35 +28,71 @@ def cloning(source: int, target: int) -> Iterator[int]:
         yield table
     root = os.fstat(source)
     os.fchmod(target, stat.S_IMODE(root.st_mode))
-    Copier(lambda _: None, reflink=False).finish_directory(source, target, root)
+    Copier(lambda *_: None, reflink=False).finish_directory(source, target, root)
 
 
-def fill(source: int, target: int, copier: Copier, links: Links, share: Share) -> None:
-    """Copy what is in the directory ``source`` to ``target``, but for directories that are shared.
+class Cloner:
+    """Copies what is in directories, with the help of peers.
 
-    Kept are contents, holes, modes with special bits, owners, hard links, symbolic links, devices
-    with whiteouts, FIFOs, sockets, times to the nanosecond, and extended attributes with ACLs and
-    file capabilities. The fds must not show what is mounted in the tree; see `open_tree`.
+    A directory here is two: the source and its copy. Kept are contents, holes, modes with special
+    bits, owners, hard links, symbolic links, devices with whiteouts, FIFOs, sockets, times to the
+    nanosecond, and extended attributes with ACLs and file capabilities. The fds must not show what
+    is mounted in the tree; see `open_tree`.
     """
-    with Descent(target) as there:
-        visits = Walk(source)
-        for visit in visits:
-            name, status = visit.name, visit.status
-            if visit.step is Step.ENTER:
-                copier.make_directory(there.fd, name, status)
-                there.down(name)
-                if share(visit.directory, there.fd):
+
+    def __init__(self, report: Report, links: Links, peers: Peers, *, reflink: bool) -> None:
+        """Share data where ``reflink`` says that the file system can."""
+        self._report = report
+        self._copier = Copier(report, reflink=reflink)
+        self._links = links
+        self._peers = peers
+
+    def directory(self, source: int, target: int) -> None:
+        """Copy everything below ``source`` but what peers take, and its attributes."""
+        with Descent(target) as there:
+            visits = Walk(source)
+            for visit in visits:
+                if visit.step is Step.ENTER:
+                    self._copier.make_directory(there.fd, visit.name, visit.status)
+                    self._report(1, allocated(visit.status))
+                    there.down(visit.name)
+                    if self._peers.take_directory(visit.directory, there.fd):
+                        there.up()
+                        visits.skip()
+                elif visit.step is Step.LEAVE:
+                    self._finish(visit.directory, there.fd, visit.status)
                     there.up()
-                    visits.skip()
-            elif visit.step is Step.LEAVE:
-                copier.finish_directory(visit.directory, there.fd, status)
-                there.up()
-            elif status.st_nlink == 1 or not links.place(status, there.fd, name):
-                copier.copy(visit.directory, there.fd, name, status)
-                if status.st_nlink > 1:
-                    links.remember(status, there.fd, name)
-            else:
-                copier.count_link()
+                else:
+                    if self._peers.are_idle():
+                        self._share(visits.take(WORTH_SHARING), visit.directory, there.fd)
+                    self._copy(visit.directory, there.fd, visit.name, visit.status)
+        self._finish(source, target, os.fstat(source))
+
+    def names(self, names: Sequence[str], source: int, target: int) -> None:
+        """Copy entries of ``source`` that are no directories."""
+        for name in names:
+            status = os.stat(name, dir_fd=source, follow_symlinks=False)
+            self._copy(source, target, name, status)
+
+    def _share(self, names: Sequence[str], source: int, target: int) -> None:
+        if names and not self._peers.take_names(names, source, target):
+            self.names(names, source, target)
+
+    def _copy(self, source: int, target: int, name: str, status: os.stat_result) -> None:
+        has_links = status.st_nlink > 1
+        if has_links and self._links.place(status, target, name):
+            self._report(0, 0)
+            return
+        rest = self._copier.copy(source, target, name, status)
+        if has_links and not self._links.remember(status, target, name):
+            self._report(0, 0)
+            return
+        self._report(1, rest)
+
+    def _finish(self, source: int, target: int, status: os.stat_result) -> None:
+        # Whoever makes an entry in it would change its times, and inherit from its ACL.
+        self._peers.finish()
+        self._copier.finish_directory(source, target, status)
 
 
 def _forget_inherited(target: int) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 from snapd_native import linux
+from snapd_native.trees.walk import Report, allocated
 
 CHUNK = 16 << 20
 """Bytes copied by one call at most, so that a copy can be stopped soon inside a large file."""
@@ -25,54 +25,52 @@ class Copier:
     another group or an ACL. No system call is made that would change nothing.
     """
 
-    def __init__(self, step: Callable[[int], None], *, reflink: bool) -> None:
-        """Share data where ``reflink`` says so; ``step`` is told of bytes done, and may raise."""
-        self._step = step
+    def __init__(self, report: Report, *, reflink: bool) -> None:
+        """Share data where ``reflink`` says so; ``report`` is told of all large files but ends."""
+        self._report = report
         self._reflink = reflink
         self._umask = _umask()
 
-    def copy(self, source: int, target: int, name: str, status: os.stat_result) -> None:
-        """Copy ``name`` from the directory ``source`` to ``target``, with all its attributes."""
+    def copy(self, source: int, target: int, name: str, status: os.stat_result) -> int:
+        """Copy ``name`` from the directory ``source`` to ``target``, with all its attributes.
+
+        Return how many of its bytes are still to be reported.
+        """
         kind = stat.S_IFMT(status.st_mode)
         if kind == stat.S_IFREG:
-            self._copy_file(source, target, name, status)
-            return
+            return self._copy_file(source, target, name, status)
         if kind == stat.S_IFLNK:
             os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
         else:
             device = status.st_rdev if kind in (stat.S_IFCHR, stat.S_IFBLK) else 0
             os.mknod(name, kind | 0o600, device, dir_fd=target)
         _copy_unopened(source, target, name, status)
-        self._step(0)
+        return allocated(status)
 
     def make_directory(self, parent: int, name: str, status: os.stat_result) -> None:
         """Make a directory for the copy of one; its attributes come when its entries are there."""
         # Without the setgid bit, which would give its group to what is made inside.
         os.mkdir(name, stat.S_IMODE(status.st_mode) & ~_SPECIAL, dir_fd=parent)
-        self._step(0)
 
     def finish_directory(self, source: int, target: int, status: os.stat_result) -> None:
         """Give the open directory ``target``, made by `make_directory`, all other attributes."""
         self._copy_attributes(source, target, status)
 
-    def count_link(self) -> None:
-        """Count one more name of what is copied already."""
-        self._step(0)
-
-    def _copy_file(self, source: int, target: int, name: str, status: os.stat_result) -> None:
+    def _copy_file(self, source: int, target: int, name: str, status: os.stat_result) -> int:
+        rest = allocated(status)
         reader = os.open(name, _READ, dir_fd=source)
         try:
             mode = stat.S_IMODE(status.st_mode) & ~_SPECIAL
             writer = os.open(name, _CREATE, mode, dir_fd=target)
             try:
                 if status.st_size and not (self._reflink and linux.ficlone(reader, writer)):
-                    self._copy_data(reader, writer, status)
+                    rest -= self._copy_data(reader, writer, status)
                 self._copy_attributes(reader, writer, status)
             finally:
                 os.close(writer)
         finally:
             os.close(reader)
-        self._step(status.st_blocks * 512)
+        return rest
 
     def _copy_attributes(self, source: int, target: int, status: os.stat_result) -> None:
         # The order matters to the kernel: chown drops setuid and file capabilities, and an access
@@ -86,10 +84,13 @@ class Copier:
             os.setxattr(target, attribute, os.getxattr(source, attribute))
         os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
-    def _copy_data(self, reader: int, writer: int, status: os.stat_result) -> None:
-        """Copy what is allocated and leave out what is not: a hole stays a hole."""
+    def _copy_data(self, reader: int, writer: int, status: os.stat_result) -> int:
+        """Copy what is allocated and leave out what is not: a hole stays a hole.
+
+        Return the bytes of it that are reported already.
+        """
         size = status.st_size
-        end = 0
+        end = reported = 0
         while end < size:
             try:
                 start = os.lseek(reader, end, os.SEEK_DATA)
@@ -98,18 +99,25 @@ class Copier:
                     raise
                 break
             end = os.lseek(reader, start, os.SEEK_HOLE)
-            self._copy_range(reader, writer, start, end)
+            most = allocated(status) - reported
+            reported += self._copy_range(reader, writer, start, end, most)
         if end < size:
             os.ftruncate(writer, size)
+        return reported
 
-    def _copy_range(self, reader: int, writer: int, start: int, end: int) -> None:
+    def _copy_range(self, reader: int, writer: int, start: int, end: int, most: int) -> int:
+        """Copy a range, and report all but its last chunk, though not over ``most`` bytes."""
+        reported = 0
         while start < end:
             copied = os.copy_file_range(reader, writer, min(end - start, CHUNK), start, start)
             if copied == 0:
                 raise OSError(errno.EIO, "a file became shorter while it was copied")
             start += copied
             if start < end:
-                self._step(0)
+                more = min(copied, most - reported)
+                self._report(0, more)
+                reported += more
+        return reported
 
 
 def _copy_unopened(source: int, target: int, name: str, status: os.stat_result) -> None:

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -26,11 +26,13 @@ from snapd_native.trees.relay import (
     MAX_WORKERS,
     ORDER,
     REPORT,
+    Channels,
     Operation,
     Page,
     receive,
     receive_finding,
 )
+from snapd_native.trees.walk import Report, allocated
 
 POLL_SECONDS = 0.05
 """How often a job looks whether it is to stop."""
@@ -65,33 +67,32 @@ class Crew:
         while self._idle:
             self._idle.pop().close()
 
-    def clone(
-        self, source: int, target: int, step: Callable[[int], None], *, reflink: bool
-    ) -> None:
-        """Make the empty directory ``target`` a faithful copy of the tree ``source``; see `fill`.
+    def clone(self, source: int, target: int, report: Report, *, reflink: bool) -> None:
+        """Make the empty directory ``target`` a faithful copy of the tree ``source``.
 
-        Data is shared where ``reflink`` says that the file system can. ``step`` is called many
-        times a second with the allocated bytes copied since, and may raise to stop. After a
-        failure ``target`` holds part of the tree.
+        See `Cloner` for what is kept. Data is shared where ``reflink`` says that the file system
+        can. What is reported adds up to what `measure` finds. After a failure ``target`` holds part
+        of the tree.
 
         Raises:
             OSError: the kernel's, from wherever in the tree; ECHILD if a worker was killed.
         """
         with cloning(source, target) as table:
-            self._run(Operation.CLONE, [source, target], step, [table], reflink=reflink)
+            self._run(Operation.CLONE, [source, target], report, [table], reflink=reflink)
+        report(1, allocated(os.fstat(source)))
 
-    def measure(self, root: int, step: Callable[[int], None]) -> Usage:
+    def measure(self, root: int, report: Report) -> Usage:
         """Add up the allocated bytes and the inodes of the tree at ``root``, the root included.
 
         A file with several names counts once, as in containerd's ``fs.DiskUsage``; data shared by
-        reflink counts fully. ``step`` is called many times a second, and may raise to stop.
+        reflink counts fully.
 
         Raises:
             OSError: as `clone`; ESTALE if directories are moved meanwhile.
         """
         total = Tally()
         total.add(os.fstat(root))
-        for tally in self._run(Operation.MEASURE, [root], step):
+        for tally in self._run(Operation.MEASURE, [root], report):
             total.merge(Tally.unpack(tally))
         return total.usage
 
@@ -99,7 +100,7 @@ class Crew:
         self,
         operation: Operation,
         task: Sequence[int],
-        step: Callable[[int], None],
+        report: Report,
         also: Sequence[int] = (),
         *,
         reflink: bool = False,
@@ -111,16 +112,21 @@ class Crew:
             stack.callback(os.close, page_fd)
             page = Page(page_fd)
             stack.callback(page.close)
-            offers, tasks = stack.enter_context(_pair())
+            give_directories, directories = stack.enter_context(_pair())
+            give_names, names = stack.enter_context(_pair())
             to_crew, reports = stack.enter_context(_pair())
-            socket.send_fds(offers, [b"t"], task)
-            fds = [page_fd, offers.fileno(), tasks.fileno(), to_crew.fileno(), *also]
+            channels = Channels(give_directories, directories, give_names, names, to_crew)
+            socket.send_fds(give_directories, [b"d"], task)
+            fds = [page_fd, *(end.fileno() for end in channels), *also]
             try:
                 for number, worker in enumerate(workers):
                     order = ORDER.pack(operation, number, reflink)
                     socket.send_fds(worker.channel, [order], fds)
-                _watch(page, reports, workers, step)
-                return _end(tasks, workers)
+                _watch(page, reports, workers, report)
+                # Whoever waits for a task wakes up, and finds that there will be none.
+                for channel in (directories, names):
+                    channel.shutdown(socket.SHUT_RDWR)
+                return [receive_finding(worker.channel) for worker in workers]
             except BaseException:
                 # Nobody may go on with what the caller is about to undo.
                 for worker in workers:
@@ -182,14 +188,14 @@ def _watch(
     page: Page,
     reports: socket.socket,
     workers: Sequence[_Worker],
-    step: Callable[[int], None],
+    report: Report,
 ) -> None:
     """Return when all tasks are done.
 
     Raises:
         OSError: a task failed, or a worker ended.
     """
-    outstanding, copied = 1, 0
+    outstanding, inodes, size = 1, 0, 0
     with selectors.DefaultSelector() as selector:
         selector.register(reports, selectors.EVENT_READ)
         for worker in workers:
@@ -205,17 +211,6 @@ def _watch(
                     outstanding -= 1
                 else:
                     raise OSError(code, os.strerror(code))
-            _, now = page.progress()
-            step(now - copied)
-            copied = now
-
-
-def _end(tasks: socket.socket, workers: Sequence[_Worker]) -> list[bytes]:
-    """End a job, and return what each worker found out.
-
-    Raises:
-        ChildProcessError: a worker has ended before it could tell.
-    """
-    # Whoever waits for a task wakes up, and finds that there will be none.
-    tasks.shutdown(socket.SHUT_RDWR)
-    return [receive_finding(worker.channel) for worker in workers]
+            inodes_now, size_now = page.progress()
+            report(inodes_now - inodes, size_now - size)
+            inodes, size = inodes_now, size_now

@@ -5,43 +5,42 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
 
 from snapd_native import linux
-from snapd_native.trees.descent import Descent
+from snapd_native.trees.descent import Descent, Scan
 from snapd_native.trees.opened import open_tree
+from snapd_native.trees.walk import Report
 
 _ROUNDS = 100
 """How often a directory that fills again while it is emptied is read anew."""
 
 
-def delete(parent: int, name: str, step: Callable[[int], None] = lambda _: None) -> None:
+def delete(parent: int, name: str, report: Report = lambda *_: None) -> None:
     """Delete the directory ``name`` in ``parent`` with everything below it.
 
     Nothing is followed, and no mount point is crossed: what is mounted inside the tree is not even
-    seen. Immutable and append-only files are deleted too. ``step`` is called for every entry with
-    0, and may raise to stop.
+    seen. Immutable and append-only files are deleted too. ``report`` is called for every entry.
 
     Raises:
         OSError: with EBUSY where something is mounted inside the tree; everything that could be
             deleted is gone then.
     """
     with open_tree(parent, name, writable=True) as root:
-        busy = _empty(root, step)
+        busy = _empty(root, report)
     if busy is not None:
         raise busy
     _remove(parent, name, directory=True)
 
 
-def _empty(root: int, step: Callable[[int], None]) -> OSError | None:
+def _empty(root: int, report: Report) -> OSError | None:
     """Delete all that is in ``root``; return the last error of what something is mounted on."""
     busy: OSError | None = None
     with Descent(root) as here:
-        levels: list[tuple[str, int, Iterator[str]]] = []
+        levels: list[tuple[str, int, Scan]] = []
         names, rounds = here.scan(), 0
         while True:
             for name in names:
-                step(0)
+                report(1, 0)
                 try:
                     _remove(here.fd, name, directory=False)
                 except FileNotFoundError:

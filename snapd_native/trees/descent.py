@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Generator, Iterator
+from itertools import islice
 
 MAX_OPEN = 64
 """Directories that a descent, or a scan along it, keeps open at once."""
+
+AT_ONCE = 1024
+"""Entries of a directory that are read, and put in order, at once."""
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -24,15 +27,15 @@ class Descent:
         self._root = root
         self._open: list[int] = []
         self._above: list[tuple[int, int]] = []
-        self._scans: dict[int, Generator[str, None, None]] = {}
+        self._scans: dict[int, Scan] = {}
         self._depth = 0
 
     def __enter__(self) -> Descent:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for names in self._scans.values():
-            names.close()
+        for scan in self._scans.values():
+            scan.close()
         while self._open:
             os.close(self._open.pop())
 
@@ -63,21 +66,59 @@ class Descent:
         os.close(self._open.pop())
         self._depth -= 1
 
-    def scan(self) -> Iterator[str]:
+    def scan(self) -> Scan:
         """Iterate over the names in the directory at this position, until it is left for good.
 
         The directory is read as the iteration goes on, so memory does not grow with its width;
         only `MAX_OPEN` levels down is it read at once and closed, so open files do not grow with
         depth.
         """
-        names = _stream(self.fd)
+        scan = Scan(self.fd)
         if self._depth >= MAX_OPEN:
-            return iter(list(names))
-        self._scans[self._depth] = names
-        return names
+            scan.read(None)
+            scan.close()
+        else:
+            self._scans[self._depth] = scan
+        return scan
 
 
-def _stream(directory: int) -> Generator[str, None, None]:
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            yield entry.name
+class Scan:
+    """An iteration over the names in a directory, in order of inodes.
+
+    That is the order in which the disk holds them: ext4 lists names by their hashes, which would
+    send the heads of a cold disk to and fro.
+    """
+
+    def __init__(self, directory: int) -> None:
+        self._entries = os.scandir(directory)
+        self._next: list[os.DirEntry[str]] = []
+
+    def __iter__(self) -> Scan:
+        return self
+
+    def __next__(self) -> str:
+        if not self._next:
+            self.read(AT_ONCE)
+        if not self._next:
+            self.close()
+            raise StopIteration
+        return self._next.pop().name
+
+    def read(self, most: int | None) -> None:
+        """Read the next ``most`` entries, or all; those read before must have been iterated."""
+        self._next = list(islice(self._entries, most))
+        self._next.sort(key=os.DirEntry.inode, reverse=True)
+
+    def take(self, most: int) -> list[str]:
+        """Take away the names of up to ``most`` non-directories, half of what is read at most."""
+        kept: list[os.DirEntry[str]] = []
+        taken: list[os.DirEntry[str]] = []
+        last = self._next[: min(most, (len(self._next) + 1) // 2)]
+        for entry in last:
+            (kept if entry.is_dir(follow_symlinks=False) else taken).append(entry)
+        self._next[: len(last)] = kept
+        return [entry.name for entry in taken]
+
+    def close(self) -> None:
+        """Read no more."""
+        self._entries.close()

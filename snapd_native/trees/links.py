@@ -40,15 +40,19 @@ class Links:
         os.rename(known, name, src_dir_fd=self._table, dst_dir_fd=directory)
         return True
 
-    def remember(self, status: os.stat_result, directory: int, name: str) -> None:
-        """Keep the copy just made as ``name`` in ``directory`` for names to come."""
+    def remember(self, status: os.stat_result, directory: int, name: str) -> bool:
+        """Keep the copy just made as ``name`` in ``directory`` for names to come.
+
+        False if another process has copied the file meanwhile: ``name`` is a name of that then.
+        """
         try:
             self._link(directory, name, self._table, _key(status))
         except FileExistsError:
-            # Another process has copied it meanwhile under another of its names.
             os.unlink(name, dir_fd=directory)
             if not self.place(status, directory, name):
                 raise OSError(errno.ESTALE, "a file was unlinked while it was copied") from None
+            return False
+        return True
 
     def _link(self, source: int, name: str, target: int, link: str) -> None:
         os.link(name, link, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)

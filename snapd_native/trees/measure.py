@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from snapd_native.model import Usage
-from snapd_native.trees.walk import Step, Walk
+from snapd_native.trees.peers import Peers
+from snapd_native.trees.walk import Report, Step, Walk, allocated
 
-BLOCK = 512
-"""The unit of ``st_blocks``, whatever the file system's own; see stat(3type)."""
+WORTH_SHARING = 256
+"""Entries that a peer is handed at once, who only looks at them."""
 
 _HEAD = struct.Struct("=QQ")
 _FILE = struct.Struct("=QQQQ")
@@ -20,68 +22,87 @@ _FILE = struct.Struct("=QQQQ")
 
 @dataclass
 class Tally:
-    """Blocks and inodes counted so far, and the files of which not all names were met yet."""
+    """Bytes and inodes counted so far, and the files of which not all names were met yet."""
 
-    blocks: int = 0
+    size: int = 0
     inodes: int = 0
     partly: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
-    """Names still to come, and blocks, by device and inode. A file leaves with its last name, so
+    """Names still to come, and bytes, by device and inode. A file leaves with its last name, so
     that this holds only files whose names lie apart."""
 
-    def add(self, status: os.stat_result) -> None:
-        """Count an entry; a file with several names once."""
+    def add(self, status: os.stat_result) -> bool:
+        """Count an entry; False if it is one more name of a file that was counted before."""
         if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
             file = (status.st_dev, status.st_ino)
             left, _ = self.partly.pop(file, (0, 0))
             if left != 1:
-                self.partly[file] = ((left or status.st_nlink) - 1, status.st_blocks)
+                self.partly[file] = ((left or status.st_nlink) - 1, allocated(status))
             if left:
-                return
-        self.blocks += status.st_blocks
+                return False
+        self.size += allocated(status)
         self.inodes += 1
+        return True
 
     def merge(self, other: Tally) -> None:
         """Add what another walk counted in other directories of the same tree."""
-        self.blocks += other.blocks
+        self.size += other.size
         self.inodes += other.inodes
-        for file, (left, blocks) in other.partly.items():
+        for file, (left, size) in other.partly.items():
             if file in self.partly:
-                self.blocks -= blocks
+                self.size -= size
                 self.inodes -= 1
-            self.partly[file] = (left, blocks)
+            self.partly[file] = (left, size)
 
     def pack(self) -> bytes:
         """Return all of it as bytes, for another process."""
         records = [(*file, *rest) for file, rest in self.partly.items()]
-        return _HEAD.pack(self.blocks, self.inodes) + b"".join(_FILE.pack(*r) for r in records)
+        return _HEAD.pack(self.size, self.inodes) + b"".join(_FILE.pack(*r) for r in records)
 
     @classmethod
     def unpack(cls, packed: bytes) -> Tally:
         """Return what `pack` packed."""
-        blocks, inodes = _HEAD.unpack_from(packed)
+        size, inodes = _HEAD.unpack_from(packed)
         records = _FILE.iter_unpack(packed[_HEAD.size :])
         partly = {(dev, ino): (left, taken) for dev, ino, left, taken in records}
-        return cls(blocks, inodes, partly)
+        return cls(size, inodes, partly)
 
     @property
     def usage(self) -> Usage:
-        """What was counted, in bytes."""
-        return Usage(size=self.blocks * BLOCK, inodes=self.inodes)
+        """What was counted."""
+        return Usage(size=self.size, inodes=self.inodes)
 
 
-def count(
-    root: int, tally: Tally, step: Callable[[int], None], share: Callable[[int], bool]
-) -> None:
-    """Add what is below ``root`` to ``tally``, but for what is in directories that are shared.
+class Counter:
+    """Counts what is in directories, with the help of peers."""
 
-    ``share`` offers a directory to somebody else who would count what is in it. ``step`` is called
-    for every entry with 0, and may raise to stop.
-    """
-    visits = Walk(root)
-    for visit in visits:
-        if visit.step is Step.LEAVE:
-            continue
-        step(0)
-        tally.add(visit.status)
-        if visit.step is Step.ENTER and share(visit.directory):
-            visits.skip()
+    def __init__(self, report: Report, peers: Peers) -> None:
+        self.tally = Tally()
+        self._report = report
+        self._peers = peers
+
+    def directory(self, root: int) -> None:
+        """Count everything below ``root`` but what peers take."""
+        visits = Walk(root)
+        for visit in visits:
+            if visit.step is Step.LEAVE:
+                continue
+            self._add(visit.status)
+            if visit.step is Step.ENTER:
+                if self._peers.take_directory(visit.directory):
+                    visits.skip()
+            elif self._peers.are_idle():
+                names = visits.take(WORTH_SHARING)
+                if names and not self._peers.take_names(names, visit.directory):
+                    self.names(names, visit.directory)
+
+    def names(self, names: Sequence[str], directory: int) -> None:
+        """Count entries of ``directory`` that are no directories."""
+        for name in names:
+            with suppress(FileNotFoundError):
+                self._add(os.stat(name, dir_fd=directory, follow_symlinks=False))
+
+    def _add(self, status: os.stat_result) -> None:
+        if self.tally.add(status):
+            self._report(1, allocated(status))
+        else:
+            self._report(0, 0)

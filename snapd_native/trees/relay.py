@@ -1,10 +1,10 @@
 """What a crew and its workers say to each other.
 
-A job has a page of shared memory and two sockets. The page holds a flag of each worker that is
-idle, and each worker's progress; every byte has one writer. Tasks, which are open directories,
-travel over one socket to whoever is idle. Reports go to the crew over the other, in one order for
-all workers: a task is announced before it is offered, so the crew never believes too early that all
-is done.
+A job has a page of shared memory and three sockets. The page holds a flag of each worker that is
+idle, and each worker's progress; every byte has one writer. Tasks are open directories: those to do
+in whole travel over one socket to whoever is idle, those of which some names are to be done over
+another. Reports go to the crew over the third, in one order for all workers: a task is announced
+before it is offered, so the crew never believes too early that all is done.
 """
 
 from __future__ import annotations
@@ -13,22 +13,17 @@ import array
 import errno
 import mmap
 import os
-import select
 import socket
 import struct
-from collections.abc import Callable
 from enum import IntEnum
+from typing import NamedTuple
 
 MAX_WORKERS = 8
 """Workers in one job: more would only wait for each other in the file system."""
 
-_WATCH = 256
-"""Steps after which a worker looks whether its crew is still there."""
-
-_PROGRESS = struct.Struct("=QQ")
-_FIRST_PROGRESS = 64
+_PROGRESS = slice(64, 64 + MAX_WORKERS * 16)
 _MOST_FDS = 8
-_LONGEST = 64
+_LONGEST = 1 << 17
 
 ORDER = struct.Struct("=BBB")
 """What begins a job: operation, the worker's number in the job, whether to share data."""
@@ -52,12 +47,24 @@ class Operation(IntEnum):
     """Count what is in the directory."""
 
 
+class Channels(NamedTuple):
+    """A worker's ends of a job's sockets; every worker has the same."""
+
+    give_directories: socket.socket
+    directories: socket.socket
+    give_names: socket.socket
+    names: socket.socket
+    reports: socket.socket
+
+
 class Page:
     """The shared memory of a job."""
 
     def __init__(self, fd: int) -> None:
         """Map the page behind ``fd``."""
         self._memory = mmap.mmap(fd, mmap.PAGESIZE)
+        # Two numbers a worker. Each is read and written in one go, never by halves.
+        self._progress = memoryview(self._memory)[_PROGRESS].cast("Q")
 
     @staticmethod
     def create() -> int:
@@ -68,6 +75,7 @@ class Page:
 
     def close(self) -> None:
         """Unmap the page."""
+        self._progress.release()
         self._memory.close()
 
     def set_idle(self, worker: int, idle: bool) -> None:
@@ -78,100 +86,14 @@ class Page:
         """Tell whether any worker waits for a task."""
         return self._memory.find(b"\1", 0, MAX_WORKERS) >= 0
 
-    def report_progress(self, worker: int, entries: int, copied: int) -> None:
-        """Say how many entries and bytes a worker has done."""
-        _PROGRESS.pack_into(
-            self._memory, _FIRST_PROGRESS + worker * _PROGRESS.size, entries, copied
-        )
+    def report(self, worker: int, inodes: int, size: int) -> None:
+        """Say how many inodes and bytes a worker has done."""
+        self._progress[2 * worker] = inodes
+        self._progress[2 * worker + 1] = size
 
     def progress(self) -> tuple[int, int]:
-        """Return how many entries and bytes all workers have done."""
-        end = _FIRST_PROGRESS + MAX_WORKERS * _PROGRESS.size
-        done = list(_PROGRESS.iter_unpack(self._memory[_FIRST_PROGRESS:end]))
-        return sum(entries for entries, _ in done), sum(copied for _, copied in done)
-
-
-class Share:
-    """One worker's end of a job."""
-
-    def __init__(
-        self,
-        worker: int,
-        page: Page,
-        parent: int,
-        crew: socket.socket,
-        offers: socket.socket,
-        tasks: socket.socket,
-        reports: socket.socket,
-    ) -> None:
-        self._worker = worker
-        self._parent = parent
-        self._crew = crew
-        self._page = page
-        self._offers = offers
-        self._tasks = tasks
-        self._reports = reports
-        self._entries = 0
-        self._copied = 0
-
-    def step(self, copied: int) -> None:
-        """Count one step of work; end the process if its crew was killed."""
-        self._entries += 1
-        self._copied += copied
-        self._page.report_progress(self._worker, self._entries, self._copied)
-        if self._entries % _WATCH == 0 and os.getppid() != self._parent:
-            raise SystemExit
-
-    def offer(self, *directories: int) -> bool:
-        """Give a task to a worker that is idle; False if there is none."""
-        if not self._page.somebody_idle():
-            return False
-        self._report(ANNOUNCED)
-        try:
-            socket.send_fds(self._offers, [b"t"], directories, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            self._report(DONE)
-            return False
-        return True
-
-    def work(self, perform: Callable[[list[int]], None]) -> None:
-        """Take tasks and perform them until there are no more, reporting each.
-
-        The first task that fails is reported by its errno and ends the job.
-        """
-        while (task := self._take()) is not None:
-            try:
-                perform(task)
-                self._report(DONE)
-            except OSError as error:
-                self._report(FAILED, error.errno or errno.EIO)
-                return
-            finally:
-                for fd in task:
-                    os.close(fd)
-
-    def _report(self, what: bytes, code: int = 0) -> None:
-        self._reports.send(REPORT.pack(what, code))
-
-    def _take(self) -> list[int] | None:
-        while True:
-            try:
-                offer, fds = receive(self._tasks, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                self._page.set_idle(self._worker, True)
-                self._await_offer()
-                self._page.set_idle(self._worker, False)
-            else:
-                return fds if offer else None
-
-    def _await_offer(self) -> None:
-        # The other workers hold the job's sockets too: only the crew's own tells when it has ended
-        # without a word. That may have a number that select(2) does not take.
-        waiting = select.poll()
-        for channel in (self._tasks, self._crew):
-            waiting.register(channel, select.POLLIN)
-        if any(fd == self._crew.fileno() for fd, _ in waiting.poll()):
-            raise SystemExit
+        """Return how many inodes and bytes all workers have done."""
+        return sum(self._progress[::2]), sum(self._progress[1::2])
 
 
 def receive(channel: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:

@@ -5,11 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum, auto
 from typing import NamedTuple
 
-from snapd_native.trees.descent import Descent
+from snapd_native.trees.descent import Descent, Scan
+
+Report = Callable[[int, int], None]
+"""Is told of inodes and allocated bytes that are done since it was last called.
+
+It is called many times a second, perhaps with zeros, and may raise to stop.
+"""
+
+
+def allocated(status: os.stat_result) -> int:
+    """Return the bytes that a file takes: ``st_blocks`` counts in units of 512; see stat(3type)."""
+    return status.st_blocks * 512
 
 
 class Step(Enum):
@@ -47,16 +58,22 @@ class Walk:
     def __init__(self, root: int) -> None:
         self._root = root
         self._skipped = False
+        self._names: Scan | None = None
 
     def skip(self) -> None:
         """Stay out of the directory just entered; there will be no leaving it."""
         self._skipped = True
 
+    def take(self, most: int) -> list[str]:
+        """Leave up to ``most`` entries beside the one just visited out; see `Scan.take`."""
+        return self._names.take(most) if self._names else []
+
     def __iter__(self) -> Iterator[Visit]:
         with Descent(self._root) as here:
-            levels: list[tuple[str, os.stat_result, Iterator[str]]] = []
+            levels: list[tuple[str, os.stat_result, Scan]] = []
             names = here.scan()
             while True:
+                self._names = names
                 for name in names:
                     try:
                         status = os.stat(name, dir_fd=here.fd, follow_symlinks=False)

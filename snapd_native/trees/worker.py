@@ -10,13 +10,13 @@ import os
 import signal
 import socket
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
-from snapd_native.trees.clone import fill
-from snapd_native.trees.copy import Copier
+from snapd_native.trees.clone import Cloner
 from snapd_native.trees.links import Links
-from snapd_native.trees.measure import Tally, count
-from snapd_native.trees.relay import ORDER, Operation, Page, Share, receive, send_finding
+from snapd_native.trees.measure import Counter
+from snapd_native.trees.relay import ORDER, Channels, Operation, Page, receive, send_finding
+from snapd_native.trees.share import Share
 
 
 def main() -> None:
@@ -37,44 +37,23 @@ def main() -> None:
 def _serve(crew: socket.socket, parent: int, order: bytes, fds: list[int]) -> bytes:
     """Do a job, and return what was found out."""
     number, worker, reflink = ORDER.unpack(order)
-    page_fd, offers_fd, tasks_fd, reports_fd, *table = fds
-    page = Page(page_fd)
-    os.close(page_fd)
-    with (
-        socket.socket(fileno=offers_fd) as offers,
-        socket.socket(fileno=tasks_fd) as tasks,
-        socket.socket(fileno=reports_fd) as reports,
-    ):
-        share = Share(worker, page, parent, crew, offers, tasks, reports)
-        try:
-            match Operation(number):
-                case Operation.CLONE:
-                    _clone(share, table[0], reflink=bool(reflink))
-                case Operation.MEASURE:
-                    return _measure(share).pack()
-            return b""
-        finally:
-            page.close()
-            for fd in table:
-                os.close(fd)
-
-
-def _clone(share: Share, table: int, *, reflink: bool) -> None:
-    copier = Copier(share.step, reflink=reflink)
-    links = Links(table)
-
-    def perform(task: list[int]) -> None:
-        source, target = task
-        fill(source, target, copier, links, share.offer)
-        copier.finish_directory(source, target, os.fstat(source))
-
-    share.work(perform)
-
-
-def _measure(share: Share) -> Tally:
-    tally = Tally()
-    share.work(lambda task: count(task[0], tally, share.step, share.offer))
-    return tally
+    with ExitStack() as stack:
+        for fd in fds:
+            stack.callback(os.close, fd)
+        page = Page(fds[0])
+        stack.callback(page.close)
+        sockets = [stack.enter_context(socket.socket(fileno=os.dup(fd))) for fd in fds[1:6]]
+        share = Share(worker, parent, crew, page, Channels(*sockets))
+        stack.callback(share.close)
+        match Operation(number):
+            case Operation.CLONE:
+                links = Links(fds[6])
+                share.perform(Cloner(share.progress, links, share, reflink=bool(reflink)))
+                return b""
+            case Operation.MEASURE:
+                counter = Counter(share.progress, share)
+                share.perform(counter)
+                return counter.tally.pack()
 
 
 if __name__ == "__main__":

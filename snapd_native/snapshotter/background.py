@@ -1,4 +1,4 @@
-"""Deleting in the background what is removed."""
+"""Work that nobody waits for."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from snapd_native.errors import Unavailable
+from snapd_native.errors import Cancelled, Unavailable
 
 log = logging.getLogger(__name__)
 
 
-class Reaper:
-    """One thread that does all deleting, so that no two deletions meet in one tree."""
+class Background:
+    """One thread that does one task after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, complaint: str) -> None:
+        """Log ``complaint`` and the error when a task fails."""
+        self._complaint = complaint
         self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None]
         self._tasks = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, task: Callable[[], None]) -> Future[None]:
@@ -36,11 +38,13 @@ class Reaper:
     def _run(self) -> None:
         while (entry := self._tasks.get()) is not None:
             task, outcome = entry
+            if not outcome.set_running_or_notify_cancel():
+                continue
             try:
                 task()
             except Exception as error:
-                if not isinstance(error, Unavailable):
-                    log.warning("deleting what was removed failed, Cleanup tries again: %s", error)
+                if not isinstance(error, (Unavailable, Cancelled)):
+                    log.warning("%s: %s", self._complaint, error)
                 outcome.set_exception(error)
             else:
                 outcome.set_result(None)

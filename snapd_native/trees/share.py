@@ -1,0 +1,145 @@
+"""One worker's end of a job."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from snapd_native.trees.peers import Work
+from snapd_native.trees.relay import ANNOUNCED, DONE, FAILED, REPORT, Channels, Page, receive
+
+_WATCH = 256
+"""Reports of progress after which a worker looks whether its crew is still there."""
+
+
+class Share:
+    """What one worker does of a job, and its `Peers` in it."""
+
+    def __init__(
+        self, worker: int, parent: int, crew: socket.socket, page: Page, channels: Channels
+    ) -> None:
+        """Take part as ``worker``; the crew is the process ``parent``, at the end of a socket."""
+        self._worker = worker
+        self._parent = parent
+        self._crew = crew
+        self._page = page
+        self._channels = channels
+        self._inodes = 0
+        self._size = 0
+        self._reports = 0
+        self._given = 0
+        self._returned = os.eventfd(0, os.EFD_CLOEXEC)
+        self._over = False
+
+    def close(self) -> None:
+        """Take no more part."""
+        os.close(self._returned)
+
+    def progress(self, inodes: int, size: int) -> None:
+        """Say what is done; end the process if its crew was killed."""
+        self._inodes += inodes
+        self._size += size
+        self._page.report(self._worker, self._inodes, self._size)
+        self._reports += 1
+        if self._reports % _WATCH == 0 and os.getppid() != self._parent:
+            raise SystemExit
+
+    def are_idle(self) -> bool:
+        """Tell whether any worker waits for a task."""
+        return self._page.somebody_idle()
+
+    def take_directory(self, *directory: int) -> bool:
+        """Give a directory to a worker that is idle; False if there is none."""
+        return self.are_idle() and self._give(self._channels.give_directories, b"d", directory)
+
+    def take_names(self, names: Sequence[str], *directory: int) -> bool:
+        """Give entries of a directory to whoever is idle; False if they cannot be given."""
+        message = b"\0".join(os.fsencode(name) for name in names)
+        given = self._give(self._channels.give_names, message, (*directory, self._returned))
+        self._given += given
+        return given
+
+    def finish(self) -> None:
+        """Return when all names that were given are done, doing names of anybody meanwhile."""
+        while self._given:
+            if self._returned in self._await(self._returned, self._channels.names.fileno()):
+                self._given -= os.eventfd_read(self._returned)
+            else:
+                self._take_names()
+
+    def perform(self, work: Work) -> None:
+        """Do tasks until the crew says that there are no more, reporting each.
+
+        The first that fails is reported by its errno and ends the job.
+        """
+        self._work = work
+        try:
+            while not self._over:
+                if not self._take_directory() and not self._take_names():
+                    self._idle()
+        except OSError as error:
+            self._report(FAILED, error.errno or errno.EIO)
+
+    def _give(self, channel: socket.socket, message: bytes, fds: Sequence[int]) -> bool:
+        self._report(ANNOUNCED)
+        try:
+            socket.send_fds(channel, [message], fds, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            self._report(DONE)
+            return False
+        return True
+
+    def _take_directory(self) -> bool:
+        with self._taken(self._channels.directories) as (message, directory):
+            if message:
+                self._work.directory(*directory)
+        return bool(message)
+
+    def _take_names(self) -> bool:
+        with self._taken(self._channels.names) as (message, fds):
+            if message:
+                *directory, returned = fds
+                self._work.names([os.fsdecode(name) for name in message.split(b"\0")], *directory)
+                os.eventfd_write(returned, 1)
+        return bool(message)
+
+    @contextmanager
+    def _taken(self, channel: socket.socket) -> Iterator[tuple[bytes, list[int]]]:
+        """Take a task, if there is one, and report when it is done."""
+        try:
+            message, fds = receive(channel, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            message, fds = b"", []
+        else:
+            self._over = not message
+        try:
+            yield message, fds
+        finally:
+            for fd in fds:
+                os.close(fd)
+        if message:
+            self._report(DONE)
+
+    def _idle(self) -> None:
+        """Wait for a task, or for the end."""
+        self._page.set_idle(self._worker, True)
+        self._await(self._channels.directories.fileno(), self._channels.names.fileno())
+        self._page.set_idle(self._worker, False)
+
+    def _await(self, *fds: int) -> list[int]:
+        # The other workers hold the job's sockets too: only the crew's own tells when it has ended
+        # without a word. That may have a number that select(2) does not take.
+        waiting = select.poll()
+        for fd in (*fds, self._crew.fileno()):
+            waiting.register(fd, select.POLLIN)
+        ready = [fd for fd, _ in waiting.poll()]
+        if self._crew.fileno() in ready:
+            raise SystemExit
+        return ready
+
+    def _report(self, what: bytes, code: int = 0) -> None:
+        self._channels.reports.send(REPORT.pack(what, code))
