@@ -7,8 +7,8 @@ exceptions of `snapd_native.errors`, as the engine does.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeVar
@@ -18,7 +18,13 @@ from dbus_next.errors import SignatureBodyMismatchError
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
-from snapd_native.errors import InvalidArgument, ResourceExhausted, Unavailable
+from snapd_native.errors import (
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    SnapdError,
+    Unavailable,
+)
 from snapd_native.model import (
     Added,
     Change,
@@ -31,7 +37,16 @@ from snapd_native.model import (
     Usage,
 )
 from snapd_native.wire.connection import Connection
-from snapd_native.wire.names import BUS_NAME, MANAGER, OBJECT_PATH, PROPERTIES
+from snapd_native.wire.names import (
+    BUS_NAME,
+    DRIVER,
+    JOB,
+    JOB_PATH,
+    MANAGER,
+    OBJECT_PATH,
+    PROPERTIES,
+    error_from,
+)
 from snapd_native.wire.values import Body, info_from_wire, mount_from_wire
 
 PAGE = 1000
@@ -48,6 +63,26 @@ class Service:
     state_directory: str
     filesystem_type: str
     reflink: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Something long that the service does for somebody."""
+
+    id: int
+    operation: str
+    key: str
+    uid: int
+    """Who asked for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a job is."""
+
+    done: Usage
+    total: Usage
+    """Zeros while that is unknown."""
 
 
 class Client:
@@ -78,10 +113,21 @@ class Client:
             self._connection = None
 
     async def prepare(
-        self, key: str, parent: str = "", labels: Mapping[str, str] | None = None
+        self,
+        key: str,
+        parent: str = "",
+        labels: Mapping[str, str] | None = None,
+        progress: Callable[[Progress], None] | None = None,
     ) -> Mount:
-        """Make an active snapshot and return its mount."""
-        return await self._create("Prepare", key, parent, labels)
+        """Make an active snapshot and return its mount.
+
+        Where ``progress`` is given, it is told some times a second, and cancelling this coroutine
+        cancels the work too.
+        """
+        if progress is None:
+            return await self._create("Prepare", key, parent, labels)
+        await self._work("PrepareJob", key, parent, _labels(labels), progress)
+        return await self.mounts(key)
 
     async def view(
         self, key: str, parent: str = "", labels: Mapping[str, str] | None = None
@@ -90,13 +136,24 @@ class Client:
         return await self._create("View", key, parent, labels)
 
     async def commit(
-        self, name: str, key: str, labels: Mapping[str, str] | None = None, parent: str = ""
+        self,
+        name: str,
+        key: str,
+        labels: Mapping[str, str] | None = None,
+        parent: str = "",
+        progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        """Make the active snapshot ``key`` the committed snapshot ``name``, durably."""
+        """Make the active snapshot ``key`` the committed snapshot ``name``, durably.
+
+        For ``progress`` see `prepare`.
+        """
         options = _labels(labels)
         if parent:
             options["parent"] = Variant("s", parent)
-        await self._call("Commit", "ssa{sv}", name, key, options)
+        if progress is None:
+            await self._call("Commit", "ssa{sv}", name, key, options)
+        else:
+            await self._work("CommitJob", name, key, options, progress)
 
     async def mounts(self, key: str) -> Mount:
         """Return the mount of an active snapshot or a view."""
@@ -158,6 +215,15 @@ class Client:
         """Return when every deferred deletion is done."""
         await self._call("Cleanup", "a{sv}", {})
 
+    async def jobs(self) -> Sequence[Job]:
+        """Return what the service is doing that takes long."""
+        (rows,) = await self._call("ListJobs", "")
+        return [Job(id_, operation, key, uid) for id_, operation, key, uid, _ in rows]
+
+    async def cancel(self, job: int) -> None:
+        """Have a job undone, and return when it is."""
+        await self._connected().request(BUS_NAME, f"{JOB_PATH}/{job}", JOB, "Cancel")
+
     async def service(self) -> Service:
         """Return what the service says of itself."""
         (values,) = await self._connected().request(
@@ -174,27 +240,83 @@ class Client:
     async def changes(self) -> AsyncIterator[AsyncIterator[Change]]:
         """Yield the changes that happen from now on, in their order.
 
-        The iterator raises Unavailable when the connection to the bus is lost.
+        The iterator raises Unavailable when the service has ended, or the bus is lost.
+        """
+        async with self._signals(f"interface='{MANAGER}',path='{OBJECT_PATH}'") as arrived:
+            yield _changes(arrived)
+
+    @asynccontextmanager
+    async def _signals(self, *rules: str) -> AsyncIterator[AsyncIterator[Message]]:
+        """Yield the service's signals that match any of ``rules``, from now on.
+
+        The iterator raises Unavailable when there can be no more.
         """
         connection = self._connected()
-        arrived: asyncio.Queue[Change | None] = asyncio.Queue()
-        rule = f"type='signal',sender='{BUS_NAME}',interface='{MANAGER}',path='{OBJECT_PATH}'"
+        arrived: asyncio.Queue[Message | None] = asyncio.Queue()
+        owner = f"sender='{DRIVER}',member='NameOwnerChanged',arg0='{BUS_NAME}',arg2=''"
+        matches = [f"type='signal',{rule}" for rule in (owner, *rules)]
 
         def on_message(message: Message) -> None:
-            if message.message_type is MessageType.SIGNAL and message.interface == MANAGER:
-                change = _change(message.member, message.body)
-                if change is not None:
-                    arrived.put_nowait(change)
+            if message.message_type is MessageType.SIGNAL:
+                if message.member != "NameOwnerChanged":
+                    arrived.put_nowait(message)
+                elif message.body[::2] == [BUS_NAME, ""]:
+                    arrived.put_nowait(None)
 
         connection.add_message_handler(on_message)
         try:
             with connection.watched(lambda: arrived.put_nowait(None)):
-                await connection.ask_driver("AddMatch", "s", [rule])
+                for match in matches:
+                    await connection.ask_driver("AddMatch", "s", [match])
                 yield _drained(arrived)
         finally:
             connection.remove_message_handler(on_message)
             if connection.connected:
-                await connection.ask_driver("RemoveMatch", "s", [rule])
+                for match in matches:
+                    await connection.ask_driver("RemoveMatch", "s", [match])
+
+    async def _work(
+        self,
+        member: str,
+        one: str,
+        other: str,
+        options: dict[str, Variant],
+        progress: Callable[[Progress], None],
+    ) -> None:
+        """Have something done by a job, and return when it is."""
+        removed = f"interface='{MANAGER}',path='{OBJECT_PATH}',member='JobRemoved'"
+        changed = f"interface='{PROPERTIES}',path_namespace='{JOB_PATH}'"
+        async with self._signals(removed, changed) as signals:
+            begun = asyncio.ensure_future(self._call(member, "ssa{sv}", one, other, options))
+            try:
+                (path,) = await asyncio.shield(begun)
+                await self._watch(path, signals, progress)
+            except asyncio.CancelledError:
+                with suppress(SnapdError):
+                    (path,) = await begun
+                    await self._connected().request(BUS_NAME, path, JOB, "Cancel")
+                raise
+
+    async def _watch(
+        self, path: str, signals: AsyncIterator[Message], progress: Callable[[Progress], None]
+    ) -> None:
+        """Return when a job is done, or raise what it ended with."""
+        values: dict[str, Variant] = {}
+        # A job may have ended before anybody can ask.
+        with suppress(NotFound):
+            (values,) = await self._connected().request(
+                BUS_NAME, path, PROPERTIES, "GetAll", "s", [JOB]
+            )
+            progress(_progress(values))
+        async for message in signals:
+            if message.path == path:
+                values |= message.body[1]
+                progress(_progress(values))
+            elif message.member == "JobRemoved" and message.body[1] == path:
+                *_, result, name, text = message.body
+                if result != "done":
+                    raise error_from(name, text)
+                return
 
     async def _create(
         self, member: str, key: str, parent: str, labels: Mapping[str, str] | None
@@ -246,19 +368,36 @@ class BlockingClient:
         self._wait(self._client.__aexit__(kind, error, trace))
         self._runner.close()
 
-    def prepare(self, key: str, parent: str = "", labels: Mapping[str, str] | None = None) -> Mount:
-        """Make an active snapshot and return its mount."""
-        return self._wait(self._client.prepare(key, parent, labels))
+    def prepare(
+        self,
+        key: str,
+        parent: str = "",
+        labels: Mapping[str, str] | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Mount:
+        """Make an active snapshot and return its mount.
+
+        Where ``progress`` is given, it is told some times a second, and Ctrl-C cancels the work.
+        """
+        return self._wait(self._client.prepare(key, parent, labels, progress))
 
     def view(self, key: str, parent: str = "", labels: Mapping[str, str] | None = None) -> Mount:
         """Make a view and return its mount."""
         return self._wait(self._client.view(key, parent, labels))
 
     def commit(
-        self, name: str, key: str, labels: Mapping[str, str] | None = None, parent: str = ""
+        self,
+        name: str,
+        key: str,
+        labels: Mapping[str, str] | None = None,
+        parent: str = "",
+        progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        """Make the active snapshot ``key`` the committed snapshot ``name``, durably."""
-        self._wait(self._client.commit(name, key, labels, parent))
+        """Make the active snapshot ``key`` the committed snapshot ``name``, durably.
+
+        For ``progress`` see `prepare`.
+        """
+        self._wait(self._client.commit(name, key, labels, parent, progress))
 
     def mounts(self, key: str) -> Mount:
         """Return the mount of an active snapshot or a view."""
@@ -283,6 +422,14 @@ class BlockingClient:
     def cleanup(self) -> None:
         """Return when every deferred deletion is done."""
         self._wait(self._client.cleanup())
+
+    def jobs(self) -> Sequence[Job]:
+        """Return what the service is doing that takes long."""
+        return self._wait(self._client.jobs())
+
+    def cancel(self, job: int) -> None:
+        """Have a job undone, and return when it is."""
+        self._wait(self._client.cancel(job))
 
     def service(self) -> Service:
         """Return what the service says of itself."""
@@ -333,7 +480,21 @@ def _change(member: str, body: Body) -> Change | None:
             return None
 
 
-async def _drained(queue: asyncio.Queue[Change | None]) -> AsyncIterator[Change]:
-    while (change := await queue.get()) is not None:
-        yield change
-    raise Unavailable("the system bus is gone: connect again")
+async def _drained(queue: asyncio.Queue[Message | None]) -> AsyncIterator[Message]:
+    while (message := await queue.get()) is not None:
+        yield message
+    raise Unavailable("the service has ended, or the bus is gone: connect again")
+
+
+async def _changes(signals: AsyncIterator[Message]) -> AsyncIterator[Change]:
+    async for message in signals:
+        change = _change(message.member, message.body)
+        if change is not None:
+            yield change
+
+
+def _progress(values: Mapping[str, Variant]) -> Progress:
+    return Progress(
+        done=Usage(values["BytesDone"].value, values["EntriesDone"].value),
+        total=Usage(values["BytesTotal"].value, values["EntriesTotal"].value),
+    )

@@ -20,7 +20,6 @@ from sdnotify import SystemdNotifier
 
 from snapd_native.bus.dispatch import Dispatcher
 from snapd_native.bus.lanes import Lane, Lanes
-from snapd_native.bus.manager import Manager
 from snapd_native.errors import SnapdError, Unavailable
 from snapd_native.model import Change
 from snapd_native.snapshotter import Snapshotter
@@ -67,7 +66,7 @@ class _Daemon:
             return
         lanes = Lanes()
         try:
-            dispatcher = Dispatcher(Manager(snapshotter), lanes)
+            dispatcher = Dispatcher(snapshotter, lanes)
             self._dispatcher = dispatcher
             await dispatcher.start()
             await self._take_name(dispatcher)
@@ -130,7 +129,7 @@ class _Daemon:
 
     def _emit(self, change: Change) -> None:
         if self._dispatcher is not None:
-            self._dispatcher.emit(change)
+            self._dispatcher.announce(change)
 
     async def _take_name(self, dispatcher: Dispatcher) -> None:
         try:

@@ -22,7 +22,7 @@ class Operation(StrEnum):
 class Job:
     """One piece of work. Who does it begins it, reports, and concludes; any thread may look on."""
 
-    def __init__(self, begun: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, begun: Callable[[], object] = lambda: None) -> None:
         """Have ``begun`` called when the work begins: what is refused at once never does."""
         self.operation: Operation | None = None
         """What is done; None before it has begun."""

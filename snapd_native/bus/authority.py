@@ -33,8 +33,8 @@ class Authority:
         self._bus = bus
         self._uids: dict[str, asyncio.Future[Body]] = {}
 
-    async def check(self, sender: str, action: Action, member: str) -> None:
-        """Return if the connection ``sender`` may do ``action`` by calling ``member``.
+    async def check(self, sender: str, action: Action, member: str) -> int:
+        """Return the uid of the connection ``sender``, which may do ``action`` by ``member``.
 
         Raises:
             AccessDenied: it may not, or is gone.
@@ -42,6 +42,7 @@ class Authority:
         uid = await self._uid(sender)
         if uid != 0:
             raise AccessDenied(f"uid {uid} may not call {member} ({action.value}): call it as root")
+        return uid
 
     def forget(self, sender: str) -> None:
         """Drop what is known of a connection that has left the bus."""

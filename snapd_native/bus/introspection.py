@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from xml.etree import ElementTree
 
-from snapd_native.wire.names import INTROSPECTABLE, OBJECT_PATH, PEER, PROPERTIES
+from snapd_native.wire.names import (
+    INTROSPECTABLE,
+    JOB,
+    JOB_PATH,
+    MANAGER,
+    OBJECT_PATH,
+    PEER,
+    PROPERTIES,
+)
 
 _DOCTYPE = (
     '<!DOCTYPE node PUBLIC "-//freedesktop//DTD D-BUS Object Introspection 1.0//EN"\n'
@@ -71,14 +80,35 @@ def shapes(xml: str) -> dict[str, Shape]:
     return {interface.attrib["name"]: _shape(interface) for interface in node.iter("interface")}
 
 
-def document(path: str) -> str | None:
-    """Return what Introspect answers at ``path``, or None where there is no object."""
+def document(path: str, jobs: Sequence[str]) -> str | None:
+    """Return what Introspect answers at ``path``, or None where there is no object.
+
+    ``jobs`` are the last parts of the paths of the jobs that there are.
+    """
     if path == OBJECT_PATH:
-        return contract().replace("</node>", _STANDARD.strip("\n") + "\n</node>")
+        return _document(_interface(MANAGER), _STANDARD, _children(["job"] if jobs else []))
+    if jobs and path == JOB_PATH:
+        return _document(_children(jobs))
+    if path in {f"{JOB_PATH}/{job}" for job in jobs}:
+        return _document(_interface(JOB), _STANDARD)
     below = OBJECT_PATH.removeprefix(path.rstrip("/") + "/")
     if below == OBJECT_PATH:
         return None
-    return f'{_DOCTYPE}<node>\n  <node name="{below.partition("/")[0]}"/>\n</node>\n'
+    return _document(_children([below.partition("/")[0]]))
+
+
+def _document(*parts: str) -> str:
+    body = "\n".join(part.strip("\n") for part in parts if part)
+    return f"{_DOCTYPE}<node>\n{body}\n</node>\n"
+
+
+def _interface(name: str) -> str:
+    begin, end = f'  <interface name="{name}">', "  </interface>"
+    return begin + contract().partition(begin)[2].partition(end)[0] + end
+
+
+def _children(names: Sequence[str]) -> str:
+    return "\n".join(f'  <node name="{name}"/>' for name in names)
 
 
 def _shape(interface: ElementTree.Element) -> Shape:

@@ -12,8 +12,10 @@ from dbus_next.signature import Variant
 
 from snapd_native import __version__
 from snapd_native.bus.authority import Action
+from snapd_native.bus.jobs import Jobs
 from snapd_native.bus.lanes import Lane
 from snapd_native.bus.options import unpack
+from snapd_native.jobs import Job
 from snapd_native.model import Added, Change, Committed, Removed, Updated
 from snapd_native.snapshotter import Snapshotter
 from snapd_native.wire.values import Body, info_to_wire, mount_to_wire
@@ -28,13 +30,17 @@ class Method:
     action: Action
     lane: Lane
     run: Callable[..., Body]
+    """Takes the call's arguments; in the lane of trees, a job before them."""
+    returns_job: bool = False
+    """Whether the caller gets the job's path as soon as that has begun."""
 
 
 class Manager:
     """The contract's methods and properties on one engine."""
 
-    def __init__(self, snapshotter: Snapshotter) -> None:
+    def __init__(self, snapshotter: Snapshotter, jobs: Jobs) -> None:
         self._snapshotter = snapshotter
+        self._jobs = jobs
         self.methods = {
             "Prepare": Method(Action.MANAGE, Lane.TREE, self._prepare),
             "View": Method(Action.MANAGE, Lane.CHANGE, self._view),
@@ -46,6 +52,9 @@ class Manager:
             "List": Method(Action.READ, Lane.LIST, self._list),
             "Remove": Method(Action.MANAGE, Lane.CHANGE, self._remove),
             "Cleanup": Method(Action.MANAGE, Lane.TREE, self._cleanup),
+            "PrepareJob": Method(Action.MANAGE, Lane.TREE, self._prepare, returns_job=True),
+            "CommitJob": Method(Action.MANAGE, Lane.TREE, self._commit, returns_job=True),
+            "ListJobs": Method(Action.READ, Lane.READ, self._list_jobs),
         }
         self.properties = {
             "Version": Variant("s", __version__),
@@ -54,17 +63,17 @@ class Manager:
             "Reflink": Variant("b", snapshotter.reflink),
         }
 
-    def _prepare(self, key: str, parent: str, options: Options) -> Body:
+    def _prepare(self, job: Job, key: str, parent: str, options: Options) -> Body:
         given = unpack(options, labels="a{ss}")
-        return [[mount_to_wire(self._snapshotter.prepare(key, parent, **given))]]
+        return [[mount_to_wire(self._snapshotter.prepare(key, parent, **given, job=job))]]
 
     def _view(self, key: str, parent: str, options: Options) -> Body:
         given = unpack(options, labels="a{ss}")
         return [[mount_to_wire(self._snapshotter.view(key, parent, **given))]]
 
-    def _commit(self, name: str, key: str, options: Options) -> Body:
+    def _commit(self, job: Job, name: str, key: str, options: Options) -> Body:
         given = unpack(options, labels="a{ss}", parent="s")
-        self._snapshotter.commit(name, key, **given)
+        self._snapshotter.commit(name, key, **given, job=job)
         return []
 
     def _mounts(self, key: str) -> Body:
@@ -76,8 +85,8 @@ class Manager:
     def _update(self, name: str, labels: Mapping[str, str], fieldpaths: list[str]) -> Body:
         return [info_to_wire(self._snapshotter.update(name, labels, fieldpaths))]
 
-    def _usage(self, key: str) -> Body:
-        usage = self._snapshotter.usage(key)
+    def _usage(self, job: Job, key: str) -> Body:
+        usage = self._snapshotter.usage(key, job)
         return [usage.size, usage.inodes]
 
     def _list(self, filters: list[str], options: Options) -> Body:
@@ -89,10 +98,13 @@ class Manager:
         self._snapshotter.remove(key)
         return []
 
-    def _cleanup(self, options: Options) -> Body:
+    def _cleanup(self, job: Job, options: Options) -> Body:
         unpack(options)
-        self._snapshotter.cleanup()
+        self._snapshotter.cleanup(job)
         return []
+
+    def _list_jobs(self) -> Body:
+        return [self._jobs.listing()]
 
 
 def signal(change: Change) -> tuple[str, Body]:

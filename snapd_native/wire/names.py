@@ -7,6 +7,8 @@ from snapd_native import errors
 BUS_NAME = "org.snapdnative1"
 OBJECT_PATH = "/org/snapdnative1"
 MANAGER = "org.snapdnative1.Manager"
+JOB_PATH = "/org/snapdnative1/job"
+JOB = "org.snapdnative1.Job"
 
 PEER = "org.freedesktop.DBus.Peer"
 INTROSPECTABLE = "org.freedesktop.DBus.Introspectable"

@@ -1,0 +1,91 @@
+"""What a call is answered with."""
+
+from __future__ import annotations
+
+import logging
+
+from dbus_next.constants import MessageType
+from dbus_next.errors import DBusError
+from dbus_next.message import Message
+
+from snapd_native.bus.incoming import Call
+from snapd_native.errors import Internal, InvalidArgument, SnapdError
+from snapd_native.model import shown
+from snapd_native.wire.names import error_name
+from snapd_native.wire.values import Body
+
+log = logging.getLogger(__name__)
+
+ERROR = "org.freedesktop.DBus.Error."
+"""What the names of D-Bus's own errors begin with."""
+
+
+def check_signature(call: Call, members: dict[str, str]) -> None:
+    """Make sure that a call has the argument types that ``members`` says.
+
+    Raises:
+        DBusError: there is no such member.
+        InvalidArgument: it takes others.
+    """
+    takes = members.get(call.member)
+    if takes is None:
+        raise DBusError(
+            f"{ERROR}UnknownMethod", f"{call.interface} has no method {call.member}: introspect it"
+        )
+    if call.signature != takes:
+        raise InvalidArgument(
+            f"{call.member} takes ({takes}) but was called with ({call.signature}):"
+            " mend the argument types"
+        )
+
+
+def result(call: Call, signature: str, body: Body, serial: int) -> bytes:
+    """Return the message that answers a call."""
+    return marshalled(
+        Message(
+            message_type=MessageType.METHOD_RETURN,
+            destination=call.sender,
+            reply_serial=call.serial,
+            signature=signature,
+            body=body,
+        ),
+        serial,
+    )
+
+
+def failure(call: Call, error: Exception, serial: int) -> bytes:
+    """Return the message that tells why a call failed."""
+    name, text = described(error)
+    return marshalled(
+        Message(
+            message_type=MessageType.ERROR,
+            destination=call.sender,
+            reply_serial=call.serial,
+            error_name=name,
+            signature="s",
+            body=[text],
+        ),
+        serial,
+    )
+
+
+def described(error: BaseException) -> tuple[str, str]:
+    """Return an error's name on the bus and its sentence: never more of it than that."""
+    if isinstance(error, SnapdError):
+        name, text = error_name(error), error.message
+    elif isinstance(error, DBusError):
+        name, text = error.type, error.text
+    else:
+        log.error("a call failed: %s", error, exc_info=error)
+        name, text = (
+            error_name(Internal()),
+            "the call failed because of a bug: see the service's log",
+        )
+    # Text that no message may carry would have the bus hang up on the service.
+    return name, shown(text)
+
+
+def marshalled(message: Message, serial: int) -> bytes:
+    """Return a message as bytes."""
+    message.serial = serial
+    return bytes(message._marshall())
