@@ -66,6 +66,14 @@ class Service:
 
 
 @dataclass(frozen=True, slots=True)
+class Standby:
+    """Clones of a committed snapshot that make Prepare quick."""
+
+    ready: int
+    wanted: int
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """Something long that the service does for somebody."""
 
@@ -215,10 +223,18 @@ class Client:
         """Return when every deferred deletion is done."""
         await self._call("Cleanup", "a{sv}", {})
 
+    async def standby(self, name: str) -> Standby:
+        """Return how many standby clones of a snapshot are complete, and how many it wants."""
+        return Standby(*await self._call("Standby", "s", name))
+
     async def jobs(self) -> Sequence[Job]:
         """Return what the service is doing that takes long."""
         (rows,) = await self._call("ListJobs", "")
         return [Job(id_, operation, key, uid) for id_, operation, key, uid, _ in rows]
+
+    async def progress(self, job: int) -> Progress:
+        """Return how far a job is."""
+        return _progress(await self._properties(f"{JOB_PATH}/{job}", JOB))
 
     async def cancel(self, job: int) -> None:
         """Have a job undone, and return when it is."""
@@ -226,9 +242,7 @@ class Client:
 
     async def service(self) -> Service:
         """Return what the service says of itself."""
-        (values,) = await self._connected().request(
-            BUS_NAME, OBJECT_PATH, PROPERTIES, "GetAll", "s", [MANAGER]
-        )
+        values = await self._properties(OBJECT_PATH, MANAGER)
         return Service(
             values["Version"].value,
             values["StateDirectory"].value,
@@ -304,9 +318,7 @@ class Client:
         values: dict[str, Variant] = {}
         # A job may have ended before anybody can ask.
         with suppress(NotFound):
-            (values,) = await self._connected().request(
-                BUS_NAME, path, PROPERTIES, "GetAll", "s", [JOB]
-            )
+            values = await self._properties(path, JOB)
             progress(_progress(values))
         async for message in signals:
             if message.path == path:
@@ -323,6 +335,11 @@ class Client:
     ) -> Mount:
         (mounts,) = await self._call(member, "ssa{sv}", key, parent, _labels(labels))
         return mount_from_wire(mounts[0])
+
+    async def _properties(self, path: str, interface: str) -> dict[str, Variant]:
+        asked = self._connected().request(BUS_NAME, path, PROPERTIES, "GetAll", "s", [interface])
+        (values,) = await asked
+        return dict(values)
 
     async def _call(self, member: str, signature: str, *arguments: object) -> Body:
         return await self._connected().request(
@@ -423,9 +440,17 @@ class BlockingClient:
         """Return when every deferred deletion is done."""
         self._wait(self._client.cleanup())
 
+    def standby(self, name: str) -> Standby:
+        """Return how many standby clones of a snapshot are complete, and how many it wants."""
+        return self._wait(self._client.standby(name))
+
     def jobs(self) -> Sequence[Job]:
         """Return what the service is doing that takes long."""
         return self._wait(self._client.jobs())
+
+    def progress(self, job: int) -> Progress:
+        """Return how far a job is."""
+        return self._wait(self._client.progress(job))
 
     def cancel(self, job: int) -> None:
         """Have a job undone, and return when it is."""

@@ -34,7 +34,7 @@ _EXTENSION = 30
 """Seconds of start-up time asked of systemd again and again while recovery goes on."""
 
 
-def run(state: Path, runtime: Path) -> int:
+def run(state: Path, runtime: Path, least_free: float) -> int:
     """Serve until SIGTERM or SIGINT; return the process's exit status."""
     # Nothing that the service makes is for others, unless a mode is set on purpose.
     os.umask(0o077)
@@ -43,7 +43,7 @@ def run(state: Path, runtime: Path) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
-        asyncio.run(_Daemon(state).serve())
+        asyncio.run(_Daemon(state, least_free).serve())
     except (SnapdError, OSError) as error:
         log.critical("%s", error)
         return 1
@@ -51,8 +51,9 @@ def run(state: Path, runtime: Path) -> int:
 
 
 class _Daemon:
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, least_free: float) -> None:
         self._state = state
+        self._least_free = least_free
         self._systemd = SystemdNotifier()
         self._stop = asyncio.Event()
         self._dispatcher: Dispatcher | None = None
@@ -106,7 +107,9 @@ class _Daemon:
 
         self._notify("STATUS=Deleting what the last run left")
         halt = threading.Event()
-        opening = loop.run_in_executor(None, partial(Snapshotter, self._state, announce, halt))
+        opening = loop.run_in_executor(
+            None, partial(Snapshotter, self._state, announce, halt, self._least_free)
+        )
         asked = asyncio.ensure_future(self._stop.wait())
         while not opening.done() and not asked.done():
             self._notify(f"EXTEND_TIMEOUT_USEC={_EXTENSION * 1_000_000}")

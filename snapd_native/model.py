@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -13,6 +14,12 @@ MAX_NAME = 4096
 
 MAX_LABEL = 4096
 """Bytes of UTF-8 in a label's key and value together, as in containerd's ``labels.Validate``."""
+
+STANDBY_LABEL = "snapd-native.standby"
+"""The label that says how many clones of a committed snapshot are kept ready."""
+
+MAX_STANDBY = 64
+"""Clones of one snapshot that may be kept ready."""
 
 MAX_LABELS = 1 << 20
 """Bytes of UTF-8 in all labels of one snapshot, so that every answer fits a bus message."""
@@ -135,7 +142,8 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
     That rule is containerd's ``boltutil.WriteLabels``.
 
     Raises:
-        InvalidArgument: a label's key is empty, or a size is over `MAX_LABEL` or `MAX_LABELS`.
+        InvalidArgument: a label's key is empty, a size is over `MAX_LABEL` or `MAX_LABELS`, or
+            `STANDBY_LABEL` is no number up to `MAX_STANDBY`.
     """
     total = 0
     for key, value in labels.items():
@@ -154,5 +162,10 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
     if total > MAX_LABELS:
         raise InvalidArgument(
             f"the labels have {total} bytes in all: at most {MAX_LABELS} are allowed"
+        )
+    standby = labels.get(STANDBY_LABEL) or "0"
+    if not re.fullmatch("[0-9]{1,2}", standby) or int(standby) > MAX_STANDBY:
+        raise InvalidArgument(
+            f"the label {STANDBY_LABEL} cannot be {quote(standby)}: give 0 to {MAX_STANDBY}"
         )
     return {key: value for key, value in labels.items() if value}

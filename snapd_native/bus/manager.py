@@ -54,6 +54,7 @@ class Manager:
             "Cleanup": Method(Action.MANAGE, Lane.TREE, self._cleanup),
             "PrepareJob": Method(Action.MANAGE, Lane.TREE, self._prepare, returns_job=True),
             "CommitJob": Method(Action.MANAGE, Lane.TREE, self._commit, returns_job=True),
+            "Standby": Method(Action.READ, Lane.READ, self._standby),
             "ListJobs": Method(Action.READ, Lane.READ, self._list_jobs),
         }
         self.properties = {
@@ -81,6 +82,9 @@ class Manager:
 
     def _stat(self, key: str) -> Body:
         return [info_to_wire(self._snapshotter.stat(key))]
+
+    def _standby(self, name: str) -> Body:
+        return [*self._snapshotter.standby(name)]
 
     def _update(self, name: str, labels: Mapping[str, str], fieldpaths: list[str]) -> Body:
         return [info_to_wire(self._snapshotter.update(name, labels, fieldpaths))]

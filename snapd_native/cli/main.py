@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,7 +17,7 @@ import click
 
 from snapd_native import __version__
 from snapd_native.cli.exits import INTERRUPTED, status
-from snapd_native.errors import AccessDenied, InvalidArgument, SnapdError
+from snapd_native.errors import AccessDenied, InvalidArgument, NotFound, SnapdError
 from snapd_native.model import quote
 
 if TYPE_CHECKING:
@@ -94,8 +94,21 @@ def _client() -> Iterator[BlockingClient]:
     type=click.Path(path_type=Path, file_okay=False),
     help="Where mounts are made. [default: $RUNTIME_DIRECTORY, /run/snapd-native]",
 )
+@click.option(
+    "--standby-free",
+    type=click.FloatRange(0, 100),
+    metavar="PERCENT",
+    default=10,
+    show_default=True,
+    help="Space and inodes that standby clones leave free.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Log details.")
-def daemon(state_directory: Path | None, runtime_directory: Path | None, verbose: bool) -> None:
+def daemon(
+    state_directory: Path | None,
+    runtime_directory: Path | None,
+    standby_free: float,
+    verbose: bool,
+) -> None:
     """Serve on the system bus; systemd runs this."""
     from snapd_native.daemon import configure_logging, run
 
@@ -104,7 +117,7 @@ def daemon(state_directory: Path | None, runtime_directory: Path | None, verbose
         raise AccessDenied("the daemon needs root: run it as root")
     state = state_directory or Path(os.environ.get("STATE_DIRECTORY", "/var/lib/snapd-native"))
     runtime = runtime_directory or Path(os.environ.get("RUNTIME_DIRECTORY", "/run/snapd-native"))
-    sys.exit(run(state.absolute(), runtime.absolute()))
+    sys.exit(run(state.absolute(), runtime.absolute(), standby_free / 100))
 
 
 @cli.command()
@@ -113,12 +126,17 @@ def daemon(state_directory: Path | None, runtime_directory: Path | None, verbose
 @_labels_option
 @_json
 def prepare(key: str, parent: str, labels: tuple[str, ...], as_json: bool) -> None:
-    """Make the active snapshot KEY: empty, or a private copy of PARENT."""
+    """Make the active snapshot KEY: empty, or a private copy of PARENT.
+
+    Ctrl-C cancels the copy, and leaves nothing of it.
+    """
     from snapd_native.cli import render
 
     given = _parsed_labels(labels)
     with _client() as client:
-        render.mount(client.prepare(key, parent, given), as_json=as_json)
+        with render.progress("Preparing", key) as progress:
+            mount = client.prepare(key, parent, given, progress)
+        render.mount(mount, as_json=as_json)
 
 
 @cli.command()
@@ -145,9 +163,11 @@ def commit(name: str, key: str, parent: str, labels: tuple[str, ...]) -> None:
 
     When this returns, the snapshot survives a power cut. Labels of KEY are not inherited.
     """
+    from snapd_native.cli import render
+
     given = _parsed_labels(labels)
-    with _client() as client:
-        client.commit(name, key, given, parent)
+    with _client() as client, render.progress("Committing", key) as progress:
+        client.commit(name, key, given, parent, progress)
 
 
 @cli.command()
@@ -165,11 +185,12 @@ def mounts(key: str, as_json: bool) -> None:
 @click.argument("key")
 @_json
 def stat(key: str, as_json: bool) -> None:
-    """Print the record of KEY."""
+    """Print the record of KEY, and how many of its standby clones are ready."""
     from snapd_native.cli import render
 
     with _client() as client:
-        render.stat(client.stat(key), as_json=as_json)
+        info = client.stat(key)
+        render.stat(info, as_json=as_json, standby=client.standby(key))
 
 
 @cli.command()
@@ -233,6 +254,30 @@ def rm(keys: tuple[str, ...]) -> None:
     with _client() as client:
         for key in keys:
             client.remove(key)
+
+
+@cli.command()
+@_json
+def jobs(as_json: bool) -> None:
+    """Print what the service is doing that takes long, and how far it is."""
+    from snapd_native.cli import render
+
+    with _client() as client:
+        found = []
+        for job in client.jobs():
+            # It may end before it is asked.
+            with suppress(NotFound):
+                found.append((job, client.progress(job.id)))
+    render.jobs(found, as_json=as_json)
+
+
+@cli.command()
+@click.argument("ids", nargs=-1, required=True, type=click.IntRange(0), metavar="ID...")
+def cancel(ids: tuple[int, ...]) -> None:
+    """Cancel each job ID, and return when all it had done is undone."""
+    with _client() as client:
+        for id_ in ids:
+            client.cancel(id_)
 
 
 @cli.command()

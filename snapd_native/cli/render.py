@@ -5,15 +5,27 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from snapd_native.client import Job, Progress, Standby
 from snapd_native.model import Info, Kind, Mount, Usage, shown
 
 _STYLES = {Kind.COMMITTED: "green", Kind.ACTIVE: "yellow", Kind.VIEW: "cyan"}
@@ -27,10 +39,12 @@ def mount(value: Mount, *, as_json: bool) -> None:
         print(f"{value.type}\t{value.source}\t{','.join(value.options)}")
 
 
-def stat(info: Info, *, as_json: bool) -> None:
-    """Print a record."""
+def stat(info: Info, *, as_json: bool, standby: Standby | None = None) -> None:
+    """Print a record, and how many standby clones there are, if any are wanted."""
+    clones = standby if standby and standby.wanted else None
     if as_json:
-        _print_json(_plain(info))
+        also = {"standby": {"ready": clones.ready, "wanted": clones.wanted}} if clones else {}
+        _print_json(_plain(info) | also)
         return
     table = _grid()
     rows = {
@@ -40,11 +54,77 @@ def stat(info: Info, *, as_json: bool) -> None:
         "Created": f"{_local(info.created)} ({age(info.created)} ago)",
         "Updated": f"{_local(info.updated)} ({age(info.updated)} ago)",
     }
+    if clones:
+        rows["Standby"] = f"{clones.ready} of {clones.wanted} clones ready"
     for name, value in rows.items():
         table.add_row(Text(name, "bold"), Text(value))
     for number, text in enumerate(_labels(info) or ["-"]):
         table.add_row(Text("Labels" if number == 0 else "", "bold"), Text(text))
     _print_rich(table)
+
+
+@contextmanager
+def progress(doing: str, key: str) -> Iterator[Callable[[Progress], None]]:
+    """Yield what shows progress as a bar on a terminal, and nothing elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[entries]}"),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    with ExitStack() as stack:
+        tasks: list[TaskID] = []
+
+        def show(now: Progress) -> None:
+            if not tasks:
+                # What is quick needs no bar.
+                stack.enter_context(bar)
+                tasks.append(bar.add_task(f"{doing} {escape(shown(key))}", entries=""))
+            bar.update(
+                tasks[0],
+                completed=now.done.size,
+                total=now.total.size or None,
+                entries=f"{now.done.inodes:,} inodes",
+            )
+
+        yield lambda now: show(now) if now.done.inodes else None
+
+
+def jobs(found: Sequence[tuple[Job, Progress]], *, as_json: bool) -> None:
+    """Print jobs and how far they are."""
+    if as_json:
+        _print_json(
+            [
+                {
+                    "id": job.id,
+                    "operation": job.operation,
+                    "key": job.key,
+                    "uid": job.uid,
+                    "done": {"size": now.done.size, "inodes": now.done.inodes},
+                    "total": {"size": now.total.size, "inodes": now.total.inodes},
+                }
+                for job, now in found
+            ]
+        )
+        return
+    grid = _grid("ID", "OPERATION", "KEY", "UID", "INODES", "SIZE", right=(0, 3, 4, 5))
+    for job, now in found:
+        counts = [f"{now.done.inodes:,}", size(now.done.size)]
+        if now.total.inodes:
+            counts = [
+                f"{counts[0]} of {now.total.inodes:,}",
+                f"{counts[1]} of {size(now.total.size)}",
+            ]
+        grid.add_row(str(job.id), job.operation, Text(shown(job.key)), str(job.uid), *counts)
+    _print_rich(grid)
 
 
 def table(infos: Iterable[Info], *, as_json: bool) -> None:

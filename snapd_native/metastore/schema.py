@@ -51,6 +51,8 @@ MIGRATIONS = (
     -- disk: at any other boot that tree may be half there.
     ALTER TABLE snapshots ADD COLUMN boot TEXT CHECK (boot IS NULL OR kind = 'active');
     CREATE INDEX unsettled ON snapshots (id) WHERE boot IS NOT NULL;
+    CREATE INDEX standbys ON snapshots (id)
+        WHERE kind = 'committed' AND json_extract(labels, '$."snapd-native.standby"') IS NOT NULL;
     """,
 )
 """Scripts in order; ``user_version`` counts those that a database has been through."""

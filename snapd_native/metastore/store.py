@@ -22,6 +22,7 @@ from snapd_native.metastore.connections import Connections, transaction
 from snapd_native.metastore.schema import migrate
 from snapd_native.metastore.selection import condition
 from snapd_native.model import (
+    STANDBY_LABEL,
     Added,
     Change,
     Committed,
@@ -273,6 +274,16 @@ class Metastore:
                 )
             del self._reserved[reservation.name]
             self._announce(Committed(reservation.name, record.info.name))
+
+    def standbys(self) -> Mapping[int, tuple[int, Usage]]:
+        """Return how many standby clones committed snapshots want, and what one takes, by id."""
+        label = f"json_extract(labels, '$.\"{STANDBY_LABEL}\"')"
+        with self._connections.reading() as db:
+            rows = db.execute(
+                f"SELECT id, {label}, size, inodes FROM snapshots"  # noqa: S608 - a constant
+                f" WHERE kind = 'committed' AND {label} IS NOT NULL"
+            )
+            return {id_: (int(number), Usage(size, inodes)) for id_, number, size, inodes in rows}
 
     def unsettled(self) -> set[int]:
         """Return the ids of the snapshots whose trees may not be on disk yet."""

@@ -22,6 +22,7 @@ from snapd_native.filters import parse
 from snapd_native.jobs import Job, Operation
 from snapd_native.metastore import Metastore, Record
 from snapd_native.model import (
+    STANDBY_LABEL,
     Change,
     Info,
     Kind,
@@ -33,6 +34,7 @@ from snapd_native.model import (
 )
 from snapd_native.snapshotter.background import Background
 from snapd_native.snapshotter.failures import explained
+from snapd_native.snapshotter.standby import Standby
 from snapd_native.snapshotter.state import StateDirectory
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,9 @@ DEFAULT_LIMIT = 1000
 MAX_LIMIT = 10000
 """Snapshots in a page of `Snapshotter.list` at most."""
 
+
+LEAST_FREE = 0.1
+"""The part of a file system's space and inodes that standby clones leave free."""
 
 POLL_SECONDS = 0.05
 """How often a call that waits for others looks whether it is cancelled."""
@@ -62,11 +67,13 @@ class Snapshotter:
         state: Path,
         announce: Callable[[Change], None],
         stopping: threading.Event | None = None,
+        least_free: float = LEAST_FREE,
     ) -> None:
         """Open the state directory, and delete what a crash or an earlier removal left.
 
         ``announce`` is told of each change after it is durable, in the order of the changes.
-        Setting ``stopping`` is the same as `stop`, and stops this too.
+        Setting ``stopping`` is the same as `stop`, and stops this too. Standby clones are kept only
+        where ``least_free`` of 1 is free of the file system's space and inodes.
 
         Raises:
             Unavailable: another process uses the directory, or ``stopping`` is set.
@@ -104,6 +111,8 @@ class Snapshotter:
             except OSError as error:
                 log.warning("something orphaned could not be deleted yet: %s", error)
                 self._reaper.submit(self._sweep)
+            self._standby = Standby(self._state, self._store, least_free)
+            undo.callback(self._standby.close)
             self._resources = undo.pop_all()
 
     def check_health(self) -> None:
@@ -202,6 +211,7 @@ class Snapshotter:
                 self._state.sync()
             job.conclude()
             self._store.publish_commit(held, usage, stored)
+        self._standby.look()
 
     def mounts(self, key: str) -> Mount:
         """Return the mount of an active snapshot or a view.
@@ -247,7 +257,21 @@ class Snapshotter:
         check_name(name, "name")
         given = check_labels(labels)
         keys = [_label_key(path) for path in fieldpaths or ("labels",)]
-        return self._store.update(name, partial(_updated, given=given, keys=keys))
+        updated = self._store.update(name, partial(_updated, given=given, keys=keys))
+        self._standby.look()
+        return updated
+
+    def standby(self, name: str) -> tuple[int, int]:
+        """Return how many standby clones of a snapshot are complete, and how many it wants.
+
+        Raises:
+            InvalidArgument: the name cannot be.
+            NotFound: there is no such snapshot.
+        """
+        record = self._store.get(check_name(name, "name"))
+        if record.info.kind is not Kind.COMMITTED:
+            return 0, 0
+        return self._standby.count(record.id), int(record.info.labels.get(STANDBY_LABEL, 0))
 
     def usage(self, key: str, job: Job | None = None) -> Usage:
         """Return what a snapshot takes: measured now if active, as of Commit if committed.
@@ -300,6 +324,7 @@ class Snapshotter:
             FailedPrecondition: it has children, or is being committed.
         """
         record = self._store.remove(check_name(key))
+        self._standby.look()
         if record.info.kind is Kind.VIEW and record.parent_id is not None:
             return
         try:
@@ -348,8 +373,8 @@ class Snapshotter:
                     self._state.create_empty(held.id)
                 elif kind is Kind.ACTIVE:
                     undo.callback(self._discard, held.id)
-                    self._clone(held.parent.id, held.id, job)
-                    boot = linux.boot_id()
+                    on_disk = self._make_tree(held.id, held.parent, job)
+                    boot = None if on_disk else linux.boot_id()
                 else:
                     self._state.check(held.parent.id)
             job.conclude()
@@ -359,15 +384,24 @@ class Snapshotter:
             self._syncer.submit(self._settle)
         return self._mount(kind, held.id, held.parent.id if held.parent else None)
 
-    def _clone(self, parent_id: int, id_: int, job: Job) -> None:
-        """Make the directory of a new snapshot, a copy of its parent's."""
+    def _make_tree(self, id_: int, parent: Record, job: Job) -> bool:
+        """Make the directory of a new snapshot: one that stands by, or a copy of its parent's.
+
+        Tell whether it is on disk.
+        """
+        report = self._watched(job)
+        ready = self._standby.take(parent.id)
+        if ready and self._state.adopt_standby(ready, id_):
+            report(job.total.inodes, job.total.size)
+            return True
         name = self._state.create(id_)
         with (
-            self._state.open(str(parent_id)) as source,
+            self._state.open(str(parent.id)) as source,
             self._state.open(name, writable=True) as target,
         ):
-            self._crew.clone(source, target, self._watched(job), reflink=self.reflink)
+            self._crew.clone(source, target, report, reflink=self.reflink)
         self._state.bring_to_life(id_)
+        return False
 
     def _settle(self) -> None:
         """Put the trees of new snapshots on disk, and record that they are there."""

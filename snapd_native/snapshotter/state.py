@@ -7,14 +7,16 @@ import fcntl
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from snapd_native import linux, trees
 from snapd_native.errors import DataLoss, FailedPrecondition, Unavailable
+from snapd_native.model import Usage
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_STANDBY = re.compile(r"(making|ready)-([1-9][0-9]{0,18})-([1-9][0-9]{0,18})", re.ASCII)
 _OURS = re.compile(r"(new-|rm-)?([1-9][0-9]{0,18})", re.ASCII)
 
 
@@ -22,7 +24,8 @@ class StateDirectory:
     """One service's state: ``metadata.db`` and ``snapshots/`` with a directory a snapshot.
 
     A snapshot's directory is named by its id: ``new-<id>`` while it is made, ``<id>`` while it
-    lives, ``rm-<id>`` while it is deleted.
+    lives, ``rm-<id>`` while it is deleted. A standby clone's is ``making-<parent>-<number>``, and
+    ``ready-<parent>-<number>`` as long as it is complete.
     """
 
     def __init__(self, path: Path) -> None:
@@ -124,6 +127,46 @@ class StateDirectory:
                 tells that once for each time the directory was opened; see syncfs(2).
         """
         linux.syncfs(self._synced)
+
+    def has_room(self, least: float, more: Usage) -> bool:
+        """Tell whether beside ``more`` at least ``least`` of 1 is free of space and of inodes."""
+        room = os.fstatvfs(self._snapshots)
+        blocks = room.f_bavail - more.size / room.f_frsize
+        inodes = room.f_favail - more.inodes
+        return blocks >= least * room.f_blocks and inodes >= least * room.f_files
+
+    def standbys(self) -> Sequence[tuple[str, int, int, bool]]:
+        """Return all standby clones: directory, id of the parent, number, whether complete."""
+        matches = map(_STANDBY.fullmatch, os.listdir(self._snapshots))
+        return [(m[0], int(m[2]), int(m[3]), m[1] == "ready") for m in matches if m]
+
+    def create_standby(self, parent: int, number: int) -> str:
+        """Make the directory of a standby clone, empty and incomplete; return its name."""
+        name = f"making-{parent}-{number}"
+        os.mkdir(name, 0o700, dir_fd=self._snapshots)
+        return name
+
+    def complete_standby(self, name: str) -> str:
+        """Give a standby clone, which is on disk, the name of a complete one; return that."""
+        complete = "ready" + name.removeprefix("making")
+        os.rename(name, complete, src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
+        return complete
+
+    def adopt_standby(self, name: str, id_: int) -> bool:
+        """Make a complete standby clone the tree of a snapshot, on disk; False if it is gone."""
+        try:
+            os.rename(name, str(id_), src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
+        except FileNotFoundError:
+            return False
+        os.fsync(self._snapshots)
+        return True
+
+    def drop_standby(self, name: str, report: trees.Report) -> None:
+        """Delete a standby clone, which is incomplete from the first moment on."""
+        doomed = "making" + name.removeprefix("making").removeprefix("ready")
+        with suppress(FileNotFoundError):
+            os.rename(name, doomed, src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
+        self.delete(doomed, report)
 
     @contextmanager
     def open(self, name: str, *, writable: bool = False) -> Iterator[int]:

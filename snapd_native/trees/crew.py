@@ -23,7 +23,9 @@ from snapd_native.trees.measure import Tally
 from snapd_native.trees.relay import (
     ANNOUNCED,
     DONE,
+    IDLE,
     MAX_WORKERS,
+    NORMAL,
     ORDER,
     REPORT,
     Channels,
@@ -55,8 +57,12 @@ class _Worker:
 class Crew:
     """Worker processes, kept for the next job; any number of jobs may go on at once."""
 
-    def __init__(self, hands: int | None = None) -> None:
-        """Use ``hands`` workers a job: as many as there are processors, if not said."""
+    def __init__(self, hands: int | None = None, *, idle: bool = False) -> None:
+        """Use ``hands`` workers a job: as many as there are processors, if not said.
+
+        An ``idle`` crew takes only the processor time and the disk time that nobody else wants.
+        """
+        self._priority = IDLE if idle else NORMAL
         self._hands = min(hands or len(os.sched_getaffinity(0)), MAX_WORKERS)
         self._idle: list[_Worker] = []
         self._jobs = 0
@@ -149,7 +155,7 @@ class Crew:
                     worker.close()
         try:
             while len(workers) < wanted:
-                workers.append(_hire())
+                workers.append(_hire(self._priority))
             yield workers
         finally:
             with self._lock:
@@ -162,14 +168,14 @@ class Crew:
                     worker.close()
 
 
-def _hire() -> _Worker:
+def _hire(priority: str) -> _Worker:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         # -P: the directory that the daemon was started in is no place to take code from.
         process = subprocess.Popen(
             [
                 *(sys.executable, "-P", "-m", "snapd_native.trees.worker"),
-                *(str(theirs.fileno()), str(os.getpid())),
+                *(str(theirs.fileno()), str(os.getpid()), priority),
             ],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,

@@ -21,6 +21,9 @@ from typing import NamedTuple
 MAX_WORKERS = 8
 """Workers in one job: more would only wait for each other in the file system."""
 
+NORMAL, IDLE = "normal", "idle"
+"""The priorities that a worker may be started with."""
+
 _PROGRESS = slice(64, 64 + MAX_WORKERS * 16)
 _MOST_FDS = 8
 _LONGEST = 1 << 17

@@ -1,7 +1,8 @@
 """A worker process: does its share of one job after the other.
 
-Run as ``python -m snapd_native.trees.worker FD PID``: its socket to the crew, and the process that
-the crew is in. It ends when that has ended, also in the middle of a job.
+Run as ``python -m snapd_native.trees.worker FD PID PRIORITY``: its socket to the crew, the process
+that the crew is in, and whether to stand back for everybody else. It ends when the crew has ended,
+also in the middle of a job.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import ExitStack, suppress
 from snapd_native.trees.clone import Cloner
 from snapd_native.trees.links import Links
 from snapd_native.trees.measure import Counter
-from snapd_native.trees.relay import ORDER, Channels, Operation, Page, receive, send_finding
+from snapd_native.trees.relay import IDLE, ORDER, Channels, Operation, Page, receive, send_finding
 from snapd_native.trees.share import Share
 
 
@@ -25,6 +26,9 @@ def main() -> None:
     # with their final modes, which is one call less for each.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.umask(0)
+    if sys.argv[3] == IDLE:
+        # The kernel derives the I/O class from it, which is idle too; see ioprio_set(2).
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     # A crew that was killed breaks the pipe.
     with suppress(ConnectionError), socket.socket(fileno=int(sys.argv[1])) as crew:
         while True:
