@@ -508,7 +508,7 @@ def _change(member: str, body: Body) -> Change | None:
 async def _drained(queue: asyncio.Queue[Message | None]) -> AsyncIterator[Message]:
     while (message := await queue.get()) is not None:
         yield message
-    raise Unavailable("the service has ended, or the bus is gone: connect again")
+    raise Unavailable("the service or the system bus is gone: connect again")
 
 
 async def _changes(signals: AsyncIterator[Message]) -> AsyncIterator[Change]:

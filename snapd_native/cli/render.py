@@ -87,7 +87,7 @@ def progress(doing: str, key: str) -> Iterator[Callable[[Progress], None]]:
             if not tasks:
                 # What is quick needs no bar.
                 stack.enter_context(bar)
-                tasks.append(bar.add_task(f"{doing} {escape(shown(key))}", entries=""))
+                tasks.append(bar.add_task(f"{doing} {escape(shown(key))}", entries="", total=None))
             bar.update(
                 tasks[0],
                 completed=now.done.size,
@@ -119,10 +119,8 @@ def jobs(found: Sequence[tuple[Job, Progress]], *, as_json: bool) -> None:
     for job, now in found:
         counts = [f"{now.done.inodes:,}", size(now.done.size)]
         if now.total.inodes:
-            counts = [
-                f"{counts[0]} of {now.total.inodes:,}",
-                f"{counts[1]} of {size(now.total.size)}",
-            ]
+            totals = (f"{now.total.inodes:,}", size(now.total.size))
+            counts = [f"{done} of {total}" for done, total in zip(counts, totals, strict=True)]
         grid.add_row(str(job.id), job.operation, Text(shown(job.key)), str(job.uid), *counts)
     _print_rich(grid)
 

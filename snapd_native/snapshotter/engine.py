@@ -34,6 +34,7 @@ from snapd_native.model import (
 )
 from snapd_native.snapshotter.background import Background
 from snapd_native.snapshotter.failures import explained
+from snapd_native.snapshotter.labels import changed, label_key
 from snapd_native.snapshotter.standby import Standby
 from snapd_native.snapshotter.state import StateDirectory
 
@@ -256,10 +257,10 @@ class Snapshotter:
         """
         check_name(name, "name")
         given = check_labels(labels)
-        keys = [_label_key(path) for path in fieldpaths or ("labels",)]
-        updated = self._store.update(name, partial(_updated, given=given, keys=keys))
+        keys = [label_key(path) for path in fieldpaths or ("labels",)]
+        info = self._store.update(name, partial(changed, given=given, keys=keys))
         self._standby.look()
-        return updated
+        return info
 
     def standby(self, name: str) -> tuple[int, int]:
         """Return how many standby clones of a snapshot are complete, and how many it wants.
@@ -474,29 +475,3 @@ class Snapshotter:
 def _tree_id(kind: Kind, id_: int, parent_id: int | None) -> int:
     """Return whose directory a snapshot shows: a view of a parent has none of its own."""
     return parent_id if kind is Kind.VIEW and parent_id is not None else id_
-
-
-def _label_key(path: str) -> str | None:
-    """Return the label that a field path names, or None for all."""
-    if path == "labels":
-        return None
-    prefix, dot, key = path.partition(".")
-    if prefix != "labels" or not dot or not key:
-        raise InvalidArgument(
-            f"the field path {quote(path)} cannot be updated: give labels or labels.KEY"
-        )
-    return key
-
-
-def _updated(
-    old: Mapping[str, str], *, given: Mapping[str, str], keys: Sequence[str | None]
-) -> Mapping[str, str]:
-    labels = dict(old)
-    for key in keys:
-        if key is None:
-            labels = dict(given)
-        elif key in given:
-            labels[key] = given[key]
-        else:
-            labels.pop(key, None)
-    return check_labels(labels)
