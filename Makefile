@@ -4,7 +4,7 @@ PYTHON ?= /usr/bin/python3
 bin := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check bench-metastore clean runtime development
+.PHONY: help demo test lint types check bench bench-metastore clean runtime development benchmark
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ types: development ## static types
 check: development ## the tests alone (root)
 	@$(bin)/pytest
 
+bench: benchmark ## measure beside containerd and cp, for docs/benchmarks.md (root, 10 minutes)
+	@$(bin)/python -m bench --plot docs/benchmarks.svg --document docs/benchmarks.md
+
 bench-metastore: runtime ## measure the metadata store
 	@$(bin)/python -m bench.metastore
 
@@ -32,5 +35,5 @@ clean: ## remove the virtual environment, what was built and the caches
 	@find . -path ./.git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # The lock keeps `make -j demo test` and a second make from building one .venv at the same time.
-runtime development:
+runtime development benchmark:
 	@flock --close . tools/bootstrap $@ "$(PYTHON)" "make $(MAKECMDGOALS)"
