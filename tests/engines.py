@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from snapd_native import trees
-from snapd_native.model import Change, Mount
+from snapd_native.model import Change, Info, Mount
 from snapd_native.snapshotter import Snapshotter
 
 PROJECT = Path(__file__).parents[1]
@@ -67,6 +67,16 @@ def left(state: Path) -> Path:
     return state
 
 
+def grow(engine: Snapshotter, name: str, files: int) -> None:
+    """Commit a snapshot of many files, a hundred in each directory."""
+    root = Path(engine.prepare("growing").source)
+    for number in range(files):
+        directory = root / str(number // 100)
+        directory.mkdir(exist_ok=True)
+        (directory / str(number)).touch()
+    engine.commit(name, "growing")
+
+
 def write(mount: Mount, **files: str) -> None:
     for name, content in files.items():
         (Path(mount.source) / name).write_text(content)
@@ -82,6 +92,11 @@ def names(engine: Snapshotter) -> list[str]:
 
 def directories(engine: Snapshotter) -> set[str]:
     return set(os.listdir(engine.state_directory / "snapshots"))
+
+
+def state_of(engine: Snapshotter) -> tuple[set[str], list[Info], set[int]]:
+    """All that a call which fails must not change."""
+    return directories(engine), engine.list(), engine._store.reserved()
 
 
 def identity(engine: Snapshotter, key: str) -> str:

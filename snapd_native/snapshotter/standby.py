@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from snapd_native import trees
 from snapd_native.errors import Cancelled, SnapdError
@@ -75,17 +75,26 @@ class Standby:
         self._crew.close()
 
     def _run(self) -> None:
-        self._drop_incomplete()
+        self._attempt(self._drop_incomplete)
         while not self._closing:
             self._look.wait(LOOK_SECONDS if any(self._ready.values()) else None)
             self._look.clear()
-            try:
-                while not self._closing and self._improve():
-                    pass
-            except (SnapdError, OSError) as error:
-                log.warning("a standby clone cannot be made or dropped: %s", error)
+            self._attempt(self._improve)
 
-    def _improve(self) -> bool:
+    def _attempt(self, task: Callable[[], None]) -> None:
+        try:
+            task()
+        except Cancelled:
+            log.debug("standby clones wait: the service is stopping, or space is short")
+        except (SnapdError, OSError) as error:
+            log.warning("a standby clone cannot be made or dropped: %s", error)
+
+    def _improve(self) -> None:
+        """Drop and make clones until all are as they should be."""
+        while not self._closing and self._take_a_step():
+            pass
+
+    def _take_a_step(self) -> bool:
         """Drop or make one clone; False if all are as they should be."""
         wanted = self._wanted()
         with self._lock:
