@@ -2,4 +2,10 @@
 
 from __future__ import annotations
 
-pytest_plugins = ["tests.engines", "tests.filesystems", "tests.plots", "tests.service"]
+pytest_plugins = [
+    "tests.engines",
+    "tests.filesystems",
+    "tests.plots",
+    "tests.service",
+    "tests.watching",
+]

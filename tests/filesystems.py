@@ -140,6 +140,10 @@ def filesystem(request: pytest.FixtureRequest) -> FileSystem:
     return made
 
 
+on_ext4 = pytest.mark.parametrize("filesystem", ["ext4"], indirect=True)
+"""For tests that are the same on every file system: one will do."""
+
+
 @pytest.fixture
 def scratch(filesystem: FileSystem) -> Iterator[Path]:
     with scratch_on(filesystem) as path:

@@ -1,0 +1,151 @@
+"""Debian's containerd and its native snapshotter, called over its socket."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from bench.memory import Peak
+from bench.peers import LABELS, PATIENCE
+from snapd_native.errors import Unavailable
+
+# Compiled when it is imported, by grpcio-tools.
+_messages = grpc.protos("bench/containerd.proto")
+
+_SNAPSHOTTER = "native"
+_NAMESPACE = (("containerd-namespace", "bench"),)
+_SNAPSHOTS = "containerd.services.snapshots.v1.Snapshots"
+_LEASES = "containerd.services.leases.v1.Leases"
+
+# The plugins that are disabled would make directories in /opt and /etc, or serve Kubernetes.
+_CONFIGURATION = """
+version = 2
+root = "{root}"
+state = "{private}/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
+[grpc]
+address = "{socket}"
+"""
+
+
+class Containerd:
+    """The native snapshotter, by one connected client."""
+
+    name = "containerd"
+
+    def __init__(self, channel: Any, address: str, memory: Peak) -> None:  # noqa: ANN401 - untyped
+        self._address = address
+        self.memory = memory
+        m = _messages
+        self._prepare = _method(channel, _SNAPSHOTS, "Prepare", m.MountsResponse)
+        self._view = _method(channel, _SNAPSHOTS, "View", m.MountsResponse)
+        self._commit = _method(channel, _SNAPSHOTS, "Commit", m.Empty)
+        self._stat = _method(channel, _SNAPSHOTS, "Stat", m.StatResponse)
+        self._remove = _method(channel, _SNAPSHOTS, "Remove", m.Empty)
+        self._list = _method(channel, _SNAPSHOTS, "List", m.ListResponse, stream=True)
+        self._create_lease = _method(channel, _LEASES, "Create", m.Empty)
+        self._delete_lease = _method(channel, _LEASES, "Delete", m.Empty)
+
+    def prepare(self, key: str, parent: str) -> Path:
+        """Call Prepare."""
+        return Path(self._prepare(self._creation(key, parent)).mounts[0].source)
+
+    def view(self, key: str, parent: str) -> None:
+        """Call View."""
+        self._view(self._creation(key, parent))
+
+    def commit(self, name: str, key: str) -> None:
+        """Call Commit."""
+        self._commit(
+            _messages.CommitRequest(snapshotter=_SNAPSHOTTER, name=name, key=key, labels=LABELS)
+        )
+
+    def stat(self, key: str) -> None:
+        """Call Stat."""
+        self._stat(_messages.KeyRequest(snapshotter=_SNAPSHOTTER, key=key))
+
+    def list(self) -> int:
+        """Call List."""
+        pages = self._list(_messages.ListRequest(snapshotter=_SNAPSHOTTER))
+        return sum(len(page.info) for page in pages)
+
+    def remove(self, key: str) -> None:
+        """Call Remove; the tree is deleted when the garbage collector comes by."""
+        self._remove(_messages.KeyRequest(snapshotter=_SNAPSHOTTER, key=key))
+
+    def settle(self) -> None:
+        """Run the garbage collector, which the end of a lease can wait for."""
+        self._create_lease(_messages.CreateLeaseRequest(id="settle"))
+        self._delete_lease(_messages.DeleteLeaseRequest(id="settle", sync=True))
+
+    @contextmanager
+    def another(self) -> Iterator[Containerd]:
+        """Connect once more."""
+        with _connected(self._address) as channel:
+            yield Containerd(channel, self._address, self.memory)
+
+    def _creation(self, key: str, parent: str) -> object:
+        return _messages.CreateRequest(
+            snapshotter=_SNAPSHOTTER, key=key, parent=parent, labels=LABELS
+        )
+
+
+@contextmanager
+def containerd(root: Path) -> Iterator[Containerd]:
+    """Run a containerd that keeps everything below ``root``, and connect to it.
+
+    Raises:
+        Unavailable: it is not installed, or does not start.
+    """
+    with ExitStack() as stack:
+        private = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="snapd-native-bench-"))
+        )
+        socket = private / "socket"
+        configuration = private / "config.toml"
+        configuration.write_text(_CONFIGURATION.format(root=root, private=private, socket=socket))
+        log = private / "log"
+        try:
+            # Not in our process group: it would see Ctrl-C before we have cleaned up.
+            process = subprocess.Popen(
+                ["containerd", "--config", configuration],
+                stderr=stack.enter_context(log.open("wb")),
+                process_group=0,
+            )
+        except FileNotFoundError:
+            raise Unavailable(
+                "there is no containerd: install the package containerd, or leave it out"
+                " with --peers cp"
+            ) from None
+        stack.callback(process.wait)
+        stack.callback(process.terminate)
+        address = f"unix:{socket}"
+        channel = stack.enter_context(_connected(address))
+        try:
+            grpc.channel_ready_future(channel).result(PATIENCE)
+        except grpc.FutureTimeoutError:
+            raise Unavailable(f"containerd did not start: {log.read_text()[-1000:]}") from None
+        yield Containerd(channel, address, Peak(process.pid))
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Any]:
+    # A channel shares its connection with others to the same address, unless it is told not to.
+    with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        yield channel
+
+
+def _method(channel: Any, service: str, name: str, answer: Any, *, stream: bool = False) -> Any:  # noqa: ANN401 - untyped
+    kind = channel.unary_stream if stream else channel.unary_unary
+    call = kind(
+        f"/{service}/{name}",
+        request_serializer=lambda request: request.SerializeToString(),
+        response_deserializer=answer.FromString,
+    )
+    return lambda request: call(request, metadata=_NAMESPACE)

@@ -1,0 +1,133 @@
+"""The benchmark, on trees so small that it says nothing about speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from bench.disks import shortage
+from bench.results import Case
+from bench.trees import GROWTH, ROOTFS, TREES
+from tests.filesystems import FileSystem
+from tests.service import PATIENCE, processes
+
+ROOT = Path(__file__).parent.parent
+
+# Only the benchmark needs them, so they may be missing.
+PEERS = ["containerd", "cp"] if shutil.which("containerd") and find_spec("grpc") else ["cp"]
+DRAWS = find_spec("matplotlib") is not None
+
+
+class Benchmark:
+    """A benchmark on one file system, that keeps everything in a directory of its own."""
+
+    def __init__(self, directory: Path, filesystem: str) -> None:
+        self._mark = uuid.uuid4().hex
+        self._directory = directory
+        self._temporary = directory / "tmp"
+        self._temporary.mkdir()
+        self._command = [
+            *(sys.executable, "-m", "bench", "--scale", "0.002", "--rounds", "1"),
+            *("--peers", ",".join(PEERS), "--filesystems", filesystem),
+            *("--directory", str(directory)),
+        ]
+
+    def start(self, *options: str | Path) -> subprocess.Popen[str]:
+        """Start it as a shell would, in a process group of its own."""
+        return subprocess.Popen(
+            [*self._command, *options],
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": str(self._temporary), "SNAPD_NATIVE_TEST": self._mark},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,
+        )
+
+    def check_nothing_left(self) -> None:
+        """Check that there is no process, file or mount; loop devices are checked at the end."""
+        assert processes(self._mark) == []
+        assert list(self._temporary.iterdir()) == []
+        assert list(self._directory.iterdir()) == [self._temporary]
+        assert str(self._directory) not in Path("/proc/self/mountinfo").read_text()
+
+
+@pytest.fixture
+def benchmark(ext4: FileSystem, loop_directory: Path) -> Iterator[Benchmark]:
+    # Where no file system can be mounted, the fixture of one has skipped the test.
+    with tempfile.TemporaryDirectory(dir=loop_directory) as directory:
+        yield Benchmark(Path(directory), ext4.name)
+
+
+def test_everything_is_measured(benchmark: Benchmark, tmp_path: Path) -> None:
+    found, document, plot = (tmp_path / name for name in ("found.json", "found.md", "plot.svg"))
+    document.write_text("above\n<!-- results: begin -->\nold\n<!-- results: end -->\nbelow\n")
+    drawing: list[str | Path] = ["--plot", plot] if DRAWS else []
+    running = benchmark.start("--json", found, "--document", document, *drawing)
+    out, error = running.communicate(timeout=PATIENCE)
+    assert running.returncode == 0, error
+    benchmark.check_nothing_left()
+
+    results = json.loads(found.read_text())
+    keepers = {"snapd-native", *PEERS} - {"cp"}
+    measured = {(one["case"], one["tree"]): set(one["seconds"]) for one in results["samples"]}
+    expected = {(case, ROOTFS.name): keepers for case in Case if not case.on_trees}
+    expected |= {(Case.PREPARE, tree): {"snapd-native", *PEERS} for tree in TREES}
+    ready = [tree.name for tree in (ROOTFS, *GROWTH)]
+    expected |= {(Case.STANDBY, tree): {"snapd-native"} for tree in ready}
+    assert measured == expected
+    taken = [values for one in results["samples"] for values in one["seconds"].values()]
+    assert all(value > 0 for values in taken for value in values)
+    assert keepers <= set(results["peak_memory_bytes"]["ext4"])
+    assert set(results["filesystems"]) == {"ext4"}
+
+    text = document.read_text()
+    for case in ("Prepare rootfs", "Prepare small-10k", "Stat, p99", "View + Remove, busy"):
+        assert case in out
+        assert f"| {case} |" in text
+    assert text.startswith("above\n<!-- results: begin -->\n\n|")
+    assert text.endswith("|\n\n<!-- results: end -->\nbelow\n")
+    assert plot.exists() == DRAWS
+
+
+@pytest.mark.parametrize("interrupt", ["ctrl-c", "sigterm"])
+def test_an_interruption_leaves_nothing(
+    benchmark: Benchmark, tmp_path: Path, interrupt: str
+) -> None:
+    running = benchmark.start("--json", tmp_path / "found.json")
+    assert running.stdout is not None
+    # The heading comes when all services run.
+    while "vs cp" not in running.stdout.readline():
+        assert running.poll() is None
+    if interrupt == "ctrl-c":
+        os.killpg(running.pid, signal.SIGINT)
+    else:
+        running.terminate()
+    running.communicate(timeout=PATIENCE)
+    assert running.returncode == 1
+    benchmark.check_nothing_left()
+    assert not (tmp_path / "found.json").exists()
+
+
+def test_a_word_that_is_not_known_is_refused(benchmark: Benchmark) -> None:
+    running = benchmark.start("--trees", "rootfs,forest")
+    _, error = running.communicate(timeout=PATIENCE)
+    assert running.returncode == 2
+    assert "'forest' is none of rootfs, " in error
+    benchmark.check_nothing_left()
+
+
+def test_too_little_room_is_said_in_a_sentence(tmp_path: Path) -> None:
+    assert shortage(tmp_path, 0) == ""
+    assert "GiB are needed" in shortage(tmp_path, 1 << 60)
