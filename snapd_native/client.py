@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeVar
@@ -44,6 +44,7 @@ from snapd_native.wire.names import (
     JOB_PATH,
     MANAGER,
     OBJECT_PATH,
+    PEER,
     PROPERTIES,
     error_from,
 )
@@ -266,28 +267,28 @@ class Client:
         The iterator raises Unavailable when there can be no more.
         """
         connection = self._connected()
+        # As any call, this starts a service that is there on demand.
+        await connection.request(BUS_NAME, OBJECT_PATH, PEER, "Ping")
         arrived: asyncio.Queue[Message | None] = asyncio.Queue()
-        owner = f"sender='{DRIVER}',member='NameOwnerChanged',arg0='{BUS_NAME}',arg2=''"
-        matches = [f"type='signal',{rule}" for rule in (owner, *rules)]
+        lost = f"sender='{DRIVER}',member='NameOwnerChanged',arg0='{BUS_NAME}'"
 
         def on_message(message: Message) -> None:
             if message.message_type is MessageType.SIGNAL:
-                if message.member != "NameOwnerChanged":
+                if message.sender != DRIVER:
                     arrived.put_nowait(message)
-                elif message.body[::2] == [BUS_NAME, ""]:
+                elif message.member == "NameOwnerChanged" and message.body[0] == BUS_NAME:
                     arrived.put_nowait(None)
 
-        connection.add_message_handler(on_message)
-        try:
-            with connection.watched(lambda: arrived.put_nowait(None)):
-                for match in matches:
-                    await connection.ask_driver("AddMatch", "s", [match])
-                yield _drained(arrived)
-        finally:
-            connection.remove_message_handler(on_message)
-            if connection.connected:
-                for match in matches:
-                    await connection.ask_driver("RemoveMatch", "s", [match])
+        with ExitStack() as undo:
+            connection.add_message_handler(on_message)
+            undo.callback(connection.remove_message_handler, on_message)
+            undo.enter_context(connection.watched(lambda: arrived.put_nowait(None)))
+            for rule in (lost, *(f"sender='{BUS_NAME}',{rule}" for rule in rules)):
+                match = f"type='signal',{rule}"
+                undo.callback(connection.tell_driver, "RemoveMatch", "s", [match])
+                await connection.ask_driver("AddMatch", "s", [match])
+            (owner,) = await connection.ask_driver("GetNameOwner", "s", [BUS_NAME])
+            yield _drained(arrived, owner)
 
     async def _work(
         self,
@@ -321,8 +322,10 @@ class Client:
             values = await self._properties(path, JOB)
             progress(_progress(values))
         async for message in signals:
-            if message.path == path:
-                values |= message.body[1]
+            if message.path == path and values:
+                # What was asked for may be newer than what had been sent by then.
+                for name, value in message.body[1].items():
+                    values[name] = max(values[name], value, key=_value)
                 progress(_progress(values))
             elif message.member == "JobRemoved" and message.body[1] == path:
                 *_, result, name, text = message.body
@@ -505,9 +508,11 @@ def _change(member: str, body: Body) -> Change | None:
             return None
 
 
-async def _drained(queue: asyncio.Queue[Message | None]) -> AsyncIterator[Message]:
+async def _drained(queue: asyncio.Queue[Message | None], sender: str) -> AsyncIterator[Message]:
     while (message := await queue.get()) is not None:
-        yield message
+        # Anybody may send signals that look the same.
+        if message.sender == sender:
+            yield message
     raise Unavailable("the service or the system bus is gone: connect again")
 
 
@@ -516,6 +521,11 @@ async def _changes(signals: AsyncIterator[Message]) -> AsyncIterator[Change]:
         change = _change(message.member, message.body)
         if change is not None:
             yield change
+
+
+def _value(variant: Variant) -> int:
+    number: int = variant.value
+    return number
 
 
 def _progress(values: Mapping[str, Variant]) -> Progress:

@@ -163,9 +163,23 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
         raise InvalidArgument(
             f"the labels have {total} bytes in all: at most {MAX_LABELS} are allowed"
         )
-    standby = labels.get(STANDBY_LABEL) or "0"
-    if not re.fullmatch("[0-9]{1,2}", standby) or int(standby) > MAX_STANDBY:
+    if labels.get(STANDBY_LABEL) and _standby(labels) is None:
         raise InvalidArgument(
-            f"the label {STANDBY_LABEL} cannot be {quote(standby)}: give 0 to {MAX_STANDBY}"
+            f"the label {STANDBY_LABEL} cannot be {quote(labels[STANDBY_LABEL])}:"
+            f" give 0 to {MAX_STANDBY}"
         )
     return {key: value for key, value in labels.items() if value}
+
+
+def standby_number(labels: Mapping[str, str]) -> int:
+    """Return how many standby clones labels ask for.
+
+    None are where the label says anything else, as it could before it had a meaning.
+    """
+    return _standby(labels) or 0
+
+
+def _standby(labels: Mapping[str, str]) -> int | None:
+    text = labels.get(STANDBY_LABEL, "")
+    number = int(text) if re.fullmatch("[0-9]{1,2}", text) else None
+    return number if number is None or number <= MAX_STANDBY else None

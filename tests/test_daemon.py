@@ -350,7 +350,7 @@ import sys
 from pathlib import Path
 from snapd_native import daemon
 daemon.GRACE = 0
-sys.exit(daemon.run(Path({state!r}), Path({state!r} + "-run")))
+sys.exit(daemon.run(Path({state!r}), Path({state!r} + "-run"), 0.1))
 """
 
 

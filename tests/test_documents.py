@@ -16,7 +16,7 @@ from snapd_native.bus.introspection import contract, shapes
 from snapd_native.cli.exits import STATUSES
 from snapd_native.cli.main import cli
 from snapd_native.private import private_bus, private_daemon
-from snapd_native.wire.names import MANAGER
+from snapd_native.wire.names import JOB, MANAGER
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -131,10 +131,11 @@ def test_make_demo_is_the_demonstration() -> None:
 
 def test_the_reference_names_every_member() -> None:
     text = (ROOT / "docs" / "dbus.md").read_text()
-    shape = shapes(contract())[MANAGER]
+    shape, job = (shapes(contract())[name] for name in (MANAGER, JOB))
     methods = set(re.findall(r"^\| ([A-Z]\w+) \| \w", text, re.MULTILINE))
     assert set(shape.methods) <= methods
     assert all(f"`{name}" in text for name in [*shape.signals, *shape.properties])
+    assert all(f"`{name}" in text for name in [*job.methods, *job.properties])
     # Nobody is asked yet.
     possible = set(STATUSES) - {errors.InteractiveAuthorizationRequired}
     assert all(kind.__name__ in text for kind in possible)

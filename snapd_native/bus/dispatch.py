@@ -116,8 +116,7 @@ class Dispatcher:
             case names.JOB:
                 await self._authority.check(call.sender, Action.MANAGE, call.member)
                 check_signature(call, _JOB)
-                if job := self._jobs.get(call.path):
-                    await job.cancel()
+                await self._jobs.get(call.path).cancel()
                 return result(call, "", [], serial)
         return await self._manage(call, serial)
 
@@ -169,7 +168,7 @@ class Dispatcher:
         interfaces: dict[str, Collection[str]] = {PEER: _PEER, INTROSPECTABLE: _INTROSPECTABLE}
         if call.path == OBJECT_PATH:
             interfaces |= {PROPERTIES: _PROPERTIES, MANAGER: self._manager.methods}
-        elif self._jobs.get(call.path):
+        elif self._jobs.may_be_at(call.path):
             interfaces |= {PROPERTIES: _PROPERTIES, JOB: _JOB}
         elif document(call.path, self._jobs.ids()) is None:
             raise DBusError(
@@ -195,14 +194,16 @@ class Dispatcher:
             return "", []
         if call.member == "GetMachineId":
             return "s", [_machine_id()]
+        if self._jobs.may_be_at(call.path):
+            self._jobs.get(call.path)
         return "s", [document(call.path, self._jobs.ids())]
 
     def _property(self, call: Call) -> tuple[str, Body]:
         check_signature(call, _PROPERTIES)
         asked, *rest = call.arguments()
         own, properties = MANAGER, self._manager.properties
-        if job := self._jobs.get(call.path):
-            own, properties = JOB, job.properties()
+        if self._jobs.may_be_at(call.path):
+            own, properties = JOB, self._jobs.get(call.path).properties()
         if asked not in (own, PEER, INTROSPECTABLE, PROPERTIES, ""):
             raise DBusError(f"{ERROR}UnknownInterface", f"{call.path} has no interface {asked}")
         values: Mapping[str, Variant] = properties if asked in (own, "") else {}

@@ -75,18 +75,21 @@ class Jobs:
         self._ids = cycle(range(1, 1 << 32))
         self._shown: dict[str, Shown] = {}
 
-    def get(self, path: str) -> Shown | None:
-        """Return the job at ``path``; None if that is no job's path.
+    def get(self, path: str) -> Shown:
+        """Return the job at ``path``, for which `may_be_at` is true.
 
         Raises:
             NotFound: the job has ended, or there never was one.
         """
-        parent, _, number = path.rpartition("/")
-        if parent != JOB_PATH:
-            return None
         if path not in self._shown:
+            number = path.rpartition("/")[2]
             raise NotFound(f"there is no job {number}: it has ended, or never was")
         return self._shown[path]
+
+    @staticmethod
+    def may_be_at(path: str) -> bool:
+        """Tell whether ``path`` is one that jobs have."""
+        return path.rpartition("/")[0] == JOB_PATH
 
     def listing(self) -> Body:
         """Return all jobs as the rows of ListJobs; any thread may call this."""

@@ -32,6 +32,7 @@ from snapd_native.model import (
     Updated,
     Usage,
     quote,
+    standby_number,
 )
 
 _COLUMNS = """
@@ -276,14 +277,18 @@ class Metastore:
             self._announce(Committed(reservation.name, record.info.name))
 
     def standbys(self) -> Mapping[int, tuple[int, Usage]]:
-        """Return how many standby clones committed snapshots want, and what one takes, by id."""
+        """Return how many standby clones snapshots want, if any, and what one takes, by id."""
         label = f"json_extract(labels, '$.\"{STANDBY_LABEL}\"')"
         with self._connections.reading() as db:
             rows = db.execute(
                 f"SELECT id, {label}, size, inodes FROM snapshots"  # noqa: S608 - a constant
                 f" WHERE kind = 'committed' AND {label} IS NOT NULL"
             )
-            return {id_: (int(number), Usage(size, inodes)) for id_, number, size, inodes in rows}
+            found = {
+                id_: (standby_number({STANDBY_LABEL: text}), Usage(size, inodes))
+                for id_, text, size, inodes in rows
+            }
+            return {id_: wanted for id_, wanted in found.items() if wanted[0]}
 
     def unsettled(self) -> set[int]:
         """Return the ids of the snapshots whose trees may not be on disk yet."""

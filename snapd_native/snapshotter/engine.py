@@ -22,7 +22,6 @@ from snapd_native.filters import parse
 from snapd_native.jobs import Job, Operation
 from snapd_native.metastore import Metastore, Record
 from snapd_native.model import (
-    STANDBY_LABEL,
     Change,
     Info,
     Kind,
@@ -31,6 +30,7 @@ from snapd_native.model import (
     check_labels,
     check_name,
     quote,
+    standby_number,
 )
 from snapd_native.snapshotter.background import Background
 from snapd_native.snapshotter.failures import explained
@@ -272,7 +272,7 @@ class Snapshotter:
         record = self._store.get(check_name(name, "name"))
         if record.info.kind is not Kind.COMMITTED:
             return 0, 0
-        return self._standby.count(record.id), int(record.info.labels.get(STANDBY_LABEL, 0))
+        return self._standby.count(record.id), standby_number(record.info.labels)
 
     def usage(self, key: str, job: Job | None = None) -> Usage:
         """Return what a snapshot takes: measured now if active, as of Commit if committed.
@@ -294,9 +294,11 @@ class Snapshotter:
         job.begin(Operation.USAGE, key)
         try:
             with explained(f"measure {quote(key)}"):
-                return self._measure(record.id, job)
+                usage = self._measure(record.id, job)
         finally:
             self._check_alive(record)
+        job.conclude()
+        return usage
 
     def list(
         self, filters: Sequence[str] = (), after: str = "", limit: int = DEFAULT_LIMIT
@@ -353,6 +355,7 @@ class Snapshotter:
                 wait([sweep], POLL_SECONDS)
                 report(0, 0)
             sweep.result()
+        job.conclude()
 
     def _create(
         self, kind: Kind, key: str, parent: str, labels: Mapping[str, str] | None, job: Job

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import TypeAlias
 
 from snapd_native import trees
 from snapd_native.errors import Cancelled, SnapdError
@@ -18,8 +19,19 @@ log = logging.getLogger(__name__)
 NOTHING = Usage(0, 0)
 """What no further clone takes."""
 
+SHARED_INODE = 1024
+"""Bytes that a clone takes for an inode whose data is shared: itself, its names and extents."""
+
 LOOK_SECONDS = 10.0
-"""How often the free space is looked at while there are clones that take it."""
+"""How often the free space is looked at while clones are wanted."""
+
+SPARE = 0.01
+"""What must be free beyond the least before clones are made again after there was no room."""
+
+Wanted: TypeAlias = Mapping[int, tuple[int, Usage]]
+"""How many clones there should be of which snapshots, and what one takes."""
+
+_NONE = (0, NOTHING)
 
 
 class Standby:
@@ -46,6 +58,9 @@ class Standby:
         self._look = threading.Event()
         self._look.set()
         self._closing = False
+        self._watches_room = False
+        self._short = False
+        self._failed: set[int] = set()
         self._thread = threading.Thread(target=self._run, name="standby", daemon=True)
         self._thread.start()
 
@@ -75,51 +90,56 @@ class Standby:
         self._crew.close()
 
     def _run(self) -> None:
-        self._attempt(self._drop_incomplete)
+        for name, _, _, complete in self._state.standbys():
+            if not complete:
+                self._drop(name)
         while not self._closing:
-            self._look.wait(LOOK_SECONDS if any(self._ready.values()) else None)
+            if self._look.wait(LOOK_SECONDS if self._watches_room else None):
+                self._failed.clear()
             self._look.clear()
-            self._attempt(self._improve)
-
-    def _attempt(self, task: Callable[[], None]) -> None:
-        try:
-            task()
-        except Cancelled:
-            log.debug("standby clones wait: the service is stopping, or space is short")
-        except (SnapdError, OSError) as error:
-            log.warning("a standby clone cannot be made or dropped: %s", error)
-
-    def _improve(self) -> None:
-        """Drop and make clones until all are as they should be."""
-        while not self._closing and self._take_a_step():
-            pass
+            try:
+                while not self._closing and self._take_a_step():
+                    pass
+            except (SnapdError, OSError) as error:
+                log.warning("standby clones are not looked after until the next change: %s", error)
 
     def _take_a_step(self) -> bool:
         """Drop or make one clone; False if all are as they should be."""
-        wanted = self._wanted()
-        with self._lock:
-            for parent, ready in self._ready.items():
-                if len(ready) > self._number(wanted, parent):
-                    surplus = ready.pop()
-                    break
-            else:
-                surplus = None
+        wanted = self._store.standbys()
+        self._watches_room = bool(wanted)
+        has_room = self._has_room()
+        surplus = self._take_surplus(wanted if has_room else {})
         if surplus is not None:
-            self._state.drop_standby(surplus, self._check_closing)
+            self._drop(surplus)
             return True
-        for parent, (number, usage) in wanted.items():
-            if self.count(parent) < number and self._fits(usage):
+        for parent, (_, usage) in wanted.items():
+            if (
+                parent not in self._failed
+                and self._wants_more(wanted, parent)
+                and not self._short
+                and self._state.has_room(self._least_free, self._taken(usage))
+            ):
                 self._make(parent)
                 return True
         return False
+
+    def _take_surplus(self, wanted: Wanted) -> str | None:
+        """Return the directory of a clone that is one too many; None without one."""
+        with self._lock:
+            for parent, ready in self._ready.items():
+                if len(ready) > wanted.get(parent, _NONE)[0]:
+                    return ready.pop()
+        return None
 
     def _make(self, parent: int) -> None:
         """Make one clone, unless it is not wanted any more before it is complete."""
 
         def report(*_: int) -> None:
             self._check_closing()
-            if not self._fits(NOTHING) or (self._look.is_set() and parent not in self._wanted()):
-                raise Cancelled("the clone is not wanted any more")
+            if not self._has_room():
+                raise Cancelled("there is no room for it")
+            if self._look.is_set() and not self._wants_more(self._store.standbys(), parent):
+                raise Cancelled("it is not wanted any more")
 
         self._last += 1
         name = self._state.create_standby(parent, self._last)
@@ -131,33 +151,43 @@ class Standby:
                 self._crew.clone(source, target, report, reflink=self._state.reflink)
             self._state.write_back()
             complete = self._state.complete_standby(name)
-        except BaseException as error:
-            self._drop_incomplete()
-            if isinstance(error, Exception) and parent not in self._wanted():
-                return
-            raise
+        except (SnapdError, OSError) as error:
+            self._drop(name)
+            if not isinstance(error, Cancelled):
+                self._failed.add(parent)
+                if self._wants_more(self._store.standbys(), parent):
+                    log.warning("a standby clone cannot be made: %s", error)
+            return
         with self._lock:
             self._ready[parent].append(complete)
 
-    def _wanted(self) -> Mapping[int, tuple[int, Usage]]:
-        """Return how many clones there should be of which snapshots, and what one takes."""
-        return self._store.standbys() if self._fits(NOTHING) else {}
+    def _wants_more(self, wanted: Wanted, parent: int) -> bool:
+        return self.count(parent) < wanted.get(parent, _NONE)[0]
 
-    @staticmethod
-    def _number(wanted: Mapping[int, tuple[int, Usage]], parent: int) -> int:
-        number, _ = wanted.get(parent, (0, None))
-        return number
+    def _taken(self, usage: Usage) -> Usage:
+        """Return what a clone of a tree takes."""
+        if not self._state.reflink:
+            return usage
+        return Usage(inodes=usage.inodes, size=usage.inodes * SHARED_INODE)
 
-    def _fits(self, usage: Usage) -> bool:
-        """Tell whether enough would be free beside one more clone."""
-        size = 0 if self._state.reflink else usage.size
-        return self._state.has_room(self._least_free, Usage(size, usage.inodes))
+    def _has_room(self) -> bool:
+        """Tell whether clones may stay, and see whether any may be made."""
+        has_room = self._state.has_room(self._least_free, NOTHING)
+        if not has_room:
+            self._short = True
+        elif self._short:
+            self._short = not self._state.has_room(self._least_free + SPARE, NOTHING)
+        return has_room
 
     def _check_closing(self, *_: int) -> None:
         if self._closing:
             raise Cancelled("the service is stopping")
 
-    def _drop_incomplete(self) -> None:
-        for name, _, _, complete in self._state.standbys():
-            if not complete and not self._closing:
-                self._state.drop_standby(name, self._check_closing)
+    def _drop(self, name: str) -> None:
+        """Delete a clone; what is left of it is deleted at the next start."""
+        try:
+            self._state.drop_standby(name, self._check_closing)
+        except Cancelled:
+            log.debug("%s is not deleted yet: the service is stopping", name)
+        except (SnapdError, OSError) as error:
+            log.warning("a standby clone cannot be deleted until the next start: %s", error)

@@ -133,7 +133,10 @@ class StateDirectory:
         room = os.fstatvfs(self._snapshots)
         blocks = room.f_bavail - more.size / room.f_frsize
         inodes = room.f_favail - more.inodes
-        return blocks >= least * room.f_blocks and inodes >= least * room.f_files
+        # Where inodes are made as they are needed, there is no number of them.
+        return blocks >= least * room.f_blocks and (
+            not room.f_files or inodes >= least * room.f_files
+        )
 
     def standbys(self) -> Sequence[tuple[str, int, int, bool]]:
         """Return all standby clones: directory, id of the parent, number, whether complete."""

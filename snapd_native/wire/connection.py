@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from dbus_next.aio.message_bus import MessageBus, _MessageWriter
-from dbus_next.constants import BusType, MessageType
+from dbus_next.constants import BusType, MessageFlag, MessageType
 from dbus_next.errors import DBusError, SignatureBodyMismatchError
 from dbus_next.message import Message
 from dbus_next.signature import Variant
@@ -111,6 +111,21 @@ class Connection(MessageBus):
     async def ask_driver(self, member: str, signature: str, body: Body) -> Body:
         """Call a method of the bus itself."""
         return await self.request(DRIVER, DRIVER_PATH, DRIVER, member, signature, body)
+
+    def tell_driver(self, member: str, signature: str, body: Body) -> None:
+        """Call a method of the bus itself without waiting for its answer."""
+        if self.connected:
+            self.send(
+                Message(
+                    destination=DRIVER,
+                    path=DRIVER_PATH,
+                    interface=DRIVER,
+                    member=member,
+                    flags=MessageFlag.NO_REPLY_EXPECTED,
+                    signature=signature,
+                    body=body,
+                )
+            )
 
     def _finalize(self, err: Exception | None = None) -> None:
         if self._disconnected:

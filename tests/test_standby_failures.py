@@ -1,0 +1,307 @@
+"""Standby clones when something comes in between: crashes, removals, the end, and errors."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from snapd_native import trees
+from snapd_native.model import STANDBY_LABEL
+from snapd_native.snapshotter import Snapshotter
+from tests.engines import (
+    PROJECT,
+    WAIT,
+    directories,
+    fail,
+    gated,
+    identity,
+    ignore,
+    names,
+    opened,
+    read,
+    write,
+)
+from tests.standbys import await_standby, based, clones, frozen, idle_worker, label, making
+from tests.waiting import eventually
+
+CRASH = """
+import sys
+from pathlib import Path
+from snapd_native import trees
+from snapd_native.snapshotter import Snapshotter
+from snapd_native.snapshotter.state import StateDirectory
+
+engine = Snapshotter(Path(sys.argv[1]), lambda *_: None)
+owner = trees.Crew if sys.argv[2] == "clone" else StateDirectory
+real, calls = getattr(owner, sys.argv[2]), []
+
+def stand(*_):
+    print("there", flush=True)
+    sys.stdin.read()
+
+def second(*arguments, **options):
+    calls.append(None)
+    if len(calls) == 2 and sys.argv[2] == "clone":
+        # What the worker has done by then, and goes on with, is the beginning of a tree.
+        crew, source, target, _ = arguments
+        return real(crew, source, target, stand, **options)
+    if len(calls) == 2:
+        stand()
+    return real(*arguments, **options)
+
+setattr(owner, sys.argv[2], second)
+engine.update("base", {"snapd-native.standby": "2"})
+sys.stdin.read()
+"""
+
+PIPE = subprocess.PIPE
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[list[logging.LogRecord]]:
+    """Expect that nothing is complained about."""
+    caplog.set_level(logging.WARNING, "snapd_native")
+    yield caplog.records
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+def committed_wide(engine: Snapshotter, files: int = 3000) -> None:
+    """Commit `base` with a tree that takes a while."""
+    root = Path(engine.prepare("preparing").source)
+    for number in range(files):
+        if number % 100 == 0:
+            directory = root / str(number)
+            directory.mkdir()
+        os.mknod(directory / str(number))
+    engine.commit("base", "preparing")
+
+
+@contextmanager
+def making_frozen(engine: Snapshotter) -> Iterator[None]:
+    """Have the second clone of `base` begun, and no more done for it."""
+    label(engine, 1)
+    await_standby(engine, 1)
+    with frozen(engine):
+        label(engine, 2)
+        eventually(lambda: len(making(engine)) == 1)
+        yield
+
+
+@pytest.mark.parametrize("where", ["create_standby", "clone", "complete_standby"])
+def test_a_crash_while_a_clone_is_made_costs_that_clone_only(state: Path, where: str) -> None:
+    with opened(state) as engine:
+        committed_wide(engine)
+        inodes = engine.usage("base").inodes
+    command = [sys.executable, "-c", CRASH, str(state), where]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True, cwd=PROJECT) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "there\n"
+        finally:
+            process.kill()
+        assert process.wait(WAIT) == -signal.SIGKILL
+    standing = [name for name in os.listdir(state / "snapshots") if name.startswith("ready-")]
+    assert len(standing) == 1
+    kept = (state / "snapshots" / standing[0]).stat().st_ino
+    incomplete = {name for name in os.listdir(state / "snapshots") if "making-" in name}
+    assert len(incomplete) == (where != "create_standby")
+    with opened(state) as engine:
+        assert engine.standby("base")[0] >= 1
+        assert Path(engine.prepare("work", "base").source).stat().st_ino == kept
+        await_standby(engine, 2)
+        assert making(engine) == set()
+        assert not incomplete & directories(engine)
+        assert names(engine) == ["base", "work"]
+        for key in ("second", "third"):
+            engine.prepare(key, "base")
+            assert engine.usage(key).inodes == inodes
+
+
+@pytest.mark.usefixtures("warnings")
+@pytest.mark.parametrize("how", ["remove", "update", "zero"])
+def test_a_clone_that_is_not_wanted_anymore_ends_quietly(state: Path, how: str) -> None:
+    with opened(state) as engine:
+        based(engine, None)
+        with making_frozen(engine):
+            match how:
+                case "remove":
+                    engine.remove("base")
+                case "update":
+                    engine.update("base", {})
+                case "zero":
+                    label(engine, 0)
+            left = set() if how == "remove" else {identity(engine, "base")}
+            eventually(lambda: directories(engine) == left)
+
+
+@pytest.mark.usefixtures("warnings")
+def test_a_parent_whose_tree_is_gone_when_it_is_to_be_cloned_ends_quietly(state: Path) -> None:
+    with opened(state) as engine:
+        based(engine, None)
+        with gated("clone") as gate:
+            label(engine, 2)
+            gate.wait_until_reached()
+            engine.remove("base")
+            engine.cleanup()
+        eventually(lambda: directories(engine) == set())
+        based(engine, 2)
+
+
+@pytest.mark.usefixtures("warnings")
+def test_wanting_fewer_while_one_is_made_leaves_as_many_as_wanted(state: Path) -> None:
+    with opened(state) as engine:
+        based(engine, None)
+        with making_frozen(engine):
+            label(engine, 1)
+        await_standby(engine, 1)
+
+
+@pytest.mark.usefixtures("warnings")
+def test_the_end_does_not_wait_for_a_clone_that_is_made(state: Path) -> None:
+    engine = Snapshotter(state, ignore)
+    with ExitStack() as stack:
+        stack.callback(engine.close)
+        based(engine, None)
+        with making_frozen(engine):
+            before = time.monotonic()
+            stack.close()
+            assert time.monotonic() - before < 1
+    with opened(state) as engine:
+        assert len(clones(engine)) >= 1
+        await_standby(engine, 2)
+        assert read(engine.prepare("work", "base")) == {"file": "base"}
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_end_does_not_wait_for_what_is_deleted_at_start(state: Path) -> None:
+    with opened(state) as engine:
+        based(engine, None)
+        id_ = identity(engine, "base")
+    for number in range(20_000):
+        if number % 1000 == 0:
+            directory = state / "snapshots" / f"making-{id_}-9" / str(number)
+            directory.mkdir(parents=True)
+        os.mknod(directory / str(number))
+    complaints: list[threading.ExceptHookArgs] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "excepthook", complaints.append)
+        for _ in range(2):
+            before = time.monotonic()
+            with opened(state):
+                pass
+            assert time.monotonic() - before < 2
+    assert complaints == []
+    with opened(state) as engine:
+        eventually(lambda: directories(engine) == {id_})
+
+
+def test_an_incomplete_clone_that_cannot_be_deleted_stops_no_others(state: Path) -> None:
+    with opened(state) as engine:
+        based(engine, 1)
+        inside = state / "snapshots" / f"making-{identity(engine, 'base')}-9" / "inside"
+    inside.mkdir(parents=True)
+    subprocess.run(["mount", "--bind", str(state), str(inside)], check=True)
+    try:
+        with opened(state) as engine:
+            engine.prepare("work", "base")
+            eventually(lambda: engine.standby("base") == (1, 1))
+    finally:
+        subprocess.run(["umount", str(inside)], check=True)
+    with opened(state) as engine:
+        await_standby(engine, 1)
+        assert not inside.exists()
+
+
+def test_a_parent_that_has_lost_its_tree_stops_no_others(state: Path) -> None:
+    with opened(state) as engine:
+        based(engine, None)
+        write(engine.prepare("preparing"), file="other")
+        engine.commit("other", "preparing")
+        lost = state / "snapshots" / identity(engine, "base")
+        lost.rename(state / "lost")
+        label(engine, 1)
+        label(engine, 1, "other")
+        eventually(lambda: engine.standby("other") == (1, 1))
+        assert engine.standby("base") == (0, 1)
+        assert making(engine) == set()
+        (state / "lost").rename(lost)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.ECHILD])
+def test_a_clone_that_fails_is_not_tried_again_at_once(
+    state: Path, code: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(state) as engine:
+        based(engine, None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trees.Crew, "clone", fail(code))
+            label(engine, 2)
+            eventually(lambda: bool(caplog.records))
+            eventually(lambda: directories(engine) == {identity(engine, "base")})
+        (record,) = caplog.records
+        assert "standby" in record.getMessage()
+        assert engine.standby("base") == (0, 2)
+        label(engine, 2)
+        await_standby(engine, 2)
+
+
+def test_a_worker_that_is_killed_is_replaced(state: Path) -> None:
+    with opened(state) as engine:
+        based(engine, None)
+        label(engine, 1)
+        await_standby(engine, 1)
+        pid = idle_worker(engine)
+        with making_frozen(engine):
+            os.kill(pid, signal.SIGKILL)
+            eventually(lambda: making(engine) == set())
+        label(engine, 2)
+        await_standby(engine, 2)
+
+
+def test_prepare_copies_when_a_clone_was_deleted_by_hand(state: Path) -> None:
+    with opened(state) as engine:
+        based(engine, 1)
+        (name,) = clones(engine)
+        with frozen(engine):
+            (state / "snapshots" / name).rename(state / "lost")
+            assert read(engine.prepare("work", "base")) == {"file": "base"}
+        await_standby(engine, 1)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_a_prepare_that_fails_after_it_took_a_clone_leaves_nothing(state: Path, code: int) -> None:
+    with opened(state) as engine:
+        based(engine, 1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(engine._store), "publish", fail(code))
+            with pytest.raises(OSError, match=os.strerror(code)):
+                engine.prepare("work", "base")
+        await_standby(engine, 1)
+        assert names(engine) == ["base"]
+        assert directories(engine) == {identity(engine, "base")} | clones(engine)
+        engine.prepare("work", "base")
+
+
+def test_a_label_of_an_older_version_stops_nothing(state: Path) -> None:
+    """It could be anything before it meant something."""
+    with opened(state) as engine:
+        based(engine, 1)
+        write(engine.prepare("preparing"), file="old")
+        engine.commit("old", "preparing")
+        engine._store.update("old", lambda _: {STANDBY_LABEL: "many"})
+    with opened(state) as engine:
+        engine.prepare("work", "base")
+        await_standby(engine, 1)
+        assert engine.standby("old") == (0, 0)
+        engine.update("old", {})
