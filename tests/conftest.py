@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 pytest_plugins = [
     "tests.engines",
     "tests.filesystems",
@@ -9,3 +11,6 @@ pytest_plugins = [
     "tests.service",
     "tests.watching",
 ]
+
+# A job in the background of a script ignores it, and so would everything that is tested here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
