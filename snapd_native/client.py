@@ -31,7 +31,9 @@ from snapd_native.model import (
     Committed,
     Info,
     Kind,
+    Lifetime,
     Mount,
+    Mounted,
     Removed,
     Updated,
     Usage,
@@ -48,7 +50,7 @@ from snapd_native.wire.names import (
     PROPERTIES,
     error_from,
 )
-from snapd_native.wire.values import Body, info_from_wire, mount_from_wire
+from snapd_native.wire.values import Body, info_from_wire, mount_from_wire, mounted_from_wire
 
 PAGE = 1000
 """Snapshots that `Client.walk` asks for at once; fewer, if they are too large together."""
@@ -227,6 +229,39 @@ class Client:
     async def standby(self, name: str) -> Standby:
         """Return how many standby clones of a snapshot are complete, and how many it wants."""
         return Standby(*await self._call("Standby", "s", name))
+
+    async def mount(
+        self,
+        key: str,
+        target: str = "",
+        read_only: bool | None = None,
+        lifetime: Lifetime = Lifetime.PERSISTENT,
+    ) -> str:
+        """Mount an active snapshot or a view on a directory, or on one that is made for it.
+
+        Return where. With the lifetime ``client`` it stands as long as this client is connected.
+        """
+        options = {"lifetime": Variant("s", lifetime.value), **_read_only(read_only)}
+        (mounted_on,) = await self._call("Mount", "ssa{sv}", key, target, options)
+        return str(mounted_on)
+
+    async def unmount(self, target: str, lazy: bool = False) -> None:
+        """Take away what `mount` has mounted on ``target``, if ``lazy`` also while it is in use."""
+        await self._call("Unmount", "sa{sv}", target, {"lazy": Variant("b", lazy)})
+
+    async def list_mounts(self, key: str = "") -> Sequence[Mounted]:
+        """Return what `mount` has mounted and still stands, of one snapshot or of all."""
+        (rows,) = await self._call("ListMounts", "s", key)
+        return [mounted_from_wire(row) for row in rows]
+
+    async def open_tree(self, key: str, read_only: bool | None = None) -> int:
+        """Return a mount of an active snapshot or a view that is attached nowhere yet.
+
+        The fd is the caller's, for move_mount(2) in whatever mount name space.
+        """
+        return await self._connected().request_fd(
+            BUS_NAME, OBJECT_PATH, MANAGER, "OpenTree", "sa{sv}", [key, _read_only(read_only)]
+        )
 
     async def jobs(self) -> Sequence[Job]:
         """Return what the service is doing that takes long."""
@@ -447,6 +482,34 @@ class BlockingClient:
         """Return how many standby clones of a snapshot are complete, and how many it wants."""
         return self._wait(self._client.standby(name))
 
+    def mount(
+        self,
+        key: str,
+        target: str = "",
+        read_only: bool | None = None,
+        lifetime: Lifetime = Lifetime.PERSISTENT,
+    ) -> str:
+        """Mount an active snapshot or a view on a directory, or on one that is made for it.
+
+        Return where. With the lifetime ``client`` it stands as long as this client is connected.
+        """
+        return self._wait(self._client.mount(key, target, read_only, lifetime))
+
+    def unmount(self, target: str, lazy: bool = False) -> None:
+        """Take away what `mount` has mounted on ``target``, if ``lazy`` also while it is in use."""
+        self._wait(self._client.unmount(target, lazy))
+
+    def list_mounts(self, key: str = "") -> Sequence[Mounted]:
+        """Return what `mount` has mounted and still stands, of one snapshot or of all."""
+        return self._wait(self._client.list_mounts(key))
+
+    def open_tree(self, key: str, read_only: bool | None = None) -> int:
+        """Return a mount of an active snapshot or a view that is attached nowhere yet.
+
+        The fd is the caller's, for move_mount(2) in whatever mount name space.
+        """
+        return self._wait(self._client.open_tree(key, read_only))
+
     def jobs(self) -> Sequence[Job]:
         """Return what the service is doing that takes long."""
         return self._wait(self._client.jobs())
@@ -484,6 +547,10 @@ class BlockingClient:
 
 def _labels(labels: Mapping[str, str] | None) -> dict[str, Variant]:
     return {"labels": Variant("a{ss}", dict(labels))} if labels else {}
+
+
+def _read_only(read_only: bool | None) -> dict[str, Variant]:
+    return {} if read_only is None else {"read-only": Variant("b", read_only)}
 
 
 def _limit(limit: int) -> Variant:

@@ -43,7 +43,7 @@ def run(state: Path, runtime: Path, least_free: float) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
-        asyncio.run(_Daemon(state, least_free).serve())
+        asyncio.run(_Daemon(state, runtime, least_free).serve())
     except (SnapdError, OSError) as error:
         log.critical("%s", error)
         return 1
@@ -51,8 +51,9 @@ def run(state: Path, runtime: Path, least_free: float) -> int:
 
 
 class _Daemon:
-    def __init__(self, state: Path, least_free: float) -> None:
+    def __init__(self, state: Path, runtime: Path, least_free: float) -> None:
         self._state = state
+        self._runtime = runtime
         self._least_free = least_free
         self._systemd = SystemdNotifier()
         self._stop = asyncio.Event()
@@ -108,7 +109,8 @@ class _Daemon:
         self._notify("STATUS=Deleting what the last run left")
         halt = threading.Event()
         opening = loop.run_in_executor(
-            None, partial(Snapshotter, self._state, announce, halt, self._least_free)
+            None,
+            partial(Snapshotter, self._state, announce, halt, self._least_free, self._runtime),
         )
         asked = asyncio.ensure_future(self._stop.wait())
         while not opening.done() and not asked.done():

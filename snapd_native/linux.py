@@ -11,7 +11,18 @@ import fcntl
 import os
 import struct
 
+AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
+AT_RECURSIVE = 0x8000
+MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+MS_PRIVATE = 1 << 18
+MOVE_MOUNT_F_EMPTY_PATH = 0x00000004
+MOVE_MOUNT_T_EMPTY_PATH = 0x00000040
+RESOLVE_NO_XDEV = 0x01
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
 OPEN_TREE_CLONE = 1
 OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 MOUNT_ATTR_RDONLY = 0x00000001
@@ -25,9 +36,11 @@ FS_IOC_SETFLAGS = 0x40086602
 FS_APPEND_FL = 0x00000020
 FS_IMMUTABLE_FL = 0x00000010
 
-# The numbers are the same on every architecture: both calls are younger than the
+# The numbers are the same on every architecture: the calls are younger than the
 # unified system call table (Linux 5.1).
 _SYS_OPEN_TREE = 428
+_SYS_MOVE_MOUNT = 429
+_SYS_OPENAT2 = 437
 _SYS_MOUNT_SETATTR = 442
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -53,9 +66,14 @@ def open_tree(dirfd: int, path: str, flags: int) -> int:
     )
 
 
-def mount_setattr(fd: int, attr_set: int, attr_clr: int, flags: int = AT_EMPTY_PATH) -> None:
-    """Set and clear MOUNT_ATTR_* of the mount that ``fd`` stands for; Linux 5.12."""
-    attr = struct.pack("=QQQQ", attr_set, attr_clr, 0, 0)
+def mount_setattr(
+    fd: int, attr_set: int, attr_clr: int, propagation: int = 0, flags: int = AT_EMPTY_PATH
+) -> None:
+    """Set and clear MOUNT_ATTR_* of the mount that ``fd`` stands for; Linux 5.12.
+
+    With AT_RECURSIVE in ``flags`` also of all mounts on it: of all, or of none.
+    """
+    attr = struct.pack("=QQQQ", attr_set, attr_clr, propagation, 0)
     _checked(
         _libc.syscall(
             ctypes.c_long(_SYS_MOUNT_SETATTR),
@@ -67,6 +85,57 @@ def mount_setattr(fd: int, attr_set: int, attr_clr: int, flags: int = AT_EMPTY_P
         ),
         "mount_setattr",
     )
+
+
+def has_mount_setattr() -> bool:
+    """Tell whether the kernel knows `mount_setattr`, the youngest of the calls needed."""
+    try:
+        mount_setattr(-1, 0, 0)
+    except OSError as error:
+        return error.errno != errno.ENOSYS
+    return True
+
+
+def move_mount(source: int, target: int) -> None:
+    """Attach the detached mount ``source`` to the directory ``target``; Linux 5.2."""
+    flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
+    _checked(
+        _libc.syscall(
+            ctypes.c_long(_SYS_MOVE_MOUNT),
+            ctypes.c_int(source),
+            ctypes.c_char_p(b""),
+            ctypes.c_int(target),
+            ctypes.c_char_p(b""),
+            ctypes.c_uint(flags),
+        ),
+        "move_mount",
+    )
+
+
+def openat2(dirfd: int, path: str, flags: int, resolve: int) -> int:
+    """Open ``path`` by the rules RESOLVE_*; Linux 5.6."""
+    how = struct.pack("=QQQ", flags, 0, resolve)
+    return _checked(
+        _libc.syscall(
+            ctypes.c_long(_SYS_OPENAT2),
+            ctypes.c_int(dirfd),
+            ctypes.c_char_p(os.fsencode(path)),
+            ctypes.c_char_p(how),
+            ctypes.c_size_t(len(how)),
+        ),
+        "openat2",
+    )
+
+
+def umount2(path: str, flags: int) -> None:
+    """Detach what is mounted on ``path``."""
+    _checked(_libc.umount2(ctypes.c_char_p(os.fsencode(path)), ctypes.c_int(flags)), "umount2")
+
+
+def mount_id(fd: int) -> int:
+    """Return the number that /proc/self/mountinfo has for the mount behind ``fd``."""
+    with open(f"/proc/self/fdinfo/{fd}") as fdinfo:
+        return next(int(line.split()[1]) for line in fdinfo if line.startswith("mnt_id:"))
 
 
 def syncfs(fd: int) -> None:
@@ -108,8 +177,7 @@ def boot_id() -> str:
 
 def filesystem_type(fd: int) -> str:
     """Return the type of the file system behind ``fd``, as /proc/self/mountinfo names it."""
-    with open(f"/proc/self/fdinfo/{fd}") as fdinfo:
-        mount = next(line.split()[1] for line in fdinfo if line.startswith("mnt_id:"))
+    mount = str(mount_id(fd))
     with open("/proc/self/mountinfo", errors="surrogateescape") as mountinfo:
         for line in mountinfo:
             if line.split(" ", 1)[0] == mount:

@@ -25,12 +25,33 @@ MAX_LABELS = 1 << 20
 """Bytes of UTF-8 in all labels of one snapshot, so that every answer fits a bus message."""
 
 
+class Lifetime(StrEnum):
+    """How long a mount stands; the value is its name on the wire."""
+
+    PERSISTENT = "persistent"
+    """Until it is unmounted, also over a restart of the machine."""
+    CLIENT = "client"
+    """Until whoever asked for it leaves the bus."""
+
+
 class Kind(StrEnum):
     """What a snapshot is; the value is its name on the wire."""
 
     VIEW = "view"
     ACTIVE = "active"
     COMMITTED = "committed"
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """A snapshot that the service has mounted."""
+
+    target: str
+    key: str
+    read_only: bool
+    lifetime: Lifetime
+    uid: int
+    """Who asked for it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import signal
 pytest_plugins = [
     "tests.engines",
     "tests.filesystems",
+    "tests.mounting",
     "tests.plots",
     "tests.service",
     "tests.watching",

@@ -29,7 +29,7 @@ def ignore(_: Change) -> None:
 
 @contextmanager
 def opened(state: Path, announce: Callable[[Change], None] = ignore) -> Iterator[Snapshotter]:
-    with closing(Snapshotter(state, announce)) as made:
+    with closing(Snapshotter(state, announce, runtime=state.parent / "run")) as made:
         yield made
 
 

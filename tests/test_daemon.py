@@ -177,7 +177,9 @@ def test_a_worker_that_hangs_stops_the_pings(
     async def scenario() -> None:
         loop = asyncio.get_running_loop()
         notifications.socket.setblocking(False)
-        feeding = asyncio.ensure_future(_Daemon(scratch, 0.1)._feed(0.001, lanes, snapshotter))
+        feeding = asyncio.ensure_future(
+            _Daemon(scratch, scratch, 0.1)._feed(0.001, lanes, snapshotter)
+        )
         for _ in range(3):
             assert await loop.sock_recv(notifications.socket, 100) == b"WATCHDOG=1"
         hung = [asyncio.ensure_future(lanes.run(lane, release.wait)) for _ in range(lane.threads)]

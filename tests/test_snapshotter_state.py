@@ -23,6 +23,7 @@ from tests.engines import (
     BEFORE,
     directories,
     fail,
+    gated,
     identity,
     ignore,
     names,
@@ -218,11 +219,14 @@ def test_a_lost_tree_is_data_loss(full: Snapshotter, instead: str) -> None:
 
 
 def test_what_is_mounted_in_a_tree_is_not_deleted(full: Snapshotter) -> None:
-    inside = Path(full.mounts("lone").source) / "mounted"
-    inside.mkdir()
-    subprocess.run(["mount", "--bind", full.mounts("work").source, str(inside)], check=True)
+    (Path(full.mounts("lone").source) / "mounted").mkdir()
+    removed = full.state_directory / "snapshots" / f"rm-{identity(full, 'lone')}"
     try:
-        full.remove("lone")
+        with gated("delete") as gate:
+            full.remove("lone")
+            gate.wait_until_reached()
+            source, inside = full.mounts("work").source, removed / "mounted"
+            subprocess.run(["mount", "--bind", source, str(inside)], check=True)
         with pytest.raises(FailedPrecondition, match="mounted"):
             full.cleanup()
     finally:

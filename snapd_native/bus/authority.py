@@ -39,16 +39,25 @@ class Authority:
         Raises:
             AccessDenied: it may not, or is gone.
         """
-        uid = await self._uid(sender)
+        uid = await self.uid(sender)
         if uid != 0:
             raise AccessDenied(f"uid {uid} may not call {member} ({action.value}): call it as root")
         return uid
+
+    def knows(self, sender: str) -> bool:
+        """Tell whether a connection that was checked is still there."""
+        return sender in self._uids
 
     def forget(self, sender: str) -> None:
         """Drop what is known of a connection that has left the bus."""
         self._uids.pop(sender, None)
 
-    async def _uid(self, sender: str) -> int:
+    async def uid(self, sender: str) -> int:
+        """Return the uid of the connection ``sender``.
+
+        Raises:
+            AccessDenied: it is gone.
+        """
         # What is kept is the question: one that is asked at once again waits for the same answer,
         # and a connection that leaves meanwhile is forgotten all the same.
         asked = self._uids.get(sender)

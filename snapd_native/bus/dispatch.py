@@ -18,13 +18,13 @@ from dbus_next.message import Message
 from dbus_next.signature import Variant
 
 from snapd_native.bus.authority import Action, Authority
-from snapd_native.bus.connection import ServiceConnection
+from snapd_native.bus.connection import ServiceConnection, close
 from snapd_native.bus.incoming import Call
 from snapd_native.bus.introspection import contract, document, shapes
 from snapd_native.bus.jobs import Jobs
 from snapd_native.bus.lanes import Lane, Lanes
-from snapd_native.bus.manager import Manager, Method, signal
-from snapd_native.bus.replies import ERROR, check_signature, failure, marshalled, result
+from snapd_native.bus.manager import Caller, Manager, Method, signal
+from snapd_native.bus.replies import ERROR, Answer, check_signature, failure, marshalled, result
 from snapd_native.errors import Unavailable
 from snapd_native.jobs import Job
 from snapd_native.model import Change
@@ -52,6 +52,8 @@ class Dispatcher:
 
     def __init__(self, snapshotter: Snapshotter, lanes: Lanes) -> None:
         self._lanes = lanes
+        self._snapshotter = snapshotter
+        self._bus = ""
         self._jobs = Jobs(self._emit)
         self._manager = Manager(snapshotter, self._jobs)
         self._shape = shapes(contract())[MANAGER]
@@ -70,6 +72,15 @@ class Dispatcher:
         await self.connection.open()
         rule = f"type='signal',sender='{DRIVER}',interface='{DRIVER}',member='NameOwnerChanged'"
         await self.connection.ask_driver("AddMatch", "s", [rule + ",arg2=''"])
+        (self._bus,) = await self.connection.ask_driver("GetId", "", [])
+        for owner in self._snapshotter.owners():
+            bus, _, sender = owner.partition(" ")
+            if bus != self._bus or not await self._is_there(sender):
+                self._snapshotter.release(owner)
+
+    async def _is_there(self, sender: str) -> bool:
+        (there,) = await self.connection.ask_driver("NameHasOwner", "s", [sender])
+        return bool(there)
 
     def announce(self, change: Change) -> None:
         """Send the signal that tells of ``change``."""
@@ -87,7 +98,10 @@ class Dispatcher:
 
     def _on_message(self, message: Message) -> None:
         if message.message_type is MessageType.SIGNAL and message.member == "NameOwnerChanged":
-            self._authority.forget(message.body[0])
+            sender = message.body[0]
+            self._authority.forget(sender)
+            if (owner := self._owner(sender)) in self._snapshotter.owners():
+                self._snapshotter.release(owner)
 
     def _on_call(self, call: Call) -> None:
         self._track(asyncio.get_running_loop().create_task(self._answer(call)))
@@ -103,9 +117,11 @@ class Dispatcher:
         except Exception as error:
             answer = failure(call, error, serial)
         if call.wants_reply:
-            self.connection.send_marshalled(answer)
+            self.connection.send_marshalled(*answer)
+        else:
+            close(answer.fds)
 
-    async def _handle(self, call: Call, serial: int) -> bytes:
+    async def _handle(self, call: Call, serial: int) -> Answer:
         """Return the marshalled reply to ``call``."""
         match self._interface(call):
             case names.PEER | names.INTROSPECTABLE:
@@ -120,7 +136,7 @@ class Dispatcher:
                 return result(call, "", [], serial)
         return await self._manage(call, serial)
 
-    async def _manage(self, call: Call, serial: int) -> bytes:
+    async def _manage(self, call: Call, serial: int) -> Answer:
         """Call a method of the manager."""
         method = self._manager.methods.get(call.member)
         if method is None:
@@ -128,20 +144,44 @@ class Dispatcher:
                 f"{ERROR}UnknownMethod",
                 f"{MANAGER} has no method {call.member}: introspect it to see which there are",
             )
-        uid = await self._authority.check(call.sender, method.action, call.member)
+        uid = await self._authorised(call, method)
         if self._stopping:
             raise Unavailable(f"{call.member} cannot be called: the service is stopping")
         takes, returns = self._shape.methods[call.member]
 
-        def run() -> bytes:
+        caller = [Caller(uid, self._owner(call.sender))] if method.lane is Lane.MOUNT else []
+
+        def run() -> Answer:
             try:
-                return result(call, returns, _perform(call, method, takes), serial)
+                return result(call, returns, _perform(call, method, takes, *caller), serial)
             except Exception as error:
                 return failure(call, error, serial)
 
-        if method.lane is not Lane.TREE:
-            return await self._lanes.run(method.lane, run)
-        return result(call, returns, await self._work(call, method, takes, uid), serial)
+        if method.lane is Lane.TREE:
+            return result(call, returns, await self._work(call, method, takes, uid), serial)
+        answer = await self._lanes.run(method.lane, run)
+        if caller and not self._authority.knows(call.sender):
+            # It has left since; nobody else will think of what was mounted for it.
+            self._snapshotter.release(caller[0].owner)
+        return answer
+
+    async def _authorised(self, call: Call, method: Method) -> int:
+        """Return the caller's uid, if it may call the method.
+
+        Raises:
+            AccessDenied: it may not.
+        """
+        if method.user is not None and call.signature == self._shape.methods[call.member][0]:
+            uid, user = await self._authority.uid(call.sender), method.user
+            if uid != 0 and uid == await self._lanes.run(
+                method.lane, lambda: user(*call.arguments())
+            ):
+                return uid
+        return await self._authority.check(call.sender, method.action, call.member)
+
+    def _owner(self, sender: str) -> str:
+        # Unique names begin anew when the bus does.
+        return f"{self._bus} {sender}"
 
     async def _work(self, call: Call, method: Method, takes: str, uid: int) -> Body:
         """Call a method that may take long, and show it as a job when it does."""
@@ -229,10 +269,10 @@ _PROPERTY_SIGNALS = {"PropertiesChanged": "sa{sv}as"}
 _JOB = {"Cancel": ""}
 
 
-def _perform(call: Call, method: Method, takes: str, *job: Job) -> Body:
+def _perform(call: Call, method: Method, takes: str, *extra: Job | Caller) -> Body:
     """Do what a method does, in a worker thread."""
     check_signature(call, {call.member: takes})
-    return method.run(*job, *call.arguments())
+    return method.run(*extra, *call.arguments())
 
 
 def _machine_id() -> str:

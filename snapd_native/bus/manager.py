@@ -15,12 +15,22 @@ from snapd_native.bus.authority import Action
 from snapd_native.bus.jobs import Jobs
 from snapd_native.bus.lanes import Lane
 from snapd_native.bus.options import unpack
+from snapd_native.errors import InvalidArgument
 from snapd_native.jobs import Job
-from snapd_native.model import Added, Change, Committed, Removed, Updated
+from snapd_native.model import Added, Change, Committed, Lifetime, Removed, Updated, quote
 from snapd_native.snapshotter import Snapshotter
-from snapd_native.wire.values import Body, info_to_wire, mount_to_wire
+from snapd_native.wire.values import Body, info_to_wire, mount_to_wire, mounted_to_wire
 
 Options = Mapping[str, Variant]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls a method."""
+
+    uid: int
+    owner: str
+    """Its connection, told from all that there were before on any bus."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +40,12 @@ class Method:
     action: Action
     lane: Lane
     run: Callable[..., Body]
-    """Takes the call's arguments; in the lane of trees, a job before them."""
+    """Takes the call's arguments; in the lane of trees a job before them, in that of mounts the
+    caller."""
     returns_job: bool = False
     """Whether the caller gets the job's path as soon as that has begun."""
+    user: Callable[..., int | None] | None = None
+    """Takes the call's arguments, and returns the uid that may call it so without more rights."""
 
 
 class Manager:
@@ -52,6 +65,10 @@ class Manager:
             "List": Method(Action.READ, Lane.LIST, self._list),
             "Remove": Method(Action.MANAGE, Lane.CHANGE, self._remove),
             "Cleanup": Method(Action.MANAGE, Lane.TREE, self._cleanup),
+            "Mount": Method(Action.MOUNT, Lane.MOUNT, self._mount),
+            "Unmount": Method(Action.MOUNT, Lane.MOUNT, self._unmount, user=self._mounter),
+            "ListMounts": Method(Action.READ, Lane.MOUNT, self._list_mounts),
+            "OpenTree": Method(Action.MOUNT, Lane.MOUNT, self._open_tree),
             "PrepareJob": Method(Action.MANAGE, Lane.TREE, self._prepare, returns_job=True),
             "CommitJob": Method(Action.MANAGE, Lane.TREE, self._commit, returns_job=True),
             "Standby": Method(Action.READ, Lane.READ, self._standby),
@@ -107,8 +124,39 @@ class Manager:
         self._snapshotter.cleanup(job)
         return []
 
+    def _mount(self, caller: Caller, key: str, target: str, options: Options) -> Body:
+        given = unpack(options, read_only="b", lifetime="s")
+        lifetime = _lifetime(given.pop("lifetime", Lifetime.PERSISTENT))
+        owner = caller.owner if lifetime is Lifetime.CLIENT else ""
+        return [
+            self._snapshotter.mount(
+                key, target, **given, lifetime=lifetime, uid=caller.uid, owner=owner
+            )
+        ]
+
+    def _unmount(self, _: Caller, target: str, options: Options) -> Body:
+        self._snapshotter.unmount(target, **unpack(options, lazy="b"))
+        return []
+
+    def _mounter(self, target: str, _: Options) -> int | None:
+        return self._snapshotter.mounter(target)
+
+    def _list_mounts(self, _: Caller, key: str) -> Body:
+        return [[mounted_to_wire(mounted) for mounted in self._snapshotter.list_mounts(key)]]
+
+    def _open_tree(self, _: Caller, key: str, options: Options) -> Body:
+        return [self._snapshotter.open_tree(key, **unpack(options, read_only="b"))]
+
     def _list_jobs(self) -> Body:
         return [self._jobs.listing()]
+
+
+def _lifetime(text: str) -> Lifetime:
+    try:
+        return Lifetime(text)
+    except ValueError:
+        known = " or ".join(Lifetime)
+        raise InvalidArgument(f"the lifetime {quote(text)} cannot be: give {known}") from None
 
 
 def signal(change: Change) -> tuple[str, Body]:

@@ -14,14 +14,17 @@ from snapd_native.model import quote
 def unpack(options: Mapping[str, Variant], **signatures: str) -> dict[str, Any]:
     """Return the values of ``options``; ``signatures`` says which there can be, and their types.
 
+    A hyphen in an option's name is an underscore here.
+
     Raises:
         InvalidArgument: an option is unknown, or has another type.
     """
     values = {}
+    types = {name.replace("_", "-"): signature for name, signature in signatures.items()}
     for name, variant in options.items():
-        signature = signatures.get(name)
+        signature = types.get(name)
         if signature is None:
-            known = ", ".join(sorted(signatures)) or "none"
+            known = ", ".join(sorted(types)) or "none"
             raise InvalidArgument(
                 f"there is no option {quote(name)} here: leave it out (known: {known})"
             )
@@ -29,5 +32,5 @@ def unpack(options: Mapping[str, Variant], **signatures: str) -> dict[str, Any]:
             raise InvalidArgument(
                 f"the option {name} has the type {quote(variant.signature)}: give {signature}"
             )
-        values[name] = variant.value
+        values[name.replace("-", "_")] = variant.value
     return values

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from dbus_next.constants import MessageType
 from dbus_next.errors import DBusError
@@ -39,24 +41,31 @@ def check_signature(call: Call, members: dict[str, str]) -> None:
         )
 
 
-def result(call: Call, signature: str, body: Body, serial: int) -> bytes:
-    """Return the message that answers a call."""
-    return marshalled(
-        Message(
-            message_type=MessageType.METHOD_RETURN,
-            destination=call.sender,
-            reply_serial=call.serial,
-            signature=signature,
-            body=body,
-        ),
-        serial,
+class Answer(NamedTuple):
+    """A marshalled message, and the file descriptors that go with it."""
+
+    data: bytes
+    fds: Sequence[int] = ()
+
+
+def result(call: Call, signature: str, body: Body, serial: int) -> Answer:
+    """Return the message that answers a call; the body of ``h`` is the fd itself."""
+    fds = body if signature == "h" else []
+    message = Message(
+        message_type=MessageType.METHOD_RETURN,
+        destination=call.sender,
+        reply_serial=call.serial,
+        signature=signature,
+        body=[0] if fds else body,
+        unix_fds=fds,
     )
+    return Answer(marshalled(message, serial), fds)
 
 
-def failure(call: Call, error: Exception, serial: int) -> bytes:
+def failure(call: Call, error: Exception, serial: int) -> Answer:
     """Return the message that tells why a call failed."""
     name, text = described(error)
-    return marshalled(
+    message = marshalled(
         Message(
             message_type=MessageType.ERROR,
             destination=call.sender,
@@ -67,6 +76,7 @@ def failure(call: Call, error: Exception, serial: int) -> bytes:
         ),
         serial,
     )
+    return Answer(message)
 
 
 def described(error: BaseException) -> tuple[str, str]:
@@ -88,4 +98,4 @@ def described(error: BaseException) -> tuple[str, str]:
 def marshalled(message: Message, serial: int) -> bytes:
     """Return a message as bytes."""
     message.serial = serial
-    return bytes(message._marshall())
+    return bytes(message._marshall(negotiate_unix_fd=True))

@@ -171,14 +171,64 @@ def commit(name: str, key: str, parent: str, labels: tuple[str, ...]) -> None:
 
 
 @cli.command()
-@click.argument("key")
+@click.argument("key", default="")
+@click.argument("target", default="/mnt")
 @_json
-def mounts(key: str, as_json: bool) -> None:
-    """Print the mount of the active snapshot or view KEY."""
+@click.option("--fstab", "form", flag_value="fstab", help="Print a line for /etc/fstab.")
+@click.option("--command", "form", flag_value="command", help="Print a command for the shell.")
+def mounts(key: str, target: str, as_json: bool, form: str | None) -> None:
+    """Print what is mounted; of the active snapshot or view KEY, how to mount it by hand.
+
+    By hand, it would be mounted on TARGET, or on /mnt.
+    """
     from snapd_native.cli import render
 
+    if form and (as_json or not key):
+        raise click.UsageError(f"--{form} needs a KEY, and goes without --json.")
     with _client() as client:
-        render.mount(client.mounts(key), as_json=as_json)
+        if not key:
+            render.mounted(client.list_mounts(), as_json=as_json)
+            return
+        mount = client.mounts(key)
+    match form:
+        case "fstab":
+            render.fstab(mount, os.path.abspath(target))
+        case "command":
+            render.mount_command(mount, os.path.abspath(target))
+        case _:
+            render.mount(mount, as_json=as_json)
+
+
+@cli.command()
+@click.argument("key")
+@click.argument("target", default="")
+@click.option("--read-only", is_flag=True, help="Mount an active snapshot read-only, as a view is.")
+def mount(key: str, target: str, read_only: bool) -> None:
+    """Mount the active snapshot or view KEY on the directory TARGET, and print where.
+
+    Without TARGET a directory is made for it. It stays mounted, also over a restart of the machine,
+    until it is unmounted.
+    """
+    with _client() as client:
+        print(client.mount(key, os.path.abspath(target) if target else "", read_only or None))
+
+
+@cli.command()
+@click.argument("what", metavar="TARGET|KEY")
+@click.option("--lazy", is_flag=True, help="Unmount it also while it is in use.")
+def umount(what: str, lazy: bool) -> None:
+    """Unmount the directory TARGET, or all directories where KEY is mounted."""
+    with _client() as client:
+        mounted = client.list_mounts()
+        path = os.path.abspath(what)
+        if any(each.target == path for each in mounted):
+            client.unmount(path, lazy)
+            return
+        targets = [each.target for each in mounted if each.key == what]
+        if not targets:
+            raise NotFound(f"{quote(what)} is not mounted: see snapd-native mounts")
+        for target in targets:
+            client.unmount(target, lazy)
 
 
 @cli.command()

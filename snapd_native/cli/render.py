@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +28,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from snapd_native.client import Job, Progress, Standby
-from snapd_native.model import Info, Kind, Mount, Usage, shown
+from snapd_native.model import Info, Kind, Mount, Mounted, Usage, shown
 
 _STYLES = {Kind.COMMITTED: "green", Kind.ACTIVE: "yellow", Kind.VIEW: "cyan"}
 
@@ -37,6 +39,45 @@ def mount(value: Mount, *, as_json: bool) -> None:
         _print_json({"type": value.type, "source": value.source, "options": list(value.options)})
     else:
         print(f"{value.type}\t{value.source}\t{','.join(value.options)}")
+
+
+def mounted(found: Sequence[Mounted], *, as_json: bool) -> None:
+    """Print what the service has mounted."""
+    if as_json:
+        _print_json(
+            [
+                {
+                    "target": value.target,
+                    "key": value.key,
+                    "read-only": value.read_only,
+                    "lifetime": value.lifetime.value,
+                    "uid": value.uid,
+                }
+                for value in found
+            ]
+        )
+        return
+    grid = _grid("TARGET", "KEY", "OPTIONS", "LIFETIME", "UID", right=(4,))
+    for value in found:
+        grid.add_row(
+            Text(shown(value.target)),
+            Text(shown(value.key)),
+            Text("ro" if value.read_only else "rw"),
+            Text(value.lifetime.value),
+            Text(str(value.uid)),
+        )
+    _print_rich(grid)
+
+
+def fstab(value: Mount, target: str) -> None:
+    """Print a line of a file system table that mounts the same."""
+    source, where = (_FSTAB.sub(_octal, path) for path in (value.source, target))
+    print(f"{source} {where} none {','.join(value.options)} 0 0")
+
+
+def mount_command(value: Mount, target: str) -> None:
+    """Print the command that mounts the same."""
+    print(shlex.join(["mount", "-o", ",".join(value.options), value.source, target]))
 
 
 def stat(info: Info, *, as_json: bool, standby: Standby | None = None) -> None:
@@ -96,6 +137,13 @@ def progress(doing: str, key: str) -> Iterator[Callable[[Progress], None]]:
             )
 
         yield lambda now: show(now) if now.done.inodes else None
+
+
+_FSTAB = re.compile(r"[\s\\#]")
+
+
+def _octal(match: re.Match[str]) -> str:
+    return "".join(f"\\{byte:03o}" for byte in match[0].encode())
 
 
 def jobs(found: Sequence[tuple[Job, Progress]], *, as_json: bool) -> None:

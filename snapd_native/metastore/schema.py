@@ -54,6 +54,20 @@ MIGRATIONS = (
     CREATE INDEX standbys ON snapshots (id)
         WHERE kind = 'committed' AND json_extract(labels, '$."snapd-native.standby"') IS NOT NULL;
     """,
+    """
+    CREATE TABLE mounts (
+        id        INTEGER PRIMARY KEY,
+        snapshot  INTEGER NOT NULL REFERENCES snapshots (id) ON DELETE CASCADE,
+        target    TEXT    NOT NULL,
+        read_only INTEGER NOT NULL CHECK (read_only IN (0, 1)),
+        lifetime  TEXT    NOT NULL CHECK (lifetime IN ('persistent', 'client')),
+        uid       INTEGER NOT NULL,
+        owner     TEXT    NOT NULL CHECK ((owner = '') = (lifetime = 'persistent')),
+        boot      TEXT    NOT NULL,
+        mount     INTEGER NOT NULL
+    ) STRICT;
+    CREATE INDEX mounted ON mounts (snapshot);
+    """,
 )
 """Scripts in order; ``user_version`` counts those that a database has been through."""
 

@@ -19,6 +19,7 @@ from snapd_native.errors import (
 )
 from snapd_native.filters import Filter
 from snapd_native.metastore.connections import Connections, transaction
+from snapd_native.metastore.ledger import Ledger, turn_read_only
 from snapd_native.metastore.schema import migrate
 from snapd_native.metastore.selection import condition
 from snapd_native.model import (
@@ -62,6 +63,13 @@ class Record:
     usage: Usage | None
     """Measured at Commit, so None for a view or an active snapshot."""
 
+    @property
+    def tree_id(self) -> int:
+        """Whose directory it shows: a view of a parent has none of its own."""
+        if self.info.kind is Kind.VIEW and self.parent_id is not None:
+            return self.parent_id
+        return self.id
+
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
@@ -88,6 +96,7 @@ class Metastore:
         self._announce = announce
         self._reserved: dict[str, Reservation] = {}
         self._connections = Connections(path)
+        self.ledger = Ledger(self._connections)
         with ExitStack() as undo:
             undo.callback(self._connections.close)
             with self._connections.writing() as db:
@@ -113,6 +122,25 @@ class Metastore:
         """
         with self._connections.reading() as db:
             return _get(db, key)
+
+    def get_mountable(self, key: str) -> Record:
+        """Return the record of an active snapshot that is not being committed, or of a view.
+
+        Raises:
+            NotFound: there is none.
+            FailedPrecondition: it is committed, or is being committed.
+        """
+        with self._connections.writing() as db:
+            record = _get(db, key)
+            if record.info.kind is Kind.COMMITTED:
+                raise FailedPrecondition(
+                    f"{quote(key)} is committed and has no mount: make a view of it"
+                )
+            if self._is_committing(record):
+                raise FailedPrecondition(
+                    f"cannot mount {quote(key)}: it is being committed, wait for that to end"
+                )
+        return record
 
     def list(self, chosen: Filter, after: str, limit: int) -> list[Info]:
         """Return at most ``limit`` snapshots that match, by name in byte order, after ``after``.
@@ -273,6 +301,7 @@ class Metastore:
                         record.id,
                     ),
                 )
+                turn_read_only(db, record.id)
             del self._reserved[reservation.name]
             self._announce(Committed(reservation.name, record.info.name))
 
@@ -324,8 +353,8 @@ class Metastore:
             self._announce(Updated(name))
         return updated
 
-    def remove(self, key: str) -> Record:
-        """Forget a snapshot, durably, and return what it was.
+    def remove(self, key: str, check: Callable[[Record], None] = lambda _: None) -> Record:
+        """Forget a snapshot, durably, unless ``check`` raises; return what it was.
 
         Raises:
             NotFound: there is no such snapshot.
@@ -345,6 +374,7 @@ class Metastore:
                 raise FailedPrecondition(
                     f"cannot remove {quote(key)}: it is being committed, wait for that to end"
                 )
+            check(record)
             with transaction(db):
                 db.execute("DELETE FROM snapshots WHERE id = ?", (record.id,))
             self._announce(Removed(key))

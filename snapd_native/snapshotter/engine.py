@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import ExitStack
 from functools import partial
@@ -25,7 +25,9 @@ from snapd_native.model import (
     Change,
     Info,
     Kind,
+    Lifetime,
     Mount,
+    Mounted,
     Usage,
     check_labels,
     check_name,
@@ -35,6 +37,7 @@ from snapd_native.model import (
 from snapd_native.snapshotter.background import Background
 from snapd_native.snapshotter.failures import explained
 from snapd_native.snapshotter.labels import changed, label_key
+from snapd_native.snapshotter.mounting import Mounter
 from snapd_native.snapshotter.standby import Standby
 from snapd_native.snapshotter.state import StateDirectory
 
@@ -49,6 +52,9 @@ MAX_LIMIT = 10000
 
 LEAST_FREE = 0.1
 """The part of a file system's space and inodes that standby clones leave free."""
+
+RUNTIME = Path("/run/snapd-native")
+"""Where mounts without a target are made, unless the caller says."""
 
 POLL_SECONDS = 0.05
 """How often a call that waits for others looks whether it is cancelled."""
@@ -69,18 +75,23 @@ class Snapshotter:
         announce: Callable[[Change], None],
         stopping: threading.Event | None = None,
         least_free: float = LEAST_FREE,
+        runtime: Path = RUNTIME,
     ) -> None:
-        """Open the state directory, and delete what a crash or an earlier removal left.
+        """Open the state directory, delete what a crash or an earlier removal left, and remount.
 
         ``announce`` is told of each change after it is durable, in the order of the changes.
         Setting ``stopping`` is the same as `stop`, and stops this too. Standby clones are kept only
-        where ``least_free`` of 1 is free of the file system's space and inodes.
+        where ``least_free`` of 1 is free of the file system's space and inodes. In ``runtime``
+        are the directories for mounts without a target.
 
         Raises:
-            Unavailable: another process uses the directory, or ``stopping`` is set.
+            Unavailable: another process uses the directory, ``stopping`` is set, or the kernel is
+                older than 5.12.
             FailedPrecondition: the directory belongs to somebody else.
             DataLoss: the database is damaged, gone, or was made by a newer version.
         """
+        if not linux.has_mount_setattr():
+            raise Unavailable("the kernel is too old: boot Linux 5.12 or newer")
         self._stopping = stopping or threading.Event()
         with ExitStack() as undo:
             self._state = StateDirectory(state)
@@ -100,6 +111,9 @@ class Snapshotter:
             for name in self._store.forget_unsettled(linux.boot_id()):
                 log.warning("%s is gone: it was prepared just before a power cut", quote(name))
             self._check_directories()
+            self._mounter = Mounter(self._state, self._store, runtime)
+            self._releaser = Background("releaser", "what a client has left stays mounted")
+            undo.callback(self._releaser.close)
             self._syncer = Background("syncer", "a new snapshot could not be put on disk")
             undo.callback(self._syncer.close)
             self._syncer.submit(self._settle)
@@ -207,11 +221,12 @@ class Snapshotter:
             job.begin(Operation.COMMIT, key)
             # Most of it is on its way to the disk while the tree is measured.
             self._syncer.submit(self._state.write_back)
-            with explained(f"commit {quote(key)}"):
-                usage = self._measure(held.id, job)
-                self._state.sync()
-            job.conclude()
-            self._store.publish_commit(held, usage, stored)
+            with self._mounter.frozen(key, held.id):
+                with explained(f"commit {quote(key)}"):
+                    usage = self._measure(held.id, job)
+                    self._state.sync()
+                job.conclude()
+                self._store.publish_commit(held, usage, stored)
         self._standby.look()
 
     def mounts(self, key: str) -> Mount:
@@ -230,10 +245,10 @@ class Snapshotter:
             )
         try:
             with explained(f"mount {quote(key)}"):
-                self._state.check(_tree_id(record.info.kind, record.id, record.parent_id))
+                self._state.check(record.tree_id)
         finally:
             self._check_alive(record)
-        return self._mount(record.info.kind, record.id, record.parent_id)
+        return self._mount(record.info.kind, record.tree_id)
 
     def stat(self, key: str) -> Info:
         """Return a snapshot's record.
@@ -324,11 +339,13 @@ class Snapshotter:
         Raises:
             InvalidArgument: the key cannot be.
             NotFound: there is no such snapshot.
-            FailedPrecondition: it has children, or is being committed.
+            FailedPrecondition: it has children, is being committed, or is mounted.
         """
-        record = self._store.remove(check_name(key))
+        check_name(key)
+        with self._mounter.unmounted() as check:
+            record = self._store.remove(key, check)
         self._standby.look()
-        if record.info.kind is Kind.VIEW and record.parent_id is not None:
+        if record.tree_id != record.id:
             return
         try:
             garbage = self._state.retire(record.id)
@@ -337,6 +354,71 @@ class Snapshotter:
             return
         if garbage is not None:
             self._reaper.submit(partial(self._state.delete, garbage, self._check_stopping))
+
+    def mount(
+        self,
+        key: str,
+        target: str = "",
+        read_only: bool | None = None,
+        lifetime: Lifetime = Lifetime.PERSISTENT,
+        uid: int = 0,
+        owner: str = "",
+    ) -> str:
+        """Mount an active snapshot or a view on the directory ``target``, and return that.
+
+        Without a target a directory is made for it. A view is read-only, with all that is mounted
+        in it. A mount with the lifetime ``client`` stands until `release` is called for ``owner``,
+        a persistent one until `unmount`, also over a restart of the service or of the machine.
+
+        Raises:
+            InvalidArgument: the key cannot be; the target is relative, leads over a symbolic link,
+                is no directory, or is in or above the state directory; or a view is to be writable.
+            NotFound: there is no such key.
+            FailedPrecondition: it is committed or being committed, or nobody would see the mount.
+            AlreadyExists: a snapshot is mounted there.
+            ResourceExhausted: there are too many mounts.
+            DataLoss: its directory is gone.
+        """
+        check_name(key)
+        return self._mounter.mount(key, target, read_only, lifetime, uid, owner)
+
+    def unmount(self, target: str, lazy: bool = False) -> None:
+        """Take away what `mount` has mounted on ``target``, if ``lazy`` also while it is in use.
+
+        Raises:
+            InvalidArgument: the target is relative.
+            NotFound: nothing of the service is mounted there.
+            FailedPrecondition: it is in use, or something else is mounted over it.
+        """
+        self._mounter.unmount(target, lazy)
+
+    def list_mounts(self, key: str = "") -> Sequence[Mounted]:
+        """Return what `mount` has mounted and still stands, of one snapshot or of all.
+
+        Raises:
+            InvalidArgument: the key cannot be.
+            NotFound: there is no such snapshot.
+        """
+        return self._mounter.listing(self._store.get(check_name(key)).id if key else None)
+
+    def open_tree(self, key: str, read_only: bool | None = None) -> int:
+        """Return a mount of an active snapshot or a view that is attached nowhere yet.
+
+        The fd is the caller's, for move_mount(2) in whatever mount name space. Raises as `mount`.
+        """
+        return self._mounter.open_tree(check_name(key), read_only)
+
+    def mounter(self, target: str) -> int | None:
+        """Return the uid that asked for what is mounted on ``target``; None if nothing is."""
+        return self._mounter.user(target)
+
+    def owners(self) -> Collection[str]:
+        """Return all for whom something with the lifetime ``client`` may be mounted."""
+        return self._mounter.owners()
+
+    def release(self, owner: str) -> None:
+        """Take away soon what is mounted for ``owner``, who is gone, even if it is in use."""
+        self._releaser.submit(partial(self._mounter.release, owner, self._stopping.wait))
 
     def cleanup(self, job: Job | None = None) -> None:
         """Return when every deferred deletion is done and nothing orphaned is left.
@@ -386,7 +468,8 @@ class Snapshotter:
             undo.pop_all()
         if boot is not None:
             self._syncer.submit(self._settle)
-        return self._mount(kind, held.id, held.parent.id if held.parent else None)
+        shown = held.parent if kind is Kind.VIEW and held.parent else held
+        return self._mount(kind, shown.id)
 
     def _make_tree(self, id_: int, parent: Record, job: Job) -> bool:
         """Make the directory of a new snapshot: one that stands by, or a copy of its parent's.
@@ -424,9 +507,9 @@ class Snapshotter:
         with self._state.open(str(id_)) as tree:
             return self._crew.measure(tree, self._watched(job))
 
-    def _mount(self, kind: Kind, id_: int, parent_id: int | None) -> Mount:
-        source = self._state.source(_tree_id(kind, id_, parent_id))
-        return Mount("bind", source, ("rbind", "ro" if kind is Kind.VIEW else "rw"))
+    def _mount(self, kind: Kind, tree: int) -> Mount:
+        options = ("rbind", "ro" if kind is Kind.VIEW else "rw")
+        return Mount("bind", self._state.source(tree), options)
 
     def _check_alive(self, record: Record) -> None:
         """Raise NotFound if a snapshot was removed, or committed to another name, meanwhile."""
@@ -473,8 +556,3 @@ class Snapshotter:
         missing = len(self._store.directories() - found)
         if missing:
             log.error("%d snapshots have lost their directories", missing)
-
-
-def _tree_id(kind: Kind, id_: int, parent_id: int | None) -> int:
-    """Return whose directory a snapshot shows: a view of a parent has none of its own."""
-    return parent_id if kind is Kind.VIEW and parent_id is not None else id_

@@ -14,6 +14,7 @@ from pathlib import Path
 from snapd_native import linux, trees
 from snapd_native.errors import DataLoss, FailedPrecondition, Unavailable
 from snapd_native.model import Usage
+from snapd_native.mounts import Place, Table
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _STANDBY = re.compile(r"(making|ready)-([1-9][0-9]{0,18})-([1-9][0-9]{0,18})", re.ASCII)
@@ -54,6 +55,7 @@ class StateDirectory:
             self._synced = os.open(".", _DIRECTORY, dir_fd=self._snapshots)
             undo.callback(os.close, self._synced)
             os.fsync(self._fd)
+            self._place = Table.read().place(self._snapshots)
             self.filesystem_type = linux.filesystem_type(self._snapshots)
             self.reflink = trees.reflink_works(self._snapshots)
             undo.pop_all()
@@ -74,6 +76,15 @@ class StateDirectory:
             return self.database.stat().st_size > 0
         except FileNotFoundError:
             return False
+
+    @property
+    def real_path(self) -> str:
+        """Where the directory is, as the kernel writes it."""
+        return os.readlink(f"/proc/self/fd/{self._fd}")
+
+    def place(self, id_: int) -> Place | None:
+        """Return what a snapshot's directory is in the table of mounts; None if that is unknown."""
+        return self._place / str(id_) if self._place else None
 
     def source(self, id_: int) -> str:
         """Return the path of a snapshot's directory, for mounting it."""
@@ -186,6 +197,31 @@ class StateDirectory:
                     raise _lost() from None
                 raise
             yield fd
+
+    @contextmanager
+    def open_with_mounts(self, id_: int) -> Iterator[int]:
+        """Open a snapshot's directory, only to be mounted, with what is mounted in it.
+
+        Raises:
+            DataLoss: there is none.
+            FailedPrecondition: something is mounted on it.
+        """
+        rules = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_SYMLINKS | linux.RESOLVE_NO_XDEV
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        try:
+            fd = linux.openat2(self._snapshots, str(id_), flags, rules)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise _lost() from None
+            if error.errno == errno.EXDEV:
+                raise FailedPrecondition(
+                    "something else is mounted on the snapshot's directory: unmount that"
+                ) from None
+            raise
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def retire(self, id_: int) -> str | None:
         """Rename a snapshot's directory to what will be deleted; None if there is none."""

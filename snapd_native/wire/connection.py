@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ class Connection(MessageBus):
             Unavailable: there is no bus.
         """
         try:
-            super().__init__(bus_type=BusType.SYSTEM)
+            super().__init__(bus_type=BusType.SYSTEM, negotiate_unix_fd=True)
         except (OSError, ValueError, DBusError) as error:
             raise Unavailable(
                 f"the system bus cannot be reached ({error}): start dbus,"
@@ -86,6 +87,36 @@ class Connection(MessageBus):
             SnapdError: what the D-Bus error stands for; Unavailable if the connection is lost;
                 InvalidArgument if an argument is nothing that D-Bus can carry.
         """
+        reply = await self._exchange(destination, path, interface, member, signature, body)
+        return reply.body
+
+    async def request_fd(
+        self,
+        destination: str,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str = "",
+        body: Body | None = None,
+    ) -> int:
+        """Call a method that answers with a file descriptor, and return that; raises as `request`.
+
+        It is the caller's, and not inherited by other programs.
+        """
+        reply = await self._exchange(destination, path, interface, member, signature, body)
+        (index,) = reply.body
+        passed: _Passed = reply.unix_fds[index]
+        return passed.take()
+
+    async def _exchange(
+        self,
+        destination: str,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str,
+        body: Body | None,
+    ) -> Message:
         _check_text(body)
         message = Message(
             destination=destination,
@@ -106,7 +137,7 @@ class Connection(MessageBus):
         if reply.message_type is MessageType.ERROR:
             text = reply.body[0] if reply.signature.startswith("s") else ""
             raise error_from(reply.error_name, text)
-        return reply.body
+        return reply
 
     async def ask_driver(self, member: str, signature: str, body: Body) -> Body:
         """Call a method of the bus itself."""
@@ -126,6 +157,11 @@ class Connection(MessageBus):
                     body=body,
                 )
             )
+
+    def _on_message(self, message: Message) -> None:
+        # dbus-next would leave open what nobody asks for.
+        message.unix_fds = [_Passed(fd) for fd in message.unix_fds]  # type: ignore[misc]
+        super()._on_message(message)
 
     def _finalize(self, err: Exception | None = None) -> None:
         if self._disconnected:
@@ -147,6 +183,22 @@ class Connection(MessageBus):
                 raise EOFError("it closed the connection")
             line += byte
         return line[:-2].decode()
+
+
+class _Passed:
+    """A file descriptor that came with a message, and is closed with it if nobody takes it."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        os.set_inheritable(fd, False)
+
+    def take(self) -> int:
+        fd, self._fd = self._fd, -1
+        return fd
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
 
 
 class _Writer(_MessageWriter):

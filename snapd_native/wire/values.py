@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from snapd_native.model import Info, Kind, Mount
+from snapd_native.model import Info, Kind, Lifetime, Mount, Mounted
 
 Body = list[Any]
 """The arguments of a message, in dbus-next's types."""
@@ -20,6 +20,17 @@ def mount_from_wire(value: Sequence[Any]) -> Mount:
     """Unpack a mount from ``(ssas)``."""
     type_, source, options = value
     return Mount(type_, source, tuple(options))
+
+
+def mounted_to_wire(mounted: Mounted) -> Body:
+    """Pack a mount of the service as ``(ssbsu)``."""
+    return [mounted.target, mounted.key, mounted.read_only, mounted.lifetime.value, mounted.uid]
+
+
+def mounted_from_wire(value: Sequence[Any]) -> Mounted:
+    """Unpack a mount of the service from ``(ssbsu)``."""
+    target, key, read_only, lifetime, uid = value
+    return Mounted(target, key, read_only, Lifetime(lifetime), uid)
 
 
 def info_to_wire(info: Info) -> Body:

@@ -1,0 +1,97 @@
+"""The ledger: what the service has mounted where, for whom, and for how long."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from snapd_native.metastore.connections import Connections, transaction
+from snapd_native.model import Lifetime
+
+_COLUMNS = """
+    m.id, m.snapshot, iif(s.kind = 'view', coalesce(s.parent, s.id), s.id), s.name, m.target,
+    m.read_only, m.lifetime, m.uid, m.owner, m.boot, m.mount
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A mount as the ledger knows it."""
+
+    id: int
+    snapshot: int
+    tree: int
+    """Whose directory it shows."""
+    key: str
+    target: str
+    """Where it was asked for, as the kernel writes that path."""
+    read_only: bool
+    lifetime: Lifetime
+    uid: int
+    """Who asked for it."""
+    owner: str
+    """Whose end is its end; nobody's if it is persistent."""
+    boot: str
+    """The boot of the machine during which it was made."""
+    mount: int
+    """Its number in the kernel's table during that boot."""
+
+
+class Ledger:
+    """All mounts that the service has made, durably."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    def lines(self, snapshot: int | None = None) -> Sequence[Line]:
+        """Return all mounts, or those of one snapshot, in the order in which they were made."""
+        which = "" if snapshot is None else "WHERE m.snapshot = ?"
+        with self._connections.reading() as db:
+            rows = db.execute(
+                f"SELECT {_COLUMNS} FROM mounts AS m"  # noqa: S608 - constants
+                f" JOIN snapshots AS s ON s.id = m.snapshot {which} ORDER BY m.id",
+                () if snapshot is None else (snapshot,),
+            )
+            return [_line(row) for row in rows]
+
+    def add(
+        self,
+        snapshot: int,
+        target: str,
+        read_only: bool,
+        lifetime: Lifetime,
+        uid: int,
+        owner: str,
+        boot: str,
+        mount: int,
+    ) -> int:
+        """Write down a mount that is about to be attached; return the line's id."""
+        with self._connections.writing() as db, transaction(db):
+            (id_,) = db.execute(
+                "INSERT INTO mounts"
+                " (snapshot, target, read_only, lifetime, uid, owner, boot, mount)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
+                (snapshot, target, read_only, lifetime.value, uid, owner, boot, mount),
+            ).fetchone()
+            return int(id_)
+
+    def made_again(self, id_: int, boot: str, mount: int) -> None:
+        """Write down that a mount stands again, since this boot."""
+        with self._connections.writing() as db, transaction(db):
+            db.execute("UPDATE mounts SET boot = ?, mount = ? WHERE id = ?", (boot, mount, id_))
+
+    def forget(self, ids: Iterable[int]) -> None:
+        """Strike out mounts that are gone."""
+        with self._connections.writing() as db, transaction(db):
+            db.executemany("DELETE FROM mounts WHERE id = ?", ((id_,) for id_ in ids))
+
+
+def turn_read_only(db: sqlite3.Connection, snapshot: int) -> None:
+    """Write down, in a transaction, that all mounts of a snapshot are read-only from now on."""
+    db.execute("UPDATE mounts SET read_only = 1 WHERE snapshot = ?", (snapshot,))
+
+
+def _line(row: sqlite3.Row) -> Line:
+    id_, snapshot, tree, key, target, read_only, lifetime, *rest = row
+    return Line(id_, snapshot, tree, key, target, bool(read_only), Lifetime(lifetime), *rest)

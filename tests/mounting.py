@@ -1,0 +1,77 @@
+"""What tests do with mounts."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from snapd_native.mounts import Entry, Table
+from snapd_native.snapshotter import Snapshotter
+
+
+def mounted_on(path: Path | str) -> Entry | None:
+    """Return the last mount on a directory, as the kernel lists it."""
+    found = None
+    for entry in Table.read():
+        if entry.target == str(path):
+            found = entry
+    return found
+
+
+def below(path: Path) -> list[str]:
+    """Return where something is mounted below a directory, in its order."""
+    return [entry.target for entry in Table.read() if entry.target.startswith(f"{path}/")]
+
+
+def propagation(path: Path | str) -> list[str]:
+    """Return what the kernel says of a mount's propagation; nothing if it is private."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        if fields[4] == str(path):
+            return fields[6 : fields.index("-")]
+    raise AssertionError(f"nothing is mounted on {path}")
+
+
+@contextmanager
+def by_hand(*arguments: str | Path) -> Iterator[Path]:
+    """Run mount(8), and unmount the last of ``arguments`` in the end."""
+    subprocess.run(["mount", *map(str, arguments)], check=True)
+    target = Path(arguments[-1])
+    try:
+        yield target
+    finally:
+        subprocess.run(["umount", "-R", str(target)], check=False)
+
+
+@contextmanager
+def tmpfs(target: Path) -> Iterator[Path]:
+    """Mount an empty tmpfs."""
+    with by_hand("-t", "tmpfs", "-o", "size=1m", "tmpfs", target):
+        yield target
+
+
+@pytest.fixture
+def places(scratch: Path) -> Iterator[Path]:
+    """Lend a directory in which things may be mounted; all is unmounted in the end."""
+    path = scratch / "places"
+    path.mkdir()
+    yield path
+    for target in reversed(below(scratch)):
+        with suppress(subprocess.CalledProcessError):
+            subprocess.run(["umount", "-l", target], check=True, capture_output=True)
+
+
+def place(places: Path, name: str = "here") -> Path:
+    """Make a directory to mount on."""
+    path = places / name
+    path.mkdir()
+    return path
+
+
+def targets(engine: Snapshotter, key: str = "") -> list[str]:
+    """Return where the engine says that something is mounted."""
+    return [mounted.target for mounted in engine.list_mounts(key)]
