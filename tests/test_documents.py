@@ -52,10 +52,11 @@ def run(script: str, environment: dict[str, str]) -> str:
 
 
 def test_each_shell_block_is_known() -> None:
-    demo, daemon, commands, calls = blocks("sh")
+    demo, daemon, commands, mounting, calls = blocks("sh")
     assert demo == "make demo\n"
     assert daemon.startswith("snapd-native daemon ")
     assert commands.startswith("snapd-native prepare ")
+    assert mounting.startswith("snapd-native prepare ")
     assert calls.startswith("busctl ")
 
 
@@ -66,8 +67,15 @@ def test_the_program_s_commands(environment: dict[str, str]) -> None:
     assert run("snapd-native ls", environment).splitlines()[1:] == []
 
 
-def test_busctl_s_commands(environment: dict[str, str]) -> None:
+def test_the_commands_about_mounts(environment: dict[str, str]) -> None:
     out = run(blocks("sh")[3], environment)
+    assert re.search(r"^/mnt +site +rw +persistent +0$", out, re.MULTILINE)
+    assert re.search(r"^mount -o rbind,rw /.*/snapshots/\d+ /mnt$", out, re.MULTILINE)
+    assert run("snapd-native mounts", environment).splitlines()[1:] == []
+
+
+def test_busctl_s_commands(environment: dict[str, str]) -> None:
+    out = run(blocks("sh")[4], environment)
     assert 'a(ssstta{ss}) 1 "look" "view" "v1"' in out
 
 
