@@ -142,7 +142,7 @@ else:
     owner = next(o for o in (StateDirectory, Metastore, Snapshotter) if hasattr(o, sys.argv[2]))
     setattr(owner, sys.argv[2], stand)
 eval(sys.argv[3])
-engine._reaper.submit(lambda: None).result()
+engine._reaper._background.submit(lambda: None).result()
 engine._syncer.submit(lambda: None).result()
 print("not there")
 """

@@ -56,7 +56,8 @@ class Table:
     @classmethod
     def read(cls) -> Self:
         """Read the table of this process."""
-        return cls({entry.id: entry for entry in map(_entry, _MOUNTINFO.open("rb"))})
+        with _MOUNTINFO.open("rb") as lines:
+            return cls({entry.id: entry for entry in map(_entry, lines)})
 
     def __iter__(self) -> Iterator[Entry]:
         """Iterate over all mounts, those on others after them."""

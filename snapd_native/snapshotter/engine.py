@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import wait
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -38,6 +37,7 @@ from snapd_native.snapshotter.background import Background
 from snapd_native.snapshotter.failures import explained
 from snapd_native.snapshotter.labels import changed, label_key
 from snapd_native.snapshotter.mounting import Mounter
+from snapd_native.snapshotter.reaping import Reaper
 from snapd_native.snapshotter.standby import Standby
 from snapd_native.snapshotter.state import StateDirectory
 
@@ -55,9 +55,6 @@ LEAST_FREE = 0.1
 
 RUNTIME = Path("/run/snapd-native")
 """Where mounts without a target are made, unless the caller says."""
-
-POLL_SECONDS = 0.05
-"""How often a call that waits for others looks whether it is cancelled."""
 
 
 class Snapshotter:
@@ -111,21 +108,13 @@ class Snapshotter:
             for name in self._store.forget_unsettled(linux.boot_id()):
                 log.warning("%s is gone: it was prepared just before a power cut", quote(name))
             self._check_directories()
-            self._mounter = Mounter(self._state, self._store, runtime)
-            self._releaser = Background("releaser", "what a client has left stays mounted")
-            undo.callback(self._releaser.close)
+            self._mounter = Mounter(self._state, self._store, runtime, self._stopping)
+            undo.callback(self._mounter.close)
             self._syncer = Background("syncer", "a new snapshot could not be put on disk")
             undo.callback(self._syncer.close)
             self._syncer.submit(self._settle)
-            self._reaper = Background(
-                "reaper", "what was removed is not all deleted, Cleanup tries again"
-            )
+            self._reaper = Reaper(self._state, self._store, self._check_stopping)
             undo.callback(self._reaper.close)
-            try:
-                self._sweep()
-            except OSError as error:
-                log.warning("something orphaned could not be deleted yet: %s", error)
-                self._reaper.submit(self._sweep)
             self._standby = Standby(self._state, self._store, least_free)
             undo.callback(self._standby.close)
             self._resources = undo.pop_all()
@@ -345,15 +334,7 @@ class Snapshotter:
         with self._mounter.unmounted() as check:
             record = self._store.remove(key, check)
         self._standby.look()
-        if record.tree_id != record.id:
-            return
-        try:
-            garbage = self._state.retire(record.id)
-        except OSError as error:
-            log.warning("%s is left for Cleanup: %s", quote(key), error)
-            return
-        if garbage is not None:
-            self._reaper.submit(partial(self._state.delete, garbage, self._check_stopping))
+        self._reaper.retire(record)
 
     def mount(
         self,
@@ -418,7 +399,7 @@ class Snapshotter:
 
     def release(self, owner: str) -> None:
         """Take away soon what is mounted for ``owner``, who is gone, even if it is in use."""
-        self._releaser.submit(partial(self._mounter.release, owner, self._stopping.wait))
+        self._mounter.release(owner)
 
     def cleanup(self, job: Job | None = None) -> None:
         """Return when every deferred deletion is done and nothing orphaned is left.
@@ -431,12 +412,7 @@ class Snapshotter:
         job.begin(Operation.CLEANUP, "")
         report = self._watched(job)
         with explained("delete what was removed"):
-            sweep = self._reaper.submit(partial(self._sweep, report))
-            # It may be the turn of something else first.
-            while not sweep.done():
-                wait([sweep], POLL_SECONDS)
-                report(0, 0)
-            sweep.result()
+            self._reaper.finish(report)
         job.conclude()
 
     def _create(
@@ -455,10 +431,10 @@ class Snapshotter:
             boot = None
             with explained(f"{doing} from {quote(parent)}" if parent else doing):
                 if held.parent is None:
-                    undo.callback(self._discard, held.id)
+                    undo.callback(self._reaper.discard, held.id)
                     self._state.create_empty(held.id)
                 elif kind is Kind.ACTIVE:
-                    undo.callback(self._discard, held.id)
+                    undo.callback(self._reaper.discard, held.id)
                     on_disk = self._make_tree(held.id, held.parent, job)
                     boot = None if on_disk else linux.boot_id()
                 else:
@@ -497,12 +473,6 @@ class Snapshotter:
             self._state.write_back()
             self._store.settle(new)
 
-    def _discard(self, id_: int) -> None:
-        try:
-            self._state.discard(id_)
-        except OSError as error:
-            log.warning("a snapshot that failed is left for Cleanup: %s", error)
-
     def _measure(self, id_: int, job: Job) -> Usage:
         with self._state.open(str(id_)) as tree:
             return self._crew.measure(tree, self._watched(job))
@@ -529,27 +499,6 @@ class Snapshotter:
     def _check_stopping(self, *_: int) -> None:
         if self._stopping.is_set():
             raise Unavailable("the service is stopping: try again when it runs")
-
-    def _sweep(self, report: trees.Report | None = None) -> None:
-        """Delete every directory that no snapshot and no running call owns.
-
-        Raises:
-            OSError: the last failure, after everything else was deleted.
-        """
-        # What is found first, is reserved or recorded at that time or later, or is an orphan.
-        found = list(self._state.listing())
-        reserved = self._store.reserved()
-        owned = self._store.directories()
-        failure: OSError | None = None
-        for name, prefix, id_ in found:
-            if prefix != "rm-" and (id_ in reserved or (not prefix and id_ in owned)):
-                continue
-            try:
-                self._state.delete(name, report or self._check_stopping)
-            except OSError as error:
-                failure = error
-        if failure is not None:
-            raise failure
 
     def _check_directories(self) -> None:
         found = {id_ for _, prefix, id_ in self._state.listing() if not prefix}

@@ -6,10 +6,11 @@ import errno
 import logging
 import os
 import posixpath
-import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from threading import Event, Lock
 
 from snapd_native import linux, mounts
 from snapd_native.errors import (
@@ -24,6 +25,7 @@ from snapd_native.errors import (
 from snapd_native.metastore import Line, Metastore, Record
 from snapd_native.model import Kind, Lifetime, Mounted, quote
 from snapd_native.mounts import Entry, Table, Target
+from snapd_native.snapshotter.background import Background
 from snapd_native.snapshotter.failures import explained
 from snapd_native.snapshotter.state import StateDirectory
 
@@ -40,7 +42,9 @@ class Mounter:
     table says what of that still stands. One call at a time looks at both.
     """
 
-    def __init__(self, state: StateDirectory, store: Metastore, runtime: Path) -> None:
+    def __init__(
+        self, state: StateDirectory, store: Metastore, runtime: Path, stopping: Event
+    ) -> None:
         """Bring the ledger and the kernel's table together.
 
         What stands is kept, what is gone is forgotten. After a restart of the machine, persistent
@@ -51,7 +55,8 @@ class Mounter:
         self._ledger = store.ledger
         self._own = runtime / "mounts"
         self._boot = linux.boot_id()
-        self._lock = threading.Lock()
+        self._stopping = stopping
+        self._lock = Lock()
         self._owners = {line.owner for line in self._ledger.lines() if line.owner}
         self._blind = ""
         if mounts.hidden_from_host():
@@ -62,6 +67,11 @@ class Mounter:
             log.warning("%s", self._blind)
         else:
             self._recover()
+        self._releaser = Background("releaser", "what a client has left stays mounted")
+
+    def close(self) -> None:
+        """End after all that was begun; what is mounted stays."""
+        self._releaser.close()
 
     def mount(
         self,
@@ -119,15 +129,12 @@ class Mounter:
         """Return all whose end may be a mount's end."""
         return frozenset(self._owners)
 
-    def release(self, owner: str, wait: Callable[[float], object]) -> None:
-        """Take away all that was mounted for ``owner``, who is gone; ``wait`` waits seconds.
+    def release(self, owner: str) -> None:
+        """Take away soon all that was mounted for ``owner``, who is gone.
 
         What somebody else still uses then is detached, and stays theirs until they are done.
         """
-        for line in self._ledger.lines():
-            if line.owner == owner:
-                self._release(line, wait)
-        self._owners.discard(owner)
+        self._releaser.submit(partial(self._release_all, owner))
 
     @contextmanager
     def unmounted(self) -> Iterator[Callable[[Record], None]]:
@@ -291,7 +298,13 @@ class Mounter:
             with suppress(OSError):
                 os.rmdir(line.target)
 
-    def _release(self, line: Line, wait: Callable[[float], object]) -> None:
+    def _release_all(self, owner: str) -> None:
+        for line in self._ledger.lines():
+            if line.owner == owner:
+                self._release(line)
+        self._owners.discard(owner)
+
+    def _release(self, line: Line) -> None:
         # What the one who is gone used itself is free in a moment.
         for lazy in (False,) * _TRIES + (True,):
             with self._lock:
@@ -309,7 +322,7 @@ class Mounter:
                             _path(line.target),
                         )
                     return
-            wait(_PAUSE)
+            self._stopping.wait(_PAUSE)
 
     def _standing(self, lines: Sequence[Line]) -> list[tuple[Line, Entry]]:
         """Return what still stands, and forget what is gone."""

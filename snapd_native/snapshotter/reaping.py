@@ -1,0 +1,92 @@
+"""Deleting what no snapshot owns any more."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import wait
+from functools import partial
+
+from snapd_native import trees
+from snapd_native.metastore import Metastore, Record
+from snapd_native.model import quote
+from snapd_native.snapshotter.background import Background
+from snapd_native.snapshotter.state import StateDirectory
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.05
+"""How often a call that waits for others looks whether it is cancelled."""
+
+
+class Reaper:
+    """Deletes directories in the background, one after the other."""
+
+    def __init__(self, state: StateDirectory, store: Metastore, report: trees.Report) -> None:
+        """Delete what a crash or an earlier removal left; ``report`` may end any deletion."""
+        self._state = state
+        self._store = store
+        self._report = report
+        self._background = Background(
+            "reaper", "what was removed is not all deleted, Cleanup tries again"
+        )
+        try:
+            self._sweep(report)
+        except OSError as error:
+            log.warning("something orphaned could not be deleted yet: %s", error)
+            self._background.submit(partial(self._sweep, report))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End after all that was begun."""
+        self._background.close()
+
+    def retire(self, record: Record) -> None:
+        """Have the directory of a snapshot deleted that is no more."""
+        if record.tree_id != record.id:
+            return
+        try:
+            garbage = self._state.retire(record.id)
+        except OSError as error:
+            log.warning("%s is left for Cleanup: %s", quote(record.info.name), error)
+            return
+        if garbage is not None:
+            self._background.submit(partial(self._state.delete, garbage, self._report))
+
+    def discard(self, id_: int) -> None:
+        """Delete at once what was made for a snapshot that never was."""
+        try:
+            self._state.discard(id_)
+        except OSError as error:
+            log.warning("a snapshot that failed is left for Cleanup: %s", error)
+
+    def finish(self, report: trees.Report) -> None:
+        """Return when nothing is left to delete.
+
+        Raises:
+            OSError: the last failure, after everything else was deleted.
+        """
+        sweep = self._background.submit(partial(self._sweep, report))
+        # It may be the turn of something else first.
+        while not sweep.done():
+            wait([sweep], POLL_SECONDS)
+            report(0, 0)
+        sweep.result()
+
+    def _sweep(self, report: trees.Report) -> None:
+        """Delete every directory that no snapshot and no running call owns."""
+        # What is found first, is reserved or recorded at that time or later, or is an orphan.
+        found = list(self._state.listing())
+        reserved = self._store.reserved()
+        owned = self._store.directories()
+        failure: OSError | None = None
+        for name, prefix, id_ in found:
+            if prefix != "rm-" and (id_ in reserved or (not prefix and id_ in owned)):
+                continue
+            try:
+                self._state.delete(name, report)
+            except OSError as error:
+                failure = error
+        if failure is not None:
+            raise failure
