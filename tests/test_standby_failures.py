@@ -234,7 +234,7 @@ def test_a_parent_that_has_lost_its_tree_stops_no_others(state: Path) -> None:
         label(engine, 1, "other")
         eventually(lambda: engine.standby("other") == (1, 1))
         assert engine.standby("base") == (0, 1)
-        assert making(engine) == set()
+        eventually(lambda: making(engine) == set())
         (state / "lost").rename(lost)
 
 
