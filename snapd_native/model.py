@@ -134,6 +134,11 @@ def quote(text: str, most: int = 80) -> str:
     return f'"{shown(text if len(text) <= most else text[:most] + "…")}"'
 
 
+def quote_path(path: str) -> str:
+    """Show a path inside a one-line message: escaped, and whole."""
+    return quote(path, most=4096)
+
+
 def check_name(name: str, what: str = "key") -> str:
     """Return ``name`` if it can name a snapshot.
 

@@ -428,3 +428,34 @@ def test_two_engines_keep_to_their_own(places: Path, scratch: Path) -> None:
         with pytest.raises(NotFound):
             one.unmount(str(places / "b"))
         other.unmount(str(places / "b"))
+
+
+def test_what_is_unmounted_lazily_is_not_written_to_after_commit(
+    full: Snapshotter, places: Path
+) -> None:
+    here, there = place(places), place(places, "there")
+    for target in (here, there):
+        full.mount("work", str(target))
+    directory = os.open(there, os.O_RDONLY)
+    try:
+        full.unmount(str(there), lazy=True)
+        with pytest.raises(OSError, match="Read-only"):
+            os.mkdir("new", dir_fd=directory)
+    finally:
+        os.close(directory)
+    with (here / "file").open("w") as file:
+        full.unmount(str(here), lazy=True)
+        assert below(places) == []
+        with pytest.raises(FailedPrecondition, match=rf"\(pid {os.getpid()}\) can still write"):
+            full.commit("v2", "work")
+        file.write("the last word")
+        full.unmount(full.mount("work"))
+    full.commit("v2", "work")
+    assert (Path(full.view("new", "v2").source) / "file").read_text() == "the last word"
+
+
+def test_slashes_do_not_count(full: Snapshotter, places: Path) -> None:
+    here = place(places)
+    full.mount("look", f"//{here}//")
+    full.unmount(f"//{here}/.")
+    assert below(places) == []

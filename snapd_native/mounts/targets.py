@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from snapd_native import linux
 from snapd_native.errors import InvalidArgument
-from snapd_native.model import quote
+from snapd_native.model import quote_path
 
 _FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _RULES = linux.RESOLVE_NO_SYMLINKS | linux.RESOLVE_NO_MAGICLINKS
@@ -33,23 +33,21 @@ def open_target(path: str) -> Iterator[Target]:
         InvalidArgument: the path is relative, leads over a symbolic link, or to no directory.
     """
     if not path.startswith("/"):
-        raise InvalidArgument(
-            f"the target {quote(path, most=4096)} is relative: give its whole path"
-        )
+        raise InvalidArgument(f"the target {quote_path(path)} is relative: give its whole path")
     try:
         fd = linux.openat2(linux.AT_FDCWD, path, _FLAGS, _RULES)
     except OSError as error:
         raise _refusal(path, error) from None
     try:
         if not os.fstat(fd).st_nlink:
-            raise InvalidArgument(f"the target {quote(path, most=4096)} was deleted: make it again")
+            raise InvalidArgument(f"the target {quote_path(path)} was deleted: make it again")
         yield Target(fd, os.readlink(f"/proc/self/fd/{fd}"))
     finally:
         os.close(fd)
 
 
 def _refusal(path: str, error: OSError) -> InvalidArgument | OSError:
-    shown = f"the target {quote(path, most=4096)}"
+    shown = f"the target {quote_path(path)}"
     match error.errno:
         case errno.ELOOP:
             return InvalidArgument(f"{shown} leads over a symbolic link: give the real path")

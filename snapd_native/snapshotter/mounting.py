@@ -15,7 +15,6 @@ from threading import Event, Lock
 from snapd_native import linux, mounts
 from snapd_native.errors import (
     AlreadyExists,
-    DataLoss,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
@@ -23,16 +22,14 @@ from snapd_native.errors import (
     SnapdError,
 )
 from snapd_native.metastore import Line, Metastore, Record
-from snapd_native.model import Kind, Lifetime, Mounted, quote
+from snapd_native.model import Kind, Lifetime, Mounted, quote, quote_path
 from snapd_native.mounts import Entry, Table, Target
 from snapd_native.snapshotter.background import Background
 from snapd_native.snapshotter.failures import explained
+from snapd_native.snapshotter.obstacles import enumerated, in_use, named, not_frozen
 from snapd_native.snapshotter.state import StateDirectory
 
 log = logging.getLogger(__name__)
-
-_NAMED = 5
-"""Processes that an error names at most."""
 
 
 class Mounter:
@@ -58,6 +55,7 @@ class Mounter:
         self._stopping = stopping
         self._lock = Lock()
         self._owners = {line.owner for line in self._ledger.lines() if line.owner}
+        self._loose: list[tuple[int, Entry]] = []
         self._blind = ""
         if mounts.hidden_from_host():
             self._blind = _HIDDEN
@@ -97,12 +95,12 @@ class Mounter:
         """Take away what was mounted on ``target``; if ``lazy``, also while it is in use."""
         with self._lock:
             line, entry = self._find(target)
-            busy = entry is not None and not self._detached(entry, lazy)
+            busy = entry is not None and not self._detached(line, entry, lazy)
             if not busy:
                 self._forget(line)
         if entry is not None and busy:
             raise FailedPrecondition(
-                f"cannot unmount {_path(entry.target)}: {_in_use(entry)}, or unmount it lazily"
+                f"cannot unmount {quote_path(entry.target)}: {in_use(entry)}, or unmount it lazily"
             )
 
     def listing(self, snapshot: int | None) -> list[Mounted]:
@@ -150,6 +148,7 @@ class Mounter:
             FailedPrecondition: a file is open for writing on one of them.
         """
         with self._lock:
+            self._check_not_loose(key, tree)
             entries = [entry for entry in self._showing(Table.read(), tree) if not entry.read_only]
             done: list[Entry] = []
             failed: tuple[Entry, OSError] | None = None
@@ -163,7 +162,7 @@ class Mounter:
             if failed:
                 _thaw(done)
         if failed:
-            raise _not_frozen(key, *failed)
+            raise not_frozen(key, *failed)
         try:
             yield
         except BaseException:
@@ -204,11 +203,13 @@ class Mounter:
         state = self._state.real_path
         if target.path == state or target.path.startswith(f"{state}/"):
             raise InvalidArgument(
-                f"the target {_path(target.path)} is inside the state directory: choose another"
+                f"the target {quote_path(target.path)} is inside the state directory:"
+                " choose another"
             )
         if state.startswith(target.path.rstrip("/") + "/"):
             raise InvalidArgument(
-                f"the target {_path(target.path)} would hide the state directory: choose another"
+                f"the target {quote_path(target.path)} would hide the state directory:"
+                " choose another"
             )
 
     def _mount(
@@ -222,7 +223,7 @@ class Mounter:
     ) -> None:
         if any(entry.target == target.path for _, entry in self._standing(self._ledger.lines())):
             raise AlreadyExists(
-                f"a snapshot is mounted on {_path(target.path)} already: unmount it first"
+                f"a snapshot is mounted on {quote_path(target.path)} already: unmount it first"
             )
         is_read_only = _is_read_only(record, read_only)
         mount = self._detached_tree(record, read_only)
@@ -252,7 +253,7 @@ class Mounter:
                     raise
         finally:
             os.close(mount)
-        log.info("%s is mounted on %s", quote(record.info.name), _path(target.path))
+        log.info("%s is mounted on %s", quote(record.info.name), quote_path(target.path))
 
     def _detached_tree(self, record: Record, read_only: bool | None) -> int:
         with (
@@ -264,8 +265,11 @@ class Mounter:
     def _find(self, target: str) -> tuple[Line, Entry | None]:
         """Return what was mounted on ``target``; without an entry if it could not be made again."""
         if not target.startswith("/"):
-            raise InvalidArgument(f"the target {_path(target)} is relative: give its whole path")
-        path = posixpath.normpath(target)
+            raise InvalidArgument(
+                f"the target {quote_path(target)} is relative: give its whole path"
+            )
+        # POSIX lets two slashes at the beginning mean something; Linux does not.
+        path = "/" + posixpath.normpath(target).lstrip("/")
         lines = self._ledger.lines()
         for line, entry in self._standing(lines):
             if entry.target == path:
@@ -273,24 +277,49 @@ class Mounter:
         for line in lines:
             if line.boot != self._boot and line.target == path:
                 return line, None
-        raise NotFound(f"no snapshot is mounted on {_path(target)}: see which mounts there are")
+        raise NotFound(
+            f"no snapshot is mounted on {quote_path(target)}: see which mounts there are"
+        )
 
-    def _detached(self, entry: Entry, lazy: bool) -> bool:
+    def _detached(self, line: Line, entry: Entry, lazy: bool) -> bool:
         """Take a mount away; False if it is in use."""
         try:
+            if lazy and not entry.read_only:
+                self._let_loose(line, entry)
             mounts.detach(entry, lazy=lazy)
         except OSError as error:
             if error.errno == errno.EBUSY:
                 return False
             if error.errno == errno.ESTALE:
                 raise FailedPrecondition(
-                    f"cannot unmount {_path(entry.target)}: something else is mounted over it,"
+                    f"cannot unmount {quote_path(entry.target)}: something else is mounted over it,"
                     " unmount that first"
                 ) from None
-            with explained(f"unmount {_path(entry.target)}"):
+            with explained(f"unmount {quote_path(entry.target)}"):
                 raise
-        log.info("%s is unmounted", _path(entry.target))
+        log.info("%s is unmounted", quote_path(entry.target))
         return True
+
+    def _let_loose(self, line: Line, entry: Entry) -> None:
+        """Make a mount that goes out of sight read-only, or remember that it may be written to."""
+        try:
+            mounts.make_read_only(entry)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            self._loose.append((line.tree, entry))
+
+    def _check_not_loose(self, key: str, tree: int) -> None:
+        """Refuse a Commit of what can still be written to through a mount that is out of sight."""
+        for number, entry in list(self._loose):
+            processes = mounts.users(entry)
+            if not processes:
+                self._loose.remove((number, entry))
+            elif number == tree:
+                raise FailedPrecondition(
+                    f"cannot commit {quote(key)}: {named(processes)} can still write to it on"
+                    f" {quote_path(entry.target)}, which was unmounted lazily: end that first"
+                )
 
     def _forget(self, line: Line) -> None:
         self._ledger.forget([line.id])
@@ -310,7 +339,7 @@ class Mounter:
             with self._lock:
                 entry = self._stands(line, Table.read())
                 try:
-                    busy = entry is not None and not self._detached(entry, lazy)
+                    busy = entry is not None and not self._detached(line, entry, lazy)
                 except (SnapdError, OSError) as error:
                     log.warning("a mount of a client that is gone stays: %s", error)
                     return
@@ -319,7 +348,7 @@ class Mounter:
                     if lazy:
                         log.warning(
                             "%s was in use when its client left: it is detached and out of sight",
-                            _path(line.target),
+                            quote_path(line.target),
                         )
                     return
             self._stopping.wait(_PAUSE)
@@ -369,13 +398,13 @@ class Mounter:
         if targets:
             raise FailedPrecondition(
                 f"cannot remove {quote(record.info.name)}:"
-                f" it is mounted, unmount {_enumerated(targets)} first"
+                f" it is mounted, unmount {enumerated(targets)} first"
             )
         if inside:
             names = [os.path.relpath(target, directory) for target in inside]
             raise FailedPrecondition(
                 f"cannot remove {quote(record.info.name)}:"
-                f" something is mounted in it on {_enumerated(names)}, unmount that first"
+                f" something is mounted in it on {enumerated(names)}, unmount that first"
             )
 
     def _recover(self) -> None:
@@ -385,7 +414,7 @@ class Mounter:
             try:
                 mounts.restore(entry, read_only=line.read_only)
             except OSError as error:
-                log.warning("%s may not be as it was mounted: %s", _path(entry.target), error)
+                log.warning("%s may not be as it was mounted: %s", quote_path(entry.target), error)
         for line in lines:
             if line.boot != self._boot:
                 if line.lifetime is Lifetime.CLIENT:
@@ -423,7 +452,7 @@ class Mounter:
                 "%s cannot be mounted on %s again (%s): mend that and restart the service,"
                 " or unmount it",
                 quote(line.key),
-                _path(line.target),
+                quote_path(line.target),
                 error,
             )
 
@@ -447,49 +476,9 @@ def _is_read_only(record: Record, read_only: bool | None) -> bool:
     return record.info.kind is Kind.VIEW or bool(read_only)
 
 
-def _path(path: str) -> str:
-    return quote(path, most=4096)
-
-
 def _thaw(entries: Sequence[Entry]) -> None:
     for entry in entries:
         try:
             mounts.make_read_only(entry, read_only=False)
         except OSError as error:
-            log.warning("%s stays read-only: %s", _path(entry.target), error)
-
-
-def _not_frozen(key: str, entry: Entry, error: OSError) -> SnapdError:
-    target = _path(entry.target)
-    if error.errno == errno.EBUSY:
-        writers = _named(mounts.users(entry, writing=True)) or "somebody"
-        return FailedPrecondition(
-            f"cannot commit {quote(key)}: {writers} has a file open for writing on {target},"
-            " close it first"
-        )
-    if error.errno == errno.ESTALE:
-        return FailedPrecondition(
-            f"cannot commit {quote(key)}: it is mounted on {target} with something else over it,"
-            " unmount that first"
-        )
-    return DataLoss(f"cannot commit {quote(key)}: {target} cannot be made read-only ({error})")
-
-
-def _in_use(entry: Entry) -> str:
-    """Say who uses a mount, and what to do."""
-    if inside := Table.read().on(entry):
-        return f"unmount {_enumerated([other.target for other in inside])} first"
-    processes = _named(mounts.users(entry))
-    return f"it is in use by {processes or 'something that is no process'}, end that first"
-
-
-def _named(processes: Sequence[tuple[int, str]]) -> str:
-    names = [f"{name} (pid {pid})" for pid, name in processes[:_NAMED]]
-    more = len(processes) - _NAMED
-    return ", ".join(names) + (f" and {more} more" if more > 0 else "")
-
-
-def _enumerated(targets: Sequence[str]) -> str:
-    names = [_path(target) for target in dict.fromkeys(targets)]
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+            log.warning("%s stays read-only: %s", quote_path(entry.target), error)
