@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +44,16 @@ _CONFIGURATION = """
   <policy user="root">
     <allow own="org.snapdnative1"/>
   </policy>
+  {more}
 </busconfig>
 """
 
 
 @contextmanager
-def private_bus() -> Iterator[str]:
+def private_bus(policies: Sequence[Path] = ()) -> Iterator[str]:
     """Run a dbus-daemon that everybody on the machine may connect to; yield its address.
+
+    ``policies`` are files with the rules for other services on it.
 
     Raises:
         Unavailable: there is no dbus-daemon on this machine.
@@ -62,7 +65,8 @@ def private_bus() -> Iterator[str]:
         directory.chmod(0o755)
         path = directory / "socket"
         configuration = directory / "bus.conf"
-        configuration.write_text(_CONFIGURATION.format(socket=path).strip())
+        more = "".join(f"<include>{policy}</include>" for policy in policies)
+        configuration.write_text(_CONFIGURATION.format(socket=path, more=more).strip())
         reader, writer = os.pipe()
         log = directory / "log"
         try:

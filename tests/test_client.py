@@ -24,6 +24,7 @@ from snapd_native.wire.names import error_from, error_name
 from tests import service as running
 from tests.filesystems import FileSystem, scratch_on
 from tests.service import (
+    NOBODY,
     PATIENCE,
     committed,
     committed_big,
@@ -281,6 +282,16 @@ def test_a_bus_that_hangs_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         with refused(Unavailable, "does not answer"), BlockingClient():
             pass
         thread.join()
+
+
+def test_a_bus_that_does_not_believe_who_one_is(on_bus: str) -> None:
+    """The bus sees the effective uid, and is told the real one."""
+    os.seteuid(NOBODY)
+    try:
+        with refused(Unavailable, "does not answer"), BlockingClient():
+            pass
+    finally:
+        os.seteuid(0)
 
 
 def test_a_client_out_of_its_block(on_bus: str) -> None:

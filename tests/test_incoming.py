@@ -35,11 +35,11 @@ class Wire:
 
     def read(self) -> object:
         """Return the next message, or None if it has not come as a whole."""
-        reader = Reader(self._stream)
+        reader = Reader(self._stream, lambda _: False)
         return reader.unmarshall()
 
     def reader(self) -> Reader:
-        return Reader(self._stream)
+        return Reader(self._stream, lambda _: False)
 
     def close(self) -> None:
         self.far.close()

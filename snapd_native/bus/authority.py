@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections import Counter, defaultdict
+from collections.abc import Coroutine, Mapping
 from enum import StrEnum
 from typing import Any, Protocol
 
-from snapd_native.errors import AccessDenied, SnapdError
+from snapd_native.bus.incoming import Call
+from snapd_native.bus.polkit import Bus, Polkit, Verdict
+from snapd_native.errors import (
+    AccessDenied,
+    InteractiveAuthorizationRequired,
+    ResourceExhausted,
+    SnapdError,
+)
 from snapd_native.wire.values import Body
+
+MAX_QUESTIONS = 16
+"""Questions to polkit about one uid that may be open at once; a person may take his time."""
 
 
 class Action(StrEnum):
@@ -19,38 +30,64 @@ class Action(StrEnum):
     MOUNT = "org.snapdnative1.mount"
 
 
-class Driver(Protocol):
-    """The part of a connection that asks the bus itself."""
+class Driver(Bus, Protocol):
+    """The part of a connection that asks the bus itself, and others on it."""
 
     def ask_driver(self, member: str, signature: str, body: Body) -> Coroutine[Any, Any, Body]:
         """Call a method of the bus."""
 
 
 class Authority:
-    """Judges callers: uid 0 may do everything, nobody else anything."""
+    """Judges callers: uid 0 may do everything, others what polkit says."""
 
     def __init__(self, bus: Driver) -> None:
         self._bus = bus
+        self._polkit = Polkit(bus)
         self._uids: dict[str, asyncio.Future[Body]] = {}
+        self._questions: defaultdict[str, set[asyncio.Task[Verdict]]] = defaultdict(set)
+        self._open: Counter[int] = Counter()
 
-    async def check(self, sender: str, action: Action, member: str) -> int:
-        """Return the uid of the connection ``sender``, which may do ``action`` by ``member``.
+    async def check(
+        self, call: Call, action: Action, details: Mapping[str, str] | None = None
+    ) -> int:
+        """Return the uid of whoever makes ``call``, if it may do ``action``.
+
+        A person who is asked is shown ``details``.
 
         Raises:
             AccessDenied: it may not, or is gone.
+            InteractiveAuthorizationRequired: it may once a person has agreed, who can be asked only
+                if the call allows that.
+            ResourceExhausted: too many questions about that uid are open.
         """
-        uid = await self.uid(sender)
-        if uid != 0:
-            raise AccessDenied(f"uid {uid} may not call {member} ({action.value}): call it as root")
-        return uid
+        uid = await self.uid(call.sender)
+        verdict = Verdict.ALLOWED if uid == 0 else await self._ask(uid, call, action, details or {})
+        if verdict is Verdict.ALLOWED:
+            return uid
+        if verdict is Verdict.CHALLENGE and not call.may_ask:
+            raise InteractiveAuthorizationRequired(
+                f"uid {uid} may call {call.member} ({action.value}) once a person has agreed:"
+                " allow interactive authorization, or call it as root"
+            )
+        raise AccessDenied(
+            f"uid {uid} may not call {call.member} ({action.value}): call it as root,"
+            " or have polkit allow it"
+        )
 
     def knows(self, sender: str) -> bool:
         """Tell whether a connection that was checked is still there."""
         return sender in self._uids
 
     def forget(self, sender: str) -> None:
-        """Drop what is known of a connection that has left the bus."""
+        """Drop what is known of a connection that has left the bus, and what is asked about it."""
         self._uids.pop(sender, None)
+        for question in self._questions.pop(sender, ()):
+            question.cancel()
+
+    def close(self) -> None:
+        """Deny whatever is still asked."""
+        for sender in list(self._questions):
+            self.forget(sender)
 
     async def uid(self, sender: str) -> int:
         """Return the uid of the connection ``sender``.
@@ -70,3 +107,22 @@ class Authority:
             self.forget(sender)
             raise AccessDenied("the caller cannot be identified: call again") from None
         return int(uid)
+
+    async def _ask(
+        self, uid: int, call: Call, action: Action, details: Mapping[str, str]
+    ) -> Verdict:
+        if self._open[uid] >= MAX_QUESTIONS:
+            raise ResourceExhausted(
+                f"{MAX_QUESTIONS} calls of uid {uid} wait for an authorization: let some end first"
+            )
+        judging = self._polkit.judge(call.sender, action.value, details, call.may_ask)
+        question = asyncio.get_running_loop().create_task(judging)
+        self._open[uid] += 1
+        self._questions[call.sender].add(question)
+        await asyncio.wait({question})
+        self._open[uid] -= 1
+        questions = self._questions.get(call.sender, set())
+        questions.discard(question)
+        if not questions:
+            self._questions.pop(call.sender, None)
+        return Verdict.DENIED if question.cancelled() else question.result()

@@ -48,7 +48,7 @@ class ServiceConnection(Connection):
 
     def _create_unmarshaller(self) -> Reader:
         # Without room for them, the kernel drops file descriptors that strangers send.
-        return Reader(self._stream)
+        return Reader(self._stream, self._method_return_handlers.__contains__)
 
     def _on_message(self, message: Call | Message | Ignored) -> None:
         if isinstance(message, Call):

@@ -87,8 +87,9 @@ class Dispatcher:
         self._emit(OBJECT_PATH, MANAGER, *signal(change))
 
     def refuse(self) -> None:
-        """From now on, answer every call with Unavailable."""
+        """From now on, answer every call with Unavailable, and wait for no person."""
         self._stopping = True
+        self._authority.close()
 
     async def finish(self, seconds: float | None) -> bool:
         """Wait until all calls are answered, or ``seconds`` are over; tell whether they are."""
@@ -127,10 +128,10 @@ class Dispatcher:
             case names.PEER | names.INTROSPECTABLE:
                 return result(call, *self._standard(call), serial)
             case names.PROPERTIES:
-                await self._authority.check(call.sender, Action.READ, call.member)
+                await self._authority.check(call, Action.READ)
                 return result(call, *self._property(call), serial)
             case names.JOB:
-                await self._authority.check(call.sender, Action.MANAGE, call.member)
+                await self._authority.check(call, Action.MANAGE)
                 check_signature(call, _JOB)
                 await self._jobs.get(call.path).cancel()
                 return result(call, "", [], serial)
@@ -171,13 +172,23 @@ class Dispatcher:
         Raises:
             AccessDenied: it may not.
         """
-        if method.user is not None and call.signature == self._shape.methods[call.member][0]:
-            uid, user = await self._authority.uid(call.sender), method.user
-            if uid != 0 and uid == await self._lanes.run(
-                method.lane, lambda: user(*call.arguments())
+        uid = await self._authority.uid(call.sender)
+        if uid == 0:
+            return uid
+        details: dict[str, str] = {}
+        if call.signature == self._shape.methods[call.member][0]:
+            arguments = await self._lanes.run(method.lane, call.arguments)
+            names = self._shape.arguments[call.member]
+            details = {
+                name: value
+                for name, value in zip(names, arguments, strict=True)
+                if isinstance(value, str)
+            }
+            if (user := method.user) and uid == await self._lanes.run(
+                method.lane, partial(user, *arguments)
             ):
                 return uid
-        return await self._authority.check(call.sender, method.action, call.member)
+        return await self._authority.check(call, method.action, details)
 
     def _owner(self, sender: str) -> str:
         # Unique names begin anew when the bus does.

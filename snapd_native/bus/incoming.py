@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ MAX_SIGNATURES = 1000
 
 _END = io.BytesIO()
 _HEADER = SignatureTree("a(yv)").types[0]
-_PATH, _INTERFACE, _MEMBER, _SENDER, _SIGNATURE = 1, 2, 3, 7, 8
+_PATH, _INTERFACE, _MEMBER, _REPLY_SERIAL, _SENDER, _SIGNATURE = 1, 2, 3, 5, 7, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,11 @@ class Ignored:
 class Reader(Unmarshaller):
     """Reads one message: a `Call`, the bus's own signals and replies as `Message`, or `Ignored`."""
 
+    def __init__(self, stream: io.BufferedIOBase, awaits: Callable[[int], bool]) -> None:
+        """Let replies pass to those calls, by their serials, of which ``awaits`` is true."""
+        super().__init__(stream)
+        self._awaits = awaits
+
     def _unmarshall(self) -> None:
         self.offset = 0
         self.read(16, prefetch=True)
@@ -128,8 +134,12 @@ class Reader(Unmarshaller):
                 payload=bytes(self.buf[body:]) if body_length <= MAX_CALL else b"",
                 endian=endian,
             )
-        # Only the bus itself is asked anything, or listened to.
-        if sender != DRIVER or type_ not in {kind.value for kind in MessageType}:
+        # Nobody but the bus itself is listened to. Who else answers was asked: the bus passes on no
+        # reply that nobody waits for.
+        is_reply = type_ in (MessageType.METHOD_RETURN.value, MessageType.ERROR.value)
+        if sender != DRIVER and not (is_reply and self._awaits(fields.get(_REPLY_SERIAL, 0))):
+            return Ignored()
+        if type_ not in {kind.value for kind in MessageType}:
             return Ignored()
         self.message = None
         super()._unmarshall()

@@ -64,6 +64,8 @@ class Shape:
 
     methods: dict[str, tuple[str, str]]
     """In and out."""
+    arguments: dict[str, list[str]]
+    """The names of what goes in."""
     signals: dict[str, str]
     properties: dict[str, str]
 
@@ -115,6 +117,12 @@ def _shape(interface: ElementTree.Element) -> Shape:
     return Shape(
         methods={
             method.attrib["name"]: (_signature(method, "in"), _signature(method, "out"))
+            for method in interface.iter("method")
+        },
+        arguments={
+            method.attrib["name"]: [
+                arg.attrib["name"] for arg in method.iter("arg") if arg.get("direction") == "in"
+            ]
             for method in interface.iter("method")
         },
         signals={

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from dbus_next.aio.message_bus import MessageBus, _MessageWriter
 from dbus_next.constants import BusType, MessageFlag, MessageType
-from dbus_next.errors import DBusError, SignatureBodyMismatchError
+from dbus_next.errors import AuthError, DBusError, SignatureBodyMismatchError
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
@@ -50,7 +50,7 @@ class Connection(MessageBus):
         """
         try:
             await asyncio.wait_for(self.connect(), CONNECT_SECONDS)
-        except (OSError, EOFError, TimeoutError) as error:
+        except (OSError, EOFError, TimeoutError, AuthError) as error:
             self._finalize()
             raise Unavailable(f"the system bus does not answer ({error}): restart dbus") from None
 

@@ -1,0 +1,84 @@
+"""polkit, which knows what users may do; see its interface org.freedesktop.PolicyKit1.Authority."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping
+from enum import Enum
+from itertools import count
+from typing import Any, Protocol
+
+from dbus_next.signature import Variant
+
+from snapd_native.errors import SnapdError
+from snapd_native.wire.values import Body
+
+NAME = "org.freedesktop.PolicyKit1"
+_PATH = "/org/freedesktop/PolicyKit1/Authority"
+_INTERFACE = "org.freedesktop.PolicyKit1.Authority"
+_ALLOW_USER_INTERACTION = 1
+
+
+class Verdict(Enum):
+    """What polkit says."""
+
+    ALLOWED = "allowed"
+    DENIED = "denied"
+    CHALLENGE = "challenge"
+    """It would be allowed after a person has agreed."""
+
+
+class Bus(Protocol):
+    """The part of a connection that calls another service."""
+
+    def request(
+        self,
+        destination: str,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str = "",
+        body: Body | None = None,
+    ) -> Coroutine[Any, Any, Body]:
+        """Call a method, and return what it answers."""
+
+
+class Polkit:
+    """Asks polkit."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._questions = count(1)
+
+    async def judge(
+        self, sender: str, action: str, details: Mapping[str, str], may_ask: bool
+    ) -> Verdict:
+        """Tell whether the connection ``sender`` may do ``action``.
+
+        Where a person is to be asked and ``may_ask``, that is waited for; who cancels this ends the
+        question. Without polkit, or without an answer, it is denied.
+        """
+        subject = ["system-bus-name", {"name": Variant("s", sender)}]
+        flags = _ALLOW_USER_INTERACTION if may_ask else 0
+        question = f"snapd-native-{next(self._questions)}"
+        body = [subject, action, dict(details), flags, question]
+        try:
+            answer = await self._call("CheckAuthorization", "(sa{sv})sa{ss}us", body)
+        except asyncio.CancelledError:
+            await self._give_up(question)
+            raise
+        except SnapdError:
+            return Verdict.DENIED
+        ((allowed, challenge, _),) = answer
+        if allowed:
+            return Verdict.ALLOWED
+        return Verdict.CHALLENGE if challenge else Verdict.DENIED
+
+    async def _give_up(self, question: str) -> None:
+        try:
+            await self._call("CancelCheckAuthorization", "s", [question])
+        except SnapdError:
+            return  # It has just been answered.
+
+    def _call(self, member: str, signature: str, body: Body) -> Coroutine[Any, Any, Body]:
+        return self._bus.request(NAME, _PATH, _INTERFACE, member, signature, body)

@@ -1,0 +1,301 @@
+"""What others than root may do: what a real polkit says, asked before anything else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from snapd_native.bus.authority import MAX_QUESTIONS
+from snapd_native.client import BlockingClient
+from snapd_native.errors import AccessDenied, InteractiveAuthorizationRequired, ResourceExhausted
+from snapd_native.private import private_bus
+from snapd_native.wire.names import BUS_NAME, MANAGER, OBJECT_PATH, error_from
+from snapd_native.wire.values import Body
+from tests.filesystems import on_ext4
+from tests.mounting import below, place
+from tests.polkit import POLICY, polkitd
+from tests.service import NOBODY, PATIENCE, Service, as_user, connection, everything, serving
+
+pytestmark = on_ext4
+
+RULES = """
+polkit.addRule(function(action, subject) {
+    if (action.id.indexOf("org.snapdnative1.") != 0) return;
+    var what = action.id.split(".").pop();
+    if (subject.user == "nobody")
+        return {read: polkit.Result.YES, manage: polkit.Result.AUTH_ADMIN,
+                mount: polkit.Result.NO}[what];
+    if (subject.user == "daemon") {
+        if (action.lookup("key") == "forbidden" || action.lookup("target") == "/forbidden")
+            return polkit.Result.NO;
+        // Mount names a key, Unmount does not.
+        if (what == "mount" && !action.lookup("key")) return polkit.Result.NO;
+        return polkit.Result.YES;
+    }
+});
+"""
+
+DAEMON, BIN = 1, 2
+"""Users that every Debian has: one whom the rules allow, and one they do not know."""
+
+READS = [
+    ("Stat", "s", "base"),
+    ("Usage", "s", "base"),
+    ("Mounts", "s", "work"),
+    ("Standby", "s", "base"),
+    ("List", "asa{sv}", "0", "0"),
+    ("ListMounts", "s", ""),
+    ("ListJobs",),
+]
+CHANGES = [
+    ("Prepare", "ssa{sv}", "new", "", "0"),
+    ("View", "ssa{sv}", "new", "base", "0"),
+    ("Commit", "ssa{sv}", "new", "work", "0"),
+    ("Update", "sa{ss}as", "base", "0", "0"),
+    ("Remove", "sa{sv}", "work", "0"),
+    ("Cleanup", "a{sv}", "0"),
+    ("PrepareJob", "ssa{sv}", "new", "", "0"),
+    ("CommitJob", "ssa{sv}", "new", "work", "0"),
+]
+MOUNTS = [
+    ("Mount", "ssa{sv}", "work", "", "0"),
+    ("Unmount", "sa{sv}", "/none", "0"),
+    ("OpenTree", "sa{sv}", "work", "0"),
+]
+"""Calls as busctl has them."""
+
+CHALLENGED = "once a person has agreed"
+DENIED = "Access denied"
+"""What busctl says."""
+
+Call = tuple[str, ...]
+Polkit = tuple[Service, "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def polkit(scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Polkit]:
+    """Run a service with `base`, which is committed, and `work`, beside polkit."""
+    tmp_path.chmod(0o755)
+    with private_bus([POLICY]) as address, polkitd(address, RULES, tmp_path) as process:
+        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
+        with serving(address, scratch / "state") as service:
+            with BlockingClient() as client:
+                client.prepare("making")
+                client.commit("base", "making")
+                client.prepare("work", "base")
+            yield service, process
+
+
+@pytest.fixture
+def service(polkit: Polkit) -> Service:
+    return polkit[0]
+
+
+@contextmanager
+def unchanged(service: Service) -> Iterator[None]:
+    with BlockingClient() as client:
+        before = everything(client, service), client.list_mounts()
+        yield
+        assert (everything(client, service), client.list_mounts()) == before
+
+
+def refused(service: Service, call: Call, user: int, ask: bool = False) -> str:
+    """Call, with or without leave to ask a person; return what busctl says of that."""
+    leave = "yes" if ask else "no"
+    done = service.busctl(
+        f"--allow-interactive-authorization={leave}",
+        *("call", BUS_NAME, OBJECT_PATH, MANAGER, *call),
+        user=user,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    return done.stderr
+
+
+def test_each_action_is_judged(service: Service) -> None:
+    with unchanged(service):
+        for call in READS:
+            assert service.call(*call, user=NOBODY).returncode == 0
+        for call in CHANGES:
+            assert CHALLENGED in refused(service, call, NOBODY), call
+            # There is nobody who could be asked.
+            assert DENIED in refused(service, call, NOBODY, ask=True), call
+        for call in MOUNTS:
+            assert DENIED in refused(service, call, NOBODY), call
+        version = ("get-property", BUS_NAME, OBJECT_PATH, MANAGER, "Version")
+        assert service.busctl(*version, user=NOBODY).returncode == 0
+
+
+def test_the_errors_are_those_of_the_contract(service: Service) -> None:
+    error = error_from(*service.dbus_send("Update", "int32:1", user=NOBODY))
+    assert isinstance(error, InteractiveAuthorizationRequired)
+    assert "allow interactive authorization" in error.message
+    error = error_from(*service.dbus_send("Mount", "int32:1", user=NOBODY))
+    assert isinstance(error, AccessDenied)
+    assert f"uid {NOBODY} may not call Mount (org.snapdnative1.mount)" in error.message
+
+
+def test_by_default_a_person_has_to_agree(service: Service) -> None:
+    """Nobody here has a session, let alone an active one."""
+    with unchanged(service):
+        for call in (*READS, *CHANGES, *MOUNTS):
+            assert CHALLENGED in refused(service, call, BIN), call
+            assert DENIED in refused(service, call, BIN, ask=True), call
+
+
+def test_who_is_allowed_does_as_root_does(service: Service, places: Path) -> None:
+    here = str(place(places))
+    for call in (
+        ("Prepare", "ssa{sv}", "mine", "base", "0"),
+        ("Mount", "ssa{sv}", "mine", here, "0"),
+        ("ListMounts", "s", ""),
+        ("OpenTree", "sa{sv}", "mine", "0"),
+        ("Unmount", "sa{sv}", here, "0"),
+        ("Commit", "ssa{sv}", "ours", "mine", "0"),
+        ("View", "ssa{sv}", "look", "ours", "0"),
+        ("Remove", "sa{sv}", "look", "0"),
+        ("Cleanup", "a{sv}", "0"),
+    ):
+        done = service.call(*call, user=DAEMON)
+        assert done.returncode == 0, done.stderr
+        if call[0] == "ListMounts":
+            assert done.stdout == f'a(ssbsu) 1 "{here}" "mine" false "persistent" {DAEMON}\n'
+    with BlockingClient() as client:
+        assert [info.name for info in client.list()] == ["base", "ours", "work"]
+
+
+def test_polkit_is_told_what_it_is_about(service: Service) -> None:
+    with unchanged(service):
+        for call in (
+            ("Prepare", "ssa{sv}", "forbidden", "", "0"),
+            ("Mount", "ssa{sv}", "work", "/forbidden", "0"),
+            ("Stat", "s", "forbidden"),
+        ):
+            assert DENIED in refused(service, call, DAEMON), call
+
+
+def test_who_mounted_may_unmount(service: Service, places: Path) -> None:
+    """The rules deny every Unmount."""
+    mine, other = str(place(places)), str(place(places, "other"))
+    with BlockingClient() as client:
+        client.mount("work", other)
+    assert service.call("Mount", "ssa{sv}", "work", mine, "0", user=DAEMON).returncode == 0
+    for user, target in ((NOBODY, mine), (NOBODY, other), (DAEMON, other), (DAEMON, "/none")):
+        assert DENIED in refused(service, ("Unmount", "sa{sv}", target, "0"), user)
+    assert service.call("Unmount", "sa{sv}", mine, "0", user=DAEMON).returncode == 0
+    assert below(places) == [other]
+
+
+def test_authorization_comes_before_arguments_and_state(service: Service) -> None:
+    """Who is not allowed learns neither what is wrong with a call, nor what there is."""
+    calls: list[Call] = [
+        ("Remove", "sa{sv}", "work", "0"),
+        ("Remove", "sa{sv}", "none", "0"),
+        ("Remove", "sa{sv}", "", "0"),
+        ("Remove", "sa{sv}", "work", "1", "no", "s", "such"),
+        ("Remove", "i", "1"),
+        ("Remove",),
+    ]
+    (sentence,) = {refused(service, call, NOBODY) for call in calls}
+    assert CHALLENGED in sentence
+
+
+def test_without_an_answer_nobody_but_root_may(polkit: Polkit) -> None:
+    service, process = polkit
+    process.terminate()
+    process.wait(PATIENCE)
+    with unchanged(service):
+        for call in (*READS, *CHANGES, *MOUNTS):
+            assert DENIED in refused(service, call, DAEMON)
+
+
+@contextmanager
+def asked(service: Service, process: subprocess.Popen[str], times: int) -> Iterator[None]:
+    """Have polkit take its time with some calls of NOBODY."""
+    os.kill(process.pid, signal.SIGSTOP)
+    calls = [
+        subprocess.Popen(
+            [
+                *(*as_user(NOBODY), "busctl", f"--address={service.address}"),
+                *("call", BUS_NAME, OBJECT_PATH, MANAGER, "Stat", "s", "base"),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for _ in range(times)
+    ]
+    try:
+        yield
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+        for call in calls:
+            call.kill()
+            call.wait()
+
+
+def test_others_do_not_wait_for_polkit(polkit: Polkit) -> None:
+    service, process = polkit
+    with asked(service, process, 3), BlockingClient() as client:
+        assert client.stat("base").name == "base"
+        client.remove("work")
+    assert service.call("Stat", "s", "base", user=NOBODY).returncode == 0
+
+
+@contextmanager
+def as_other(uid: int) -> Iterator[None]:
+    """Be another user for a while, to the bus too."""
+    os.setresuid(uid, uid, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+def test_questions_are_bounded(polkit: Polkit) -> None:
+    _, process = polkit
+
+    async def flood() -> list[BaseException | Body]:
+        with as_other(NOBODY):
+            bus = connection()
+            await bus.open()
+        try:
+            asking = [
+                asyncio.ensure_future(
+                    bus.request(BUS_NAME, OBJECT_PATH, MANAGER, "Stat", "s", ["base"])
+                )
+                for _ in range(MAX_QUESTIONS + 5)
+            ]
+            await asyncio.wait(asking, return_when=asyncio.FIRST_EXCEPTION)
+            os.kill(process.pid, signal.SIGCONT)
+            return await asyncio.gather(*asking, return_exceptions=True)
+        finally:
+            bus.disconnect()
+
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        outcomes = asyncio.run(asyncio.wait_for(flood(), PATIENCE))
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+    refusals = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    assert {type(refusal) for refusal in refusals} == {ResourceExhausted}
+    assert len(outcomes) - len(refusals) >= MAX_QUESTIONS
+
+
+def test_the_end_does_not_wait_for_polkit(polkit: Polkit) -> None:
+    service, process = polkit
+    with asked(service, process, 3):
+        assert service.daemon.stop() == 0
+
+
+def test_a_question_ends_with_its_caller(polkit: Polkit) -> None:
+    service, process = polkit
+    for _ in range(3):
+        with asked(service, process, MAX_QUESTIONS):
+            pass
+    assert service.call("Stat", "s", "base", user=NOBODY).returncode == 0
