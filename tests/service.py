@@ -60,7 +60,10 @@ class Service:
     def descriptors(self) -> list[str]:
         """List what the daemon has open, but for the database, which has a connection a reader."""
         directory = Path(f"/proc/{self.pid}/fd")
-        found = (os.readlink(entry) for entry in directory.iterdir())
+        found = []
+        for entry in directory.iterdir():
+            with suppress(FileNotFoundError):
+                found.append(os.readlink(entry))
         return sorted(path for path in found if "metadata.db" not in path)
 
     def busctl(self, *arguments: str, user: int = 0) -> subprocess.CompletedProcess[str]:

@@ -51,6 +51,7 @@ class ServiceConnection(Connection):
         return Reader(self._stream, self._method_return_handlers.__contains__)
 
     def _on_message(self, message: Call | Message | Ignored) -> None:
+        self._unmarshaller.message = None
         if isinstance(message, Call):
             self._on_call(message)
         elif isinstance(message, Message):

@@ -19,7 +19,7 @@ from dbus_next.signature import Variant
 
 from snapd_native.bus.authority import Action, Authority
 from snapd_native.bus.connection import ServiceConnection, close
-from snapd_native.bus.incoming import Call
+from snapd_native.bus.incoming import MAX_TEXT, Call
 from snapd_native.bus.introspection import contract, document, shapes
 from snapd_native.bus.jobs import Jobs
 from snapd_native.bus.lanes import Lane, Lanes
@@ -145,50 +145,47 @@ class Dispatcher:
                 f"{ERROR}UnknownMethod",
                 f"{MANAGER} has no method {call.member}: introspect it to see which there are",
             )
-        uid = await self._authorised(call, method)
+        caller = await self._authorised(call, method)
         if self._stopping:
             raise Unavailable(f"{call.member} cannot be called: the service is stopping")
         takes, returns = self._shape.methods[call.member]
 
-        caller = [Caller(uid, self._owner(call.sender))] if method.lane is Lane.MOUNT else []
+        extra = [caller] if method.lane is Lane.MOUNT else []
 
         def run() -> Answer:
             try:
-                return result(call, returns, _perform(call, method, takes, *caller), serial)
+                return result(call, returns, _perform(call, method, takes, *extra), serial)
             except Exception as error:
                 return failure(call, error, serial)
 
         if method.lane is Lane.TREE:
-            return result(call, returns, await self._work(call, method, takes, uid), serial)
+            return result(call, returns, await self._work(call, method, takes, caller.uid), serial)
         answer = await self._lanes.run(method.lane, run)
-        if caller and not self._authority.knows(call.sender):
+        if extra and not self._authority.knows(call.sender):
             # It has left since; nobody else will think of what was mounted for it.
-            self._snapshotter.release(caller[0].owner)
+            self._snapshotter.release(caller.owner)
         return answer
 
-    async def _authorised(self, call: Call, method: Method) -> int:
-        """Return the caller's uid, if it may call the method.
+    async def _authorised(self, call: Call, method: Method) -> Caller:
+        """Return who calls, if he may call the method.
 
         Raises:
-            AccessDenied: it may not.
+            AccessDenied: he may not.
         """
-        uid = await self._authority.uid(call.sender)
+        uid, owner = await self._authority.uid(call.sender), self._owner(call.sender)
         if uid == 0:
-            return uid
+            return Caller(uid, owner)
         details: dict[str, str] = {}
         if call.signature == self._shape.methods[call.member][0]:
-            arguments = await self._lanes.run(method.lane, call.arguments)
+            texts = call.texts()
             names = self._shape.arguments[call.member]
-            details = {
-                name: value
-                for name, value in zip(names, arguments, strict=True)
-                if isinstance(value, str)
-            }
-            if (user := method.user) and uid == await self._lanes.run(
-                method.lane, partial(user, *arguments)
-            ):
-                return uid
-        return await self._authority.check(call, method.action, details)
+            details = {name: text[:MAX_TEXT] for name, text in zip(names, texts, strict=False)}
+            if texts and method.user is not None:
+                user = await self._lanes.run(Lane.USER, partial(method.user, *texts))
+                if uid == user:
+                    return Caller(uid, owner, only_own=True)
+        await self._authority.check(call, method.action, details)
+        return Caller(uid, owner)
 
     def _owner(self, sender: str) -> str:
         # Unique names begin anew when the bus does.

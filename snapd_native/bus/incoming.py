@@ -31,7 +31,11 @@ MAX_CALL = 4 << 20
 MAX_SIGNATURES = 1000
 """Signatures that are remembered."""
 
+MAX_TEXT = 4096
+"""Characters of a text that a person or a rule is shown."""
+
 _END = io.BytesIO()
+_TEXT = SignatureTree("s").types[0]
 _HEADER = SignatureTree("a(yv)").types[0]
 _PATH, _INTERFACE, _MEMBER, _REPLY_SERIAL, _SENDER, _SIGNATURE = 1, 2, 3, 5, 7, 8
 
@@ -62,6 +66,14 @@ class Call:
         """Whether a person may be asked for the caller's authorisation."""
         return bool(self.flags & MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION)
 
+    def texts(self) -> list[str]:
+        """Parse no more than the texts that the body begins with; of a body too large none."""
+        if self.size > MAX_CALL:
+            return []
+        parser = self._parser()
+        count = len(self.signature) - len(self.signature.lstrip("s"))
+        return [parser.read_argument(_TEXT) for _ in range(count)]
+
     def arguments(self) -> Body:
         """Parse the body.
 
@@ -72,10 +84,14 @@ class Call:
             raise InvalidArgument(
                 f"the call of {self.member} has {self.size} bytes: at most {MAX_CALL} are allowed"
             )
+        parser = self._parser()
+        return [parser.read_argument(t) for t in SignatureTree(self.signature).types]
+
+    def _parser(self) -> Unmarshaller:
         parser = Unmarshaller(None)
         parser.buf = bytearray(self.payload)
         parser.endian = self.endian
-        return [parser.read_argument(t) for t in SignatureTree(self.signature).types]
+        return parser
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ class Lane(Enum):
     """Answered from the metastore too, but perhaps from all of it."""
     CHANGE = (4, 512)
     """One short transaction."""
+    USER = (1, 64)
+    """Whose something is, before anybody knows whether the caller may ask."""
     MOUNT = (8, 256)
     """One change of the host's mounts, or an answer from them."""
     TREE = (64, 64)

@@ -31,6 +31,8 @@ class Caller:
     uid: int
     owner: str
     """Its connection, told from all that there were before on any bus."""
+    only_own: bool = False
+    """Whether it has no rights but on what is its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class Method:
     returns_job: bool = False
     """Whether the caller gets the job's path as soon as that has begun."""
     user: Callable[..., int | None] | None = None
-    """Takes the call's arguments, and returns the uid that may call it so without more rights."""
+    """Takes the texts that the arguments begin with, and returns whose that is: he may call it."""
 
 
 class Manager:
@@ -134,11 +136,12 @@ class Manager:
             )
         ]
 
-    def _unmount(self, _: Caller, target: str, options: Options) -> Body:
-        self._snapshotter.unmount(target, **unpack(options, lazy="b"))
+    def _unmount(self, caller: Caller, target: str, options: Options) -> Body:
+        given = unpack(options, lazy="b")
+        self._snapshotter.unmount(target, **given, uid=caller.uid if caller.only_own else None)
         return []
 
-    def _mounter(self, target: str, _: Options) -> int | None:
+    def _mounter(self, target: str) -> int | None:
         return self._snapshotter.mounter(target)
 
     def _list_mounts(self, _: Caller, key: str) -> Body:

@@ -363,15 +363,18 @@ class Snapshotter:
         check_name(key)
         return self._mounter.mount(key, target, read_only, lifetime, uid, owner)
 
-    def unmount(self, target: str, lazy: bool = False) -> None:
+    def unmount(self, target: str, lazy: bool = False, uid: int | None = None) -> None:
         """Take away what `mount` has mounted on ``target``, if ``lazy`` also while it is in use.
 
+        With ``uid`` only what was mounted for that one.
+
         Raises:
+            AccessDenied: it was mounted for another.
             InvalidArgument: the target is relative.
             NotFound: nothing of the service is mounted there.
             FailedPrecondition: it is in use, or something else is mounted over it.
         """
-        self._mounter.unmount(target, lazy)
+        self._mounter.unmount(target, lazy, uid)
 
     def list_mounts(self, key: str = "") -> Sequence[Mounted]:
         """Return what `mount` has mounted and still stands, of one snapshot or of all.

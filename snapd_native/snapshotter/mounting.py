@@ -14,6 +14,7 @@ from threading import Event, Lock
 
 from snapd_native import linux, mounts
 from snapd_native.errors import (
+    AccessDenied,
     AlreadyExists,
     FailedPrecondition,
     InvalidArgument,
@@ -91,10 +92,12 @@ class Mounter:
             self._mount(record, opened, read_only, lifetime, uid, owner)
             return opened.path
 
-    def unmount(self, target: str, lazy: bool) -> None:
+    def unmount(self, target: str, lazy: bool, uid: int | None) -> None:
         """Take away what was mounted on ``target``; if ``lazy``, also while it is in use."""
         with self._lock:
             line, entry = self._find(target)
+            if uid not in (None, line.uid):
+                raise AccessDenied(f"{quote_path(target)} is mounted for another: leave it alone")
             busy = entry is not None and not self._detached(line, entry, lazy)
             if not busy:
                 self._forget(line)

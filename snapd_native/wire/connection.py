@@ -159,14 +159,21 @@ class Connection(MessageBus):
             )
 
     def _on_message(self, message: Message) -> None:
-        # dbus-next would leave open what nobody asks for.
+        # dbus-next would leave open what nobody asks for. Its reader refers to itself, and would
+        # keep the message until a garbage collection.
         message.unix_fds = [_Passed(fd) for fd in message.unix_fds]  # type: ignore[misc]
+        self._unmarshaller.message = None
+        self._unmarshaller.unix_fds = []
         super()._on_message(message)
 
     def _finalize(self, err: Exception | None = None) -> None:
         if self._disconnected:
             return
         super()._finalize(err)
+        # Those of a message that has not come to its end.
+        for fd in self._unmarshaller.unix_fds:
+            os.close(fd)
+        self._unmarshaller.unix_fds = []
         # asyncio would complain of an error that nobody asks for.
         if not self._disconnect_future.cancelled():
             self._disconnect_future.exception()
