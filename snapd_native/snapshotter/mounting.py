@@ -55,7 +55,6 @@ class Mounter:
         self._boot = linux.boot_id()
         self._stopping = stopping
         self._lock = Lock()
-        self._owners = {line.owner for line in self._ledger.lines() if line.owner}
         self._loose: list[tuple[int, Entry]] = []
         self._blind = ""
         if mounts.hidden_from_host():
@@ -66,6 +65,7 @@ class Mounter:
             log.warning("%s", self._blind)
         else:
             self._recover()
+        self._owners = {line.owner for line in self._ledger.lines() if line.owner}
         self._releaser = Background("releaser", "what a client has left stays mounted")
 
     def close(self) -> None:

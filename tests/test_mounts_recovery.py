@@ -1,0 +1,300 @@
+"""Mounts over restarts of the service and of the machine, and after crashes at any step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from snapd_native import linux
+from snapd_native.errors import NotFound
+from snapd_native.model import Lifetime
+from snapd_native.mounts import Table
+from snapd_native.snapshotter import Snapshotter
+from tests.engines import PROJECT, WAIT, fill, names, opened
+from tests.mounting import below, by_hand, mounted_on, place, propagation, targets, tmpfs
+
+pytestmark = pytest.mark.usefixtures("places")
+
+
+def number(path: str | Path) -> int:
+    entry = mounted_on(path)
+    assert entry is not None
+    return entry.id
+
+
+@contextmanager
+def another_boot(monkeypatch: pytest.MonkeyPatch, scratch: Path) -> Iterator[None]:
+    """Have the machine restarted: nothing is mounted, and what lay in /run is gone."""
+    for target in reversed(below(scratch)):
+        subprocess.run(["umount", target], check=True)
+    run = scratch / "run" / "mounts"
+    if run.exists():
+        for directory in run.iterdir():
+            directory.rmdir()
+        run.rmdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(linux, "boot_id", lambda: "another boot")
+        yield
+
+
+def test_a_restart_changes_nothing(state: Path, places: Path) -> None:
+    made = [str(place(places, str(count))) for count in range(50)]
+    with opened(state) as engine:
+        fill(engine)
+        for target in made:
+            engine.mount("look", target)
+        made.append(engine.mount("work"))
+        before = engine.list_mounts()
+        numbers = [number(target) for target in made]
+    for _ in range(2):
+        with opened(state) as engine:
+            assert engine.list_mounts() == before
+            assert [number(target) for target in made] == numbers
+            assert sorted(below(state.parent)) == sorted(made)
+    with opened(state) as engine:
+        for target in made:
+            engine.unmount(target)
+        assert below(state.parent) == []
+
+
+def test_what_was_unmounted_meanwhile_is_forgotten(state: Path, places: Path) -> None:
+    here = str(place(places))
+    with opened(state) as engine:
+        fill(engine)
+        engine.mount("look", here)
+        own = engine.mount("work")
+    for target in (here, own):
+        subprocess.run(["umount", target], check=True)
+    with opened(state) as engine:
+        assert engine.list_mounts() == []
+        assert not Path(own).exists()
+        for key in ("look", "work"):
+            engine.remove(key)
+
+
+def test_what_took_the_place_of_a_mount_is_not_ours(state: Path, places: Path) -> None:
+    here = place(places)
+    with opened(state) as engine:
+        fill(engine)
+        engine.mount("look", str(here))
+    subprocess.run(["umount", str(here)], check=True)
+    with tmpfs(here), opened(state) as engine:
+        assert engine.list_mounts() == []
+        with pytest.raises(NotFound):
+            engine.unmount(str(here))
+
+
+def test_a_number_that_another_mount_has_got_is_not_ours(state: Path, places: Path) -> None:
+    here, there = place(places), place(places, "there")
+    with opened(state) as engine:
+        fill(engine)
+        engine.mount("look", str(here))
+        (line,) = engine._store.ledger.lines()
+        subprocess.run(["umount", str(here)], check=True)
+        with by_hand("--bind", engine.mounts("work").source, there):
+            # The number is given again sooner or later.
+            engine._store.ledger.made_again(line.id, line.boot, number(there))
+            assert engine.list_mounts() == []
+            assert mounted_on(there)
+
+
+def test_a_mount_that_was_moved_is_where_it_is_now(state: Path, places: Path) -> None:
+    # What is on a shared mount cannot be moved.
+    here, there = place(places), place(places, "there")
+    with by_hand("--bind", places, places):
+        subprocess.run(["mount", "--make-private", str(places)], check=True)
+        with opened(state) as engine:
+            fill(engine)
+            engine.mount("look", str(here))
+            subprocess.run(["mount", "--move", str(here), str(there)], check=True)
+            assert targets(engine) == [str(there)]
+        with opened(state) as engine:
+            assert targets(engine) == [str(there)]
+            engine.unmount(str(there))
+            assert mounted_on(there) is None
+
+
+def test_after_a_reboot_persistent_mounts_are_made_again(
+    state: Path, places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [str(place(places, name)) for name in ("look", "work", "ro", "client")]
+    with opened(state) as engine:
+        fill(engine)
+        engine.mount("look", made[0])
+        engine.mount("work", made[1])
+        engine.mount("work", made[2], read_only=True)
+        engine.mount("work", made[3], lifetime=Lifetime.CLIENT, owner="bus :1.1")
+        own = engine.mount("lone")
+        before = [mounted for mounted in engine.list_mounts() if mounted.target != made[3]]
+    with another_boot(monkeypatch, state.parent):
+        for _ in range(2):
+            with opened(state) as engine:
+                assert engine.list_mounts() == before
+                assert sorted(below(state.parent)) == sorted([*made[:3], own])
+                assert (Path(made[0]) / "file").read_text() == "base"
+                read_only = [bool((entry := mounted_on(t)) and entry.read_only) for t in made[:3]]
+                assert read_only == [True, False, True]
+                assert all(propagation(target) == [] for target in made[:3])
+                assert engine.owners() == frozenset()
+
+
+def test_what_cannot_be_made_again_is_kept_for_the_next_time(
+    state: Path,
+    places: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    here, there = place(places), place(places, "there")
+    with opened(state) as engine:
+        fill(engine)
+        engine.mount("look", str(here))
+        engine.mount("work", str(there))
+    with another_boot(monkeypatch, state.parent):
+        for path in (here, there):
+            path.rmdir()
+        with opened(state) as engine:
+            assert engine.list_mounts() == []
+            sentences = [record.getMessage() for record in caplog.records]
+            for key, path in (("look", here), ("work", there)):
+                assert any(f'"{key}"' in text and str(path) in text for text in sentences)
+            # It can be given up, and stands in nobody's way.
+            engine.unmount(str(there))
+            engine.remove("work")
+        here.mkdir()
+        with opened(state) as engine:
+            assert targets(engine) == below(places) == [str(here)]
+        with opened(state) as engine:
+            engine.unmount(str(here))
+            engine.remove("look")
+
+
+def test_killed_when_it_had_just_made_it_again(
+    state: Path, places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = place(places)
+    with opened(state) as engine:
+        fill(engine)
+        engine.mount("look", str(here))
+    with another_boot(monkeypatch, state.parent):
+        with opened(state) as engine:
+            (line,) = engine._store.ledger.lines()
+            engine._store.ledger.made_again(line.id, "the boot before", 1)
+        before = number(here)
+        with opened(state) as engine:
+            assert targets(engine) == below(places) == [str(here)]
+            assert number(here) == before
+
+
+CRASH = """
+import sys
+from pathlib import Path
+from snapd_native import linux, mounts
+from snapd_native.metastore.ledger import Ledger
+from snapd_native.metastore import Metastore
+from snapd_native.snapshotter import Snapshotter
+
+state, call, step, when, turn = sys.argv[1:]
+engine = Snapshotter(Path(state), lambda *_: None, runtime=Path(state).parent / "run")
+owner = next(o for o in (linux, Ledger, Metastore) if hasattr(o, step))
+real, calls = getattr(owner, step), []
+
+def stand(*arguments, **options):
+    calls.append(None)
+    if len(calls) != int(turn):
+        return real(*arguments, **options)
+    if when == "after":
+        real(*arguments, **options)
+    print("there", flush=True)
+    sys.stdin.read()
+
+setattr(owner, step, stand)
+eval(call)
+print("not there", flush=True)
+"""
+
+MOUNT = "engine.mount('look', str(Path(state).parent / 'places' / 'here'))"
+WRITABLE = "engine.mount('work', str(Path(state).parent / 'places' / 'here'))"
+OWN = "engine.mount('look')"
+UNMOUNT = "engine.unmount(str(Path(state).parent / 'places' / 'before'))"
+LAZY = "engine.unmount(str(Path(state).parent / 'places' / 'before'), lazy=True)"
+COMMIT = "engine.commit('done', 'work')"
+
+STEPS = [
+    *((call, step, turn) for call in (MOUNT, OWN) for step, turn in [
+        ("open_tree", 1), ("mount_setattr", 1), ("add", 1), ("move_mount", 1), ("mount_setattr", 2),
+    ]),
+    (WRITABLE, "move_mount", 1),
+    (WRITABLE, "mount_setattr", 2),
+    (UNMOUNT, "umount2", 1),
+    (UNMOUNT, "forget", 1),
+    (LAZY, "mount_setattr", 1),
+    (LAZY, "umount2", 1),
+    (COMMIT, "mount_setattr", 1),
+    (COMMIT, "syncfs", 1),
+    (COMMIT, "publish_commit", 1),
+]  # fmt: skip
+"""A call, a step of it, and which one of its name."""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("call", "step", "turn"), STEPS)
+def test_killed_between_any_two_steps(
+    state: Path, places: Path, call: str, step: str, turn: int, when: str
+) -> None:
+    place(places)
+    with opened(state) as engine:
+        fill(engine)
+        before = engine.mount("work", str(place(places, "before")))
+    command = [sys.executable, "-c", CRASH, str(state), call, step, when, str(turn)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=PROJECT) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "there\n"
+        finally:
+            process.kill()
+        assert process.wait(WAIT) == -signal.SIGKILL
+    with opened(state) as engine:
+        check_agreement(engine, state.parent)
+        # All or nothing.
+        assert names(engine) in (
+            ["base", "lone", "look", "work"],
+            ["base", "done", "lone", "look"],
+        )
+        committed = "done" in names(engine)
+        if call in (UNMOUNT, LAZY):
+            assert targets(engine) in ([before], [])
+        else:
+            assert targets(engine)[0] == before
+        for target in targets(engine):
+            engine.unmount(target)
+        assert below(state.parent) == []
+        for key in names(engine)[::-1]:
+            if key != "base":
+                engine.remove(key)
+        assert names(engine) == ["base"]
+        assert committed == (call == COMMIT and (step, when) == ("publish_commit", "after"))
+
+
+def check_agreement(engine: Snapshotter, scratch: Path) -> None:
+    """Check that what is listed, is mounted, as it was asked for, and nothing else."""
+    listed = {mounted.target: mounted for mounted in engine.list_mounts()}
+    assert sorted(listed) == sorted(below(scratch))
+    for target, mounted in listed.items():
+        entry = mounted_on(target)
+        assert entry is not None
+        assert entry.read_only == mounted.read_only
+        assert propagation(target) == []
+        assert (Path(target) / "file").read_text() == "base"
+    assert len([entry for entry in Table.read() if entry.target in listed]) == len(listed)
+    own = scratch / "run" / "mounts"
+    if own.exists():
+        assert sorted(map(str, own.iterdir())) == sorted(t for t in listed if str(own) in t)
+    assert os.listdir(scratch / "state" / "snapshots")
