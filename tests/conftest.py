@@ -11,6 +11,7 @@ pytest_plugins = [
     "tests.plots",
     "tests.service",
     "tests.watching",
+    "tests.bus_mounting",
 ]
 
 # A job in the background of a script ignores it, and so would everything that is tested here.

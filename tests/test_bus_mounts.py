@@ -1,45 +1,41 @@
-"""Mount, Unmount, ListMounts and OpenTree on the bus: types, errors, rights, and how mounts end."""
+"""Mount, Unmount, ListMounts and OpenTree over the bus: types, errors, and who may call."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
-import signal
 import sqlite3
 import subprocess
-import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import (
-    AbstractAsyncContextManager,
-    ExitStack,
-    asynccontextmanager,
     closing,
-    contextmanager,
-    suppress,
 )
 from pathlib import Path
-from typing import Any
 
 import pytest
-from dbus_next.auth import AuthExternal
-from dbus_next.constants import MessageFlag, MessageType
+from dbus_next.constants import MessageType
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
 from snapd_native.client import BlockingClient
 from snapd_native.errors import FailedPrecondition, Unavailable
-from snapd_native.model import Lifetime
-from snapd_native.private import private_bus
 from snapd_native.wire.names import BUS_NAME, MANAGER, OBJECT_PATH
+from tests.bus_mounting import (
+    MOUNT,
+    OPEN_TREE,
+    UNMOUNT,
+    has_open,
+    is_gone,
+    listed,
+    stock,
+    stranger,
+)
 from tests.filesystems import on_ext4
 from tests.mounting import below, mounted_on, place, tmpfs
 from tests.service import (
     NOBODY,
-    PATIENCE,
     Service,
     check_sentence,
-    committed,
     connection,
     refused,
     request,
@@ -50,44 +46,6 @@ from tests.waiting import eventually
 from tests.watching import Watch, held_up, watch
 
 pytestmark = on_ext4
-
-MOUNT, UNMOUNT, OPEN_TREE = "ssa{sv}", "sa{sv}", "sa{sv}"
-
-
-def stock(client: BlockingClient) -> None:
-    """Make `base`, which is committed, and `work` and `look` of it."""
-    committed(client, "base", files={"file": "text"})
-    client.prepare("work", "base")
-    client.view("look", "base")
-
-
-@contextmanager
-def stocked_with_snapshots(service: Service) -> Iterator[Service]:
-    """Lend a service that has what `stock` makes; all is unmounted in the end."""
-    with BlockingClient() as client:
-        stock(client)
-    try:
-        yield service
-    finally:
-        with BlockingClient() as client:
-            for mounted in client.list_mounts():
-                client.unmount(mounted.target, lazy=True)
-
-
-@pytest.fixture
-def stocked(shared: Service) -> Iterator[Service]:
-    with stocked_with_snapshots(shared) as service:
-        yield service
-
-
-def listed() -> list[list[object]]:
-    (rows,) = request("ListMounts", "s", "")
-    assert isinstance(rows, list)
-    return rows
-
-
-def is_gone(path: Path) -> bool:
-    return mounted_on(path) is None and listed() == []
 
 
 @pytest.mark.parametrize(
@@ -320,25 +278,6 @@ def test_nothing_is_mounted_when_the_service_stops(
     assert below(places) == []
 
 
-class _AsNobody(AuthExternal):
-    def _authentication_start(self, negotiate_unix_fd: bool = False) -> str:
-        super()._authentication_start(negotiate_unix_fd)
-        return f"AUTH EXTERNAL {str(NOBODY).encode().hex()}"
-
-
-@asynccontextmanager
-async def stranger() -> AsyncIterator[connection]:
-    """Connect as somebody who may not call anything."""
-    os.seteuid(NOBODY)
-    try:
-        made = connection()
-    finally:
-        os.seteuid(0)
-    made._auth = _AsNobody()  # type: ignore[has-type]
-    async with made as bus:
-        yield bus
-
-
 ASKED: dict[str, tuple[str, list[list[object]]]] = {
     "Mount": (
         MOUNT,
@@ -478,309 +417,3 @@ def test_a_busy_mount_is_not_unmounted(
         cat.communicate()
     request("Unmount", UNMOUNT, str(here), {})
     assert is_gone(here)
-
-
-HOLDER = """
-import os, sys
-from snapd_native.client import BlockingClient
-from snapd_native.model import Lifetime
-with BlockingClient() as client:
-    client.mount("work", sys.argv[1], lifetime=Lifetime.CLIENT)
-    if sys.argv[2] == "inside":
-        os.chdir(sys.argv[1])
-    print(flush=True)
-    input()
-"""
-
-
-@contextmanager
-def holding(target: Path, how: str = "") -> Iterator[subprocess.Popen[bytes]]:
-    """Run a client, perhaps inside of what is mounted for it."""
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(target), how],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as process:
-        try:
-            assert process.stdout
-            assert process.stdout.readline() == b"\n"
-            yield process
-        finally:
-            process.kill()
-
-
-@pytest.mark.parametrize("how", ["ends", "is killed", "inside"])
-def test_a_clients_mount_goes_with_it(stocked: Service, places: Path, how: str) -> None:
-    here = place(places)
-    with holding(here, how) as client:
-        assert listed() == [[str(here), "work", False, "client", 0]]
-        if how == "ends":
-            client.communicate(b"\n")
-            assert client.returncode == 0
-        else:
-            client.kill()
-            client.wait()
-        eventually(lambda: is_gone(here))
-    assert list(here.iterdir()) == []
-    request("Remove", "sa{sv}", "work", {})
-
-
-def test_a_clients_mount_goes_while_others_use_it(stocked: Service, places: Path) -> None:
-    here = place(places)
-    with (
-        holding(here) as client,
-        subprocess.Popen(["cat"], stdin=subprocess.PIPE, cwd=here) as cat,
-    ):
-        client.kill()
-        client.wait()
-        eventually(lambda: is_gone(here))
-        assert cat.poll() is None
-        assert Path(f"/proc/{cat.pid}/cwd/file").read_text() == "text"
-    request("Remove", "sa{sv}", "work", {})
-
-
-def test_only_a_clients_own_mounts_go_with_it(
-    stocked: Service, shared_client: BlockingClient, places: Path
-) -> None:
-    made = [place(places, f"{number}") for number in range(20)]
-    kept, others = str(place(places, "kept")), str(place(places, "other"))
-    shared_client.mount("work", others, lifetime=Lifetime.CLIENT)
-    with BlockingClient() as client:
-        client.mount("work", kept)
-        for target in made:
-            client.mount("look", str(target), lifetime=Lifetime.CLIENT)
-        client.mount("look", lifetime=Lifetime.CLIENT)
-        assert len(listed()) == 23
-    eventually(lambda: len(listed()) == 2)
-    assert below(places) == [others, kept]
-
-
-def test_a_client_may_leave_while_something_is_mounted_for_it(
-    stocked: Service, places: Path
-) -> None:
-    made = [str(place(places, f"{number}")) for number in range(60)]
-    options = {"lifetime": Variant("s", "client")}
-
-    async def scenario() -> None:
-        for number in range(0, len(made), 3):
-            async with connection() as bus:
-                calls = [
-                    asyncio.ensure_future(
-                        bus.ask(member="Mount", signature=MOUNT, body=["work", target, options])
-                    )
-                    for target in made[number : number + 3]
-                ]
-                # By turns, nothing and something was answered.
-                if number % 2:
-                    await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
-                else:
-                    await bus.ask_driver("GetId", "", [])
-            await asyncio.gather(*calls, return_exceptions=True)
-
-    asyncio.run(scenario())
-    # Those of the next client go after all of them.
-    last = place(places, "last")
-    with holding(last, "is killed"):
-        pass
-    eventually(lambda: is_gone(last) and below(places) == [])
-
-
-@pytest.mark.parametrize("meanwhile", [False, True])
-def test_a_clients_mount_outlives_a_killed_daemon_but_not_the_client(
-    on_bus: str, scratch: Path, places: Path, meanwhile: bool
-) -> None:
-    here, state = place(places), scratch / "state"
-    with ExitStack() as stack:
-        with serving(on_bus, state, status=-signal.SIGKILL) as service:
-            with BlockingClient() as client:
-                stock(client)
-            holder = stack.enter_context(holding(here))
-            before = mounted_on(here)
-            service.daemon.process.kill()
-            service.daemon.process.wait()
-            assert before
-            assert mounted_on(here) == before
-        if meanwhile:
-            stack.close()
-            assert mounted_on(here) == before
-        with serving(on_bus, state):
-            if not meanwhile:
-                # What the daemon does at its start is done before it unmounts for somebody else.
-                with BlockingClient() as client:
-                    client.mount("look", lifetime=Lifetime.CLIENT)
-                eventually(lambda: listed() == [[str(here), "work", False, "client", 0]])
-                assert mounted_on(here) == before
-                holder.kill()
-            eventually(lambda: is_gone(here))
-
-
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_persistent_mounts_outlive_the_daemon(
-    on_bus: str, scratch: Path, places: Path, how: signal.Signals
-) -> None:
-    here, there, state = place(places), place(places, "there"), scratch / "state"
-    with serving(on_bus, state, status=0 if how is signal.SIGTERM else -how) as service:
-        with BlockingClient() as client:
-            stock(client)
-            client.mount("work", str(here))
-            client.mount("look", str(there))
-        before, rows = [mounted_on(here), mounted_on(there)], listed()
-        service.daemon.process.send_signal(how)
-        service.daemon.process.wait()
-    for _ in range(2):
-        with serving(on_bus, state):
-            assert listed() == rows
-            assert below(places) == [str(here), str(there)]
-            assert [mounted_on(here), mounted_on(there)] == before
-    with serving(on_bus, state):
-        for target in (here, there):
-            request("Unmount", UNMOUNT, str(target), {})
-            assert mounted_on(target) is None
-
-
-def test_a_clients_mount_does_not_outlive_the_bus(
-    scratch: Path, places: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    here, kept, state = place(places), place(places, "kept"), scratch / "state"
-    name = ""
-
-    async def hold(buses: ExitStack, service: Service) -> str:
-        async with connection() as bus:
-            options = {"lifetime": Variant("s", "client")}
-            await bus.ask(member="Mount", signature=MOUNT, body=["work", str(here), options])
-            await bus.ask(member="Mount", signature=MOUNT, body=["look", str(kept), {}])
-            buses.close()
-            await asyncio.to_thread(service.daemon.process.wait)
-            return str(bus.unique_name)
-
-    with ExitStack() as buses:
-        address = buses.enter_context(private_bus())
-        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
-        with serving(address, state, status=1) as service:
-            with BlockingClient() as client:
-                stock(client)
-            name = asyncio.run(hold(buses, service))
-    assert below(places) == [str(here), str(kept)]
-
-    async def look(address: str) -> None:
-        async with connection() as first:
-            assert first.unique_name
-            others = [connection()]
-            while (await others[-1].__aenter__()).unique_name != name:
-                others.append(connection())
-            # Somebody else has the client's name now.
-            await asyncio.to_thread(serve, address)
-            for other in others:
-                other.disconnect()
-
-    def serve(address: str) -> None:
-        with serving(address, state):
-            eventually(lambda: mounted_on(here) is None)
-            assert [row[0] for row in listed()] == [str(kept)]
-
-    with private_bus() as address:
-        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
-        asyncio.run(look(address))
-    assert below(places) == [str(kept)]
-
-
-def has_open(service: Service, expected: Sequence[str]) -> bool:
-    # Something may be closed while it is looked at.
-    with suppress(FileNotFoundError):
-        return service.descriptors() == expected
-    return False
-
-
-async def open_trees_and_close_them(bus: connection) -> None:
-    for _ in range(200):
-        calls = [
-            bus.request_fd(BUS_NAME, OBJECT_PATH, MANAGER, "OpenTree", OPEN_TREE, [key, {}])
-            for key in ["work", "look"] * 25
-        ]
-        for fd in await asyncio.gather(*calls):
-            os.close(fd)
-
-
-async def want_no_reply(bus: connection) -> None:
-    for _ in range(50):
-        for _ in range(200):
-            await bus.send(open_tree(MessageFlag.NO_REPLY_EXPECTED))
-        # One that is answered when most of the others are done, so that there are never too many.
-        await bus.ask(member="ListMounts", signature="s", body=[""])
-
-
-async def leave_before_the_reply(__: connection) -> None:
-    for _ in range(200):
-        async with connection() as bus:
-            calls = [asyncio.ensure_future(bus.call(open_tree())) for _ in range(50)]
-            await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.gather(*calls, return_exceptions=True)
-
-
-async def read_nothing(__: connection) -> None:
-    for _ in range(100):
-        async with connection() as bus:
-            asyncio.get_running_loop().remove_reader(bus._fd)
-            await asyncio.gather(*(bus.send(open_tree()) for _ in range(100)))
-
-
-def open_tree(flags: MessageFlag = MessageFlag.NONE) -> Message:
-    return Message(
-        destination=BUS_NAME,
-        path=OBJECT_PATH,
-        interface=MANAGER,
-        member="OpenTree",
-        signature=OPEN_TREE,
-        body=["work", {}],
-        flags=flags,
-    )
-
-
-@pytest.mark.parametrize(
-    "scenario",
-    [open_trees_and_close_them, want_no_reply, leave_before_the_reply, read_nothing],
-)
-def test_ten_thousand_trees_leave_nothing_open(
-    stocked: Service, scenario: Callable[[connection], Coroutine[Any, Any, None]]
-) -> None:
-    async def asking() -> None:
-        async with asyncio.timeout(PATIENCE), connection() as bus:
-            await bus.ask(member="ListMounts", signature="s", body=[""])
-            before = stocked.descriptors()
-            await scenario(bus)
-            await asyncio.to_thread(eventually, lambda: has_open(stocked, before))
-            # It is answered as ever.
-            await bus.ask(member="ListMounts", signature="s", body=[""])
-
-    asyncio.run(asking())
-
-
-@pytest.mark.parametrize("who", [connection, stranger])
-def test_descriptors_that_come_with_a_call_are_not_kept(
-    stocked: Service, places: Path, who: Callable[[], AbstractAsyncContextManager[connection]]
-) -> None:
-    here = str(place(places))
-    before = stocked.descriptors()
-
-    async def scenario() -> set[str]:
-        names = set()
-        option = {"read-only": Variant("h", 0)}
-        async with who() as bus:
-            with open("/dev/null", "rb") as file:
-                for _ in range(250):
-                    for member, signature, body in (
-                        ("Mount", MOUNT, ["work", here, option]),
-                        ("Unmount", UNMOUNT, [here, {"lazy": Variant("h", 3)}]),
-                        ("OpenTree", OPEN_TREE, ["work", option]),
-                        ("ListMounts", "h", [2]),
-                    ):
-                        fds = [file.fileno()] * 4
-                        reply = await bus.ask(
-                            member=member, signature=signature, body=body, unix_fds=fds
-                        )
-                        names.add(reply.error_name.rpartition(".")[2])
-            eventually(lambda: has_open(stocked, before))
-        return names
-
-    assert asyncio.run(scenario()) == {"AccessDenied" if who is stranger else "InvalidArgument"}
-    assert below(places) == []

@@ -17,10 +17,10 @@ from snapd_native.cli.exits import STATUSES
 from snapd_native.client import BlockingClient
 from snapd_native.model import Lifetime
 from snapd_native.private import private_bus
+from tests.bus_mounting import stocked_with_snapshots
 from tests.filesystems import FileSystem, scratch_on
 from tests.mounting import below, mounted_on, place
 from tests.service import NOBODY, PATIENCE, Service, as_user, empty, serving
-from tests.test_bus_mounts import stocked_with_snapshots
 
 PROGRAM = [sys.executable, "-m", "snapd_native"]
 

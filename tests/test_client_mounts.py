@@ -20,11 +20,11 @@ from snapd_native.errors import InvalidArgument, SnapdError, Unavailable
 from snapd_native.model import Lifetime, Mounted
 from snapd_native.mounts import Table
 from snapd_native.snapshotter import Snapshotter
+from tests.bus_mounting import has_open, is_gone, listed, stocked_with_snapshots
 from tests.engines import opened
 from tests.filesystems import on_ext4
 from tests.mounting import below, mounted_on, place, tmpfs
 from tests.service import Service, run
-from tests.test_bus_mounts import has_open, is_gone, listed, stocked_with_snapshots
 from tests.waiting import eventually
 
 pytestmark = on_ext4
