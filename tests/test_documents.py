@@ -76,6 +76,7 @@ def test_the_commands_about_mounts(environment: dict[str, str]) -> None:
 def test_busctl_s_commands(environment: dict[str, str]) -> None:
     out = run(blocks("sh")[4], environment)
     assert 'a(ssstta{ss}) 1 "look" "view" "v1"' in out
+    assert 'a(ssbsu) 1 "/mnt" "look" true "persistent" 0' in out
 
 
 def test_the_daemon_s_command(tmp_path: Path) -> None:
