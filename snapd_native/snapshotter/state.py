@@ -119,11 +119,8 @@ class StateDirectory:
     def create_empty(self, id_: int) -> None:
         """Make the directory of a new snapshot that stays empty for now, alive and on disk."""
         self.create(id_)
-        fd = os.open(self.bring_to_life(id_), _DIRECTORY, dir_fd=self._snapshots)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        self.bring_to_life(id_)
+        # The name is the last change: a journal that has it has the directory and its mode too.
         os.fsync(self._snapshots)
 
     def write_back(self) -> None:
