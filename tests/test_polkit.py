@@ -14,7 +14,12 @@ import pytest
 
 from snapd_native.bus.authority import MAX_QUESTIONS
 from snapd_native.client import BlockingClient
-from snapd_native.errors import AccessDenied, InteractiveAuthorizationRequired, ResourceExhausted
+from snapd_native.errors import (
+    AccessDenied,
+    InteractiveAuthorizationRequired,
+    ResourceExhausted,
+    Unavailable,
+)
 from snapd_native.private import private_bus
 from snapd_native.wire.names import BUS_NAME, MANAGER, OBJECT_PATH, error_from
 from snapd_native.wire.values import Body
@@ -288,10 +293,47 @@ def test_questions_are_bounded(polkit: Polkit) -> None:
     assert len(outcomes) - len(refusals) >= MAX_QUESTIONS
 
 
-def test_the_end_does_not_wait_for_polkit(polkit: Polkit) -> None:
+@pytest.mark.parametrize("when", ["asked", "asking"])
+def test_the_end_does_not_wait_for_polkit(polkit: Polkit, when: str) -> None:
+    """Neither for what it was asked before, nor for calls that arrive with the end."""
     service, process = polkit
-    with asked(service, process, 3):
+    members = ("Stat", "Usage", "Standby")
+
+    async def end() -> list[BaseException | Body]:
+        with as_other(NOBODY):
+            bus = connection()
+            await bus.open()
+        async with connection() as root:
+            if when == "asking":
+                os.kill(service.pid, signal.SIGSTOP)
+                service.daemon.process.terminate()
+            asking = [
+                asyncio.ensure_future(
+                    bus.request(BUS_NAME, OBJECT_PATH, MANAGER, member, "s", ["base"])
+                )
+                for member in members
+            ]
+            # It is answered when the bus has passed on what was sent before it.
+            await bus.ask_driver("GetId", "", [])
+            if when == "asking":
+                os.kill(service.pid, signal.SIGCONT)
+            else:
+                await root.request(BUS_NAME, OBJECT_PATH, MANAGER, "Stat", "s", ["base"])
+                service.daemon.process.terminate()
+            outcomes = await asyncio.gather(*asking, return_exceptions=True)
+        bus.disconnect()
+        return outcomes
+
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        outcomes = asyncio.run(asyncio.wait_for(end(), PATIENCE))
         assert service.daemon.stop() == 0
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+    assert {type(outcome) for outcome in outcomes} == {Unavailable}
+    assert {str(outcome) for outcome in outcomes} == {
+        f"{member} cannot be called: the service is stopping" for member in members
+    }
 
 
 def test_a_question_ends_with_its_caller(polkit: Polkit) -> None:

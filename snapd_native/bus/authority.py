@@ -15,6 +15,7 @@ from snapd_native.errors import (
     InteractiveAuthorizationRequired,
     ResourceExhausted,
     SnapdError,
+    Unavailable,
 )
 from snapd_native.wire.values import Body
 
@@ -46,6 +47,7 @@ class Authority:
         self._uids: dict[str, asyncio.Future[Body]] = {}
         self._questions: defaultdict[str, set[asyncio.Task[Verdict]]] = defaultdict(set)
         self._open: Counter[int] = Counter()
+        self._closed = False
 
     async def check(
         self, call: Call, action: Action, details: Mapping[str, str] | None = None
@@ -59,6 +61,7 @@ class Authority:
             InteractiveAuthorizationRequired: it may once a person has agreed, who can be asked only
                 if the call allows that.
             ResourceExhausted: too many questions about that uid are open.
+            Unavailable: the service is stopping.
         """
         uid = await self.uid(call.sender)
         verdict = Verdict.ALLOWED if uid == 0 else await self._ask(uid, call, action, details or {})
@@ -85,7 +88,8 @@ class Authority:
             question.cancel()
 
     def close(self) -> None:
-        """Deny whatever is still asked."""
+        """Give up whatever is still asked, and ask no more."""
+        self._closed = True
         for sender in list(self._questions):
             self.forget(sender)
 
@@ -115,6 +119,9 @@ class Authority:
             raise ResourceExhausted(
                 f"{MAX_QUESTIONS} calls of uid {uid} wait for an authorization: let some end first"
             )
+        stopping = Unavailable(f"{call.member} cannot be called: the service is stopping")
+        if self._closed:
+            raise stopping
         judging = self._polkit.judge(call.sender, action.value, details, call.may_ask)
         question = asyncio.get_running_loop().create_task(judging)
         self._open[uid] += 1
@@ -125,4 +132,6 @@ class Authority:
         questions.discard(question)
         if not questions:
             self._questions.pop(call.sender, None)
-        return Verdict.DENIED if question.cancelled() else question.result()
+        if question.cancelled():
+            raise stopping
+        return question.result()

@@ -42,6 +42,17 @@ class Bus(Protocol):
     ) -> Coroutine[Any, Any, Body]:
         """Call a method, and return what it answers."""
 
+    def tell(
+        self,
+        destination: str,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str,
+        body: Body,
+    ) -> None:
+        """Call a method, and wait for nothing."""
+
 
 class Polkit:
     """Asks polkit."""
@@ -63,9 +74,12 @@ class Polkit:
         question = f"snapd-native-{next(self._questions)}"
         body = [subject, action, dict(details), flags, question]
         try:
-            answer = await self._call("CheckAuthorization", "(sa{sv})sa{ss}us", body)
+            answer = await self._bus.request(
+                NAME, _PATH, _INTERFACE, "CheckAuthorization", "(sa{sv})sa{ss}us", body
+            )
         except asyncio.CancelledError:
-            await self._give_up(question)
+            # A polkit that does not answer would not answer this either.
+            self._bus.tell(NAME, _PATH, _INTERFACE, "CancelCheckAuthorization", "s", [question])
             raise
         except SnapdError:
             return Verdict.DENIED
@@ -73,12 +87,3 @@ class Polkit:
         if allowed:
             return Verdict.ALLOWED
         return Verdict.CHALLENGE if challenge else Verdict.DENIED
-
-    async def _give_up(self, question: str) -> None:
-        try:
-            await self._call("CancelCheckAuthorization", "s", [question])
-        except SnapdError:
-            return  # It has just been answered.
-
-    def _call(self, member: str, signature: str, body: Body) -> Coroutine[Any, Any, Body]:
-        return self._bus.request(NAME, _PATH, _INTERFACE, member, signature, body)

@@ -143,20 +143,32 @@ class Connection(MessageBus):
         """Call a method of the bus itself."""
         return await self.request(DRIVER, DRIVER_PATH, DRIVER, member, signature, body)
 
-    def tell_driver(self, member: str, signature: str, body: Body) -> None:
-        """Call a method of the bus itself without waiting for its answer."""
+    def tell(
+        self,
+        destination: str,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str,
+        body: Body,
+    ) -> None:
+        """Call a method without waiting for its answer; nobody learns of a failure."""
         if self.connected:
             self.send(
                 Message(
-                    destination=DRIVER,
-                    path=DRIVER_PATH,
-                    interface=DRIVER,
+                    destination=destination,
+                    path=path,
+                    interface=interface,
                     member=member,
                     flags=MessageFlag.NO_REPLY_EXPECTED,
                     signature=signature,
                     body=body,
                 )
             )
+
+    def tell_driver(self, member: str, signature: str, body: Body) -> None:
+        """Call a method of the bus itself without waiting for its answer."""
+        self.tell(DRIVER, DRIVER_PATH, DRIVER, member, signature, body)
 
     def _on_message(self, message: Message) -> None:
         # dbus-next would leave open what nobody asks for. Its reader refers to itself, and would
