@@ -146,6 +146,21 @@ def test_delete_a_protected_root(scratch: Path, flag: str) -> None:
     assert os.listdir(scratch) == []
 
 
+@pytest.mark.parametrize("where", ["tree", "tree/inner"])
+def test_delete_outlasts_a_writer_that_is_about_to_end(scratch: Path, where: str) -> None:
+    (scratch / where).mkdir(parents=True)
+    (scratch / where / "0").touch()
+    left = iter(range(1, 6))
+
+    def fill_again(*_: int) -> None:
+        # Unseen by the reading that goes on: the directory is not empty when its turn comes.
+        if (number := next(left, None)) is not None and (scratch / where).is_dir():
+            (scratch / where / str(number)).touch()
+
+    delete(scratch / "tree", fill_again)
+    assert os.listdir(scratch) == []
+
+
 def test_delete_follows_no_symbolic_link(scratch: Path) -> None:
     outside = scratch / "outside"
     outside.mkdir()

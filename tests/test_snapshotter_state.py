@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from snapd_native.errors import (
 )
 from snapd_native.metastore import Metastore
 from snapd_native.snapshotter import Snapshotter
+from snapd_native.snapshotter.state import StateDirectory
 from tests.engines import (
     BEFORE,
     directories,
@@ -51,6 +53,20 @@ def test_orphans_are_deleted_and_nothing_else(left: Path) -> None:
         assert directories(again) == own | foreign
         assert names(again) == BEFORE
         assert Path(again.prepare("new").source).name not in {"17", "18", "19", "20", "21"}
+
+
+def test_readers_of_the_directory_do_not_disturb_each_other(scratch: Path) -> None:
+    state = StateDirectory(scratch / "state")
+    try:
+        for number in range(1, 1001):
+            (scratch / "state" / "snapshots" / str(number)).mkdir()
+            (scratch / "state" / "snapshots" / f"ready-{number}-{number}").mkdir()
+        with ThreadPoolExecutor(2) as pool:
+            for _ in range(50):
+                listing, standbys = pool.submit(state.listing), pool.submit(state.standbys)
+                assert (len(listing.result()), len(standbys.result())) == (1000, 1000)
+    finally:
+        state.close()
 
 
 def test_ids_are_never_given_again(state: Path) -> None:

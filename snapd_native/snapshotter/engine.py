@@ -96,7 +96,7 @@ class Snapshotter:
             self._crew = trees.Crew()
             undo.callback(self._crew.close)
             # An id whose directory could not be deleted is never given again.
-            found = list(self._state.listing())
+            found = self._state.listing()
             highest = max((id_ for _, _, id_ in found), default=0)
             if any(not prefix for _, prefix, _ in found) and not self._state.has_database():
                 raise DataLoss(

@@ -77,7 +77,7 @@ class Reaper:
     def _sweep(self, report: trees.Report) -> None:
         """Delete every directory that no snapshot and no running call owns."""
         # What is found first, is reserved or recorded at that time or later, or is an orphan.
-        found = list(self._state.listing())
+        found = self._state.listing()
         reserved = self._store.reserved()
         owned = self._store.directories()
         failure: OSError | None = None

@@ -96,11 +96,7 @@ class StateDirectory:
         Raises:
             DataLoss: it is not.
         """
-        try:
-            found = os.stat(str(id_), dir_fd=self._snapshots, follow_symlinks=False)
-        except FileNotFoundError:
-            raise _lost() from None
-        if not stat.S_ISDIR(found.st_mode):
+        if not self._is_directory(str(id_)):
             raise _lost()
 
     def create(self, id_: int) -> str:
@@ -148,7 +144,7 @@ class StateDirectory:
 
     def standbys(self) -> Sequence[tuple[str, int, int, bool]]:
         """Return all standby clones: directory, id of the parent, number, whether complete."""
-        matches = map(_STANDBY.fullmatch, os.listdir(self._snapshots))
+        matches = map(_STANDBY.fullmatch, self._names())
         return [(m[0], int(m[2]), int(m[3]), m[1] == "ready") for m in matches if m]
 
     def create_standby(self, parent: int, number: int) -> str:
@@ -239,16 +235,28 @@ class StateDirectory:
         for name in (f"new-{id_}", str(id_)):
             self.delete(name, lambda *_: None)
 
-    def listing(self) -> Iterator[tuple[str, str, int]]:
-        """Iterate over all directories of snapshots: name, prefix (``new-``, ``rm-``, none), id.
+    def listing(self) -> Sequence[tuple[str, str, int]]:
+        """Return all directories of snapshots: name, prefix (``new-``, ``rm-``, none), id.
 
         What the service would not have made itself is left out, and so never touched.
         """
-        with os.scandir(self._snapshots) as entries:
-            for entry in entries:
-                match = _OURS.fullmatch(entry.name)
-                if match and entry.is_dir(follow_symlinks=False):
-                    yield entry.name, match[1] or "", int(match[2])
+        matches = map(_OURS.fullmatch, self._names())
+        return [(m[0], m[1] or "", int(m[2])) for m in matches if m and self._is_directory(m[0])]
+
+    def _names(self) -> list[str]:
+        # By a descriptor of its own: all that read a directory by one share their place in it.
+        fd = os.open(".", _DIRECTORY, dir_fd=self._snapshots)
+        try:
+            return os.listdir(fd)
+        finally:
+            os.close(fd)
+
+    def _is_directory(self, name: str) -> bool:
+        try:
+            found = os.stat(name, dir_fd=self._snapshots, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return stat.S_ISDIR(found.st_mode)
 
 
 def _lost() -> DataLoss:

@@ -25,11 +25,17 @@ def delete(parent: int, name: str, report: Report = lambda *_: None) -> None:
         OSError: with EBUSY where something is mounted inside the tree; everything that could be
             deleted is gone then.
     """
-    with open_tree(parent, name, writable=True) as root:
-        busy = _empty(root, report)
-    if busy is not None:
-        raise busy
-    _remove(parent, name, directory=True)
+    for rounds in range(_ROUNDS + 1):
+        with open_tree(parent, name, writable=True) as root:
+            busy = _empty(root, report)
+        if busy is not None:
+            raise busy
+        try:
+            _remove(parent, name, directory=True)
+            return
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or rounds == _ROUNDS:
+                raise
 
 
 def _empty(root: int, report: Report) -> OSError | None:
