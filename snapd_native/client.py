@@ -40,7 +40,6 @@ from snapd_native.model import (
 )
 from snapd_native.wire.connection import Connection
 from snapd_native.wire.names import (
-    BUS_NAME,
     DRIVER,
     JOB,
     JOB_PATH,
@@ -48,6 +47,7 @@ from snapd_native.wire.names import (
     OBJECT_PATH,
     PEER,
     PROPERTIES,
+    bus_name,
     error_from,
 )
 from snapd_native.wire.values import Body, info_from_wire, mount_from_wire, mounted_from_wire
@@ -99,7 +99,13 @@ class Progress:
 class Client:
     """The Manager's methods as coroutines. Use it as ``async with Client() as client``."""
 
-    def __init__(self) -> None:
+    def __init__(self, instance: str = "") -> None:
+        """Speak to an instance, without a name to the one that is called like the service.
+
+        Raises:
+            InvalidArgument: no instance can have that name.
+        """
+        self._name = bus_name(instance)
         self._connection: Connection | None = None
 
     async def __aenter__(self) -> Self:
@@ -260,7 +266,7 @@ class Client:
         The fd is the caller's, for move_mount(2) in whatever mount name space.
         """
         return await self._connected().request_fd(
-            BUS_NAME, OBJECT_PATH, MANAGER, "OpenTree", "sa{sv}", [key, _read_only(read_only)]
+            self._name, OBJECT_PATH, MANAGER, "OpenTree", "sa{sv}", [key, _read_only(read_only)]
         )
 
     async def jobs(self) -> Sequence[Job]:
@@ -274,7 +280,7 @@ class Client:
 
     async def cancel(self, job: int) -> None:
         """Have a job undone, and return when it is."""
-        await self._connected().request(BUS_NAME, f"{JOB_PATH}/{job}", JOB, "Cancel")
+        await self._connected().request(self._name, f"{JOB_PATH}/{job}", JOB, "Cancel")
 
     async def service(self) -> Service:
         """Return what the service says of itself."""
@@ -303,26 +309,26 @@ class Client:
         """
         connection = self._connected()
         # As any call, this starts a service that is there on demand.
-        await connection.request(BUS_NAME, OBJECT_PATH, PEER, "Ping")
+        await connection.request(self._name, OBJECT_PATH, PEER, "Ping")
         arrived: asyncio.Queue[Message | None] = asyncio.Queue()
-        lost = f"sender='{DRIVER}',member='NameOwnerChanged',arg0='{BUS_NAME}'"
+        lost = f"sender='{DRIVER}',member='NameOwnerChanged',arg0='{self._name}'"
 
         def on_message(message: Message) -> None:
             if message.message_type is MessageType.SIGNAL:
                 if message.sender != DRIVER:
                     arrived.put_nowait(message)
-                elif message.member == "NameOwnerChanged" and message.body[0] == BUS_NAME:
+                elif message.member == "NameOwnerChanged" and message.body[0] == self._name:
                     arrived.put_nowait(None)
 
         with ExitStack() as undo:
             connection.add_message_handler(on_message)
             undo.callback(connection.remove_message_handler, on_message)
             undo.enter_context(connection.watched(lambda: arrived.put_nowait(None)))
-            for rule in (lost, *(f"sender='{BUS_NAME}',{rule}" for rule in rules)):
+            for rule in (lost, *(f"sender='{self._name}',{rule}" for rule in rules)):
                 match = f"type='signal',{rule}"
                 undo.callback(connection.tell_driver, "RemoveMatch", "s", [match])
                 await connection.ask_driver("AddMatch", "s", [match])
-            (owner,) = await connection.ask_driver("GetNameOwner", "s", [BUS_NAME])
+            (owner,) = await connection.ask_driver("GetNameOwner", "s", [self._name])
             yield _drained(arrived, owner)
 
     async def _work(
@@ -344,7 +350,7 @@ class Client:
             except asyncio.CancelledError:
                 with suppress(SnapdError):
                     (path,) = await begun
-                    await self._connected().request(BUS_NAME, path, JOB, "Cancel")
+                    await self._connected().request(self._name, path, JOB, "Cancel")
                 raise
 
     async def _watch(
@@ -375,13 +381,13 @@ class Client:
         return mount_from_wire(mounts[0])
 
     async def _properties(self, path: str, interface: str) -> dict[str, Variant]:
-        asked = self._connected().request(BUS_NAME, path, PROPERTIES, "GetAll", "s", [interface])
+        asked = self._connected().request(self._name, path, PROPERTIES, "GetAll", "s", [interface])
         (values,) = await asked
         return dict(values)
 
     async def _call(self, member: str, signature: str, *arguments: object) -> Body:
         return await self._connected().request(
-            BUS_NAME, OBJECT_PATH, MANAGER, member, signature, [*arguments]
+            self._name, OBJECT_PATH, MANAGER, member, signature, [*arguments]
         )
 
     def _connected(self) -> Connection:
@@ -396,8 +402,9 @@ class BlockingClient:
     Not for several threads: each takes a client of its own.
     """
 
-    def __init__(self) -> None:
-        self._client = Client()
+    def __init__(self, instance: str = "") -> None:
+        """Speak to an instance; see `Client`."""
+        self._client = Client(instance)
         self._runner = asyncio.Runner()
 
     def __enter__(self) -> Self:

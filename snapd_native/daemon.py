@@ -23,7 +23,6 @@ from snapd_native.bus.lanes import Lane, Lanes
 from snapd_native.errors import SnapdError, Unavailable
 from snapd_native.model import Change
 from snapd_native.snapshotter import Snapshotter
-from snapd_native.wire.names import BUS_NAME
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +33,8 @@ _EXTENSION = 30
 """Seconds of start-up time asked of systemd again and again while recovery goes on."""
 
 
-def run(state: Path, runtime: Path, least_free: float) -> int:
-    """Serve until SIGTERM or SIGINT; return the process's exit status."""
+def run(name: str, state: Path, runtime: Path, least_free: float) -> int:
+    """Serve as ``name`` on the bus until SIGTERM or SIGINT; return the process's exit status."""
     # Nothing that the service makes is for others, unless a mode is set on purpose.
     os.umask(0o077)
     # A walk may keep some two hundred directories open, and many go on at once.
@@ -43,7 +42,7 @@ def run(state: Path, runtime: Path, least_free: float) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
-        asyncio.run(_Daemon(state, runtime, least_free).serve())
+        asyncio.run(_Daemon(name, state, runtime, least_free).serve())
     except (SnapdError, OSError) as error:
         log.critical("%s", error)
         return 1
@@ -51,7 +50,8 @@ def run(state: Path, runtime: Path, least_free: float) -> int:
 
 
 class _Daemon:
-    def __init__(self, state: Path, runtime: Path, least_free: float) -> None:
+    def __init__(self, name: str, state: Path, runtime: Path, least_free: float) -> None:
+        self._name = name
         self._state = state
         self._runtime = runtime
         self._least_free = least_free
@@ -73,9 +73,10 @@ class _Daemon:
             await dispatcher.start()
             await self._take_name(dispatcher)
             log.info(
-                "serving %s on %s, reflink %s",
+                "serving %s on %s as %s, reflink %s",
                 snapshotter.state_directory,
                 snapshotter.filesystem_type,
+                self._name,
                 "works" if snapshotter.reflink else "does not work",
             )
             self._notify(f"READY=1\nSTATUS=Serving {snapshotter.state_directory}")
@@ -139,16 +140,16 @@ class _Daemon:
     async def _take_name(self, dispatcher: Dispatcher) -> None:
         try:
             (reply,) = await dispatcher.connection.ask_driver(
-                "RequestName", "su", [BUS_NAME, NameFlag.DO_NOT_QUEUE.value]
+                "RequestName", "su", [self._name, NameFlag.DO_NOT_QUEUE.value]
             )
         except SnapdError as error:
             raise Unavailable(
-                f"the bus does not give the name {BUS_NAME} ({error}): install the bus policy"
+                f"the bus does not give the name {self._name} ({error}): install the bus policy"
                 " dbus/org.snapdnative1.conf, and run the daemon as root"
             ) from None
         if reply != RequestNameReply.PRIMARY_OWNER.value:
             raise Unavailable(
-                f"the name {BUS_NAME} is taken by another process: stop that daemon first"
+                f"the name {self._name} is taken by another process: stop that daemon first"
             )
 
     async def _leave(self, dispatcher: Dispatcher, snapshotter: Snapshotter) -> None:
@@ -161,7 +162,7 @@ class _Daemon:
         if dispatcher.connection.connected:
             # Its answer comes after everything else that was sent has left.
             with suppress(SnapdError):
-                await dispatcher.connection.ask_driver("ReleaseName", "s", [BUS_NAME])
+                await dispatcher.connection.ask_driver("ReleaseName", "s", [self._name])
 
     @asynccontextmanager
     async def _watchdog(self, lanes: Lanes, snapshotter: Snapshotter) -> AsyncIterator[None]:

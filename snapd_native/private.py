@@ -39,10 +39,10 @@ _CONFIGURATION = """
     <allow receive_type="error"/>
     <allow receive_type="signal"/>
     <allow send_destination="org.freedesktop.DBus"/>
-    <allow send_destination="org.snapdnative1"/>
+    <allow send_destination_prefix="org.snapdnative1"/>
   </policy>
   <policy user="root">
-    <allow own="org.snapdnative1"/>
+    <allow own_prefix="org.snapdnative1"/>
   </policy>
   {more}
 </busconfig>
@@ -114,7 +114,10 @@ class Daemon:
 
 @contextmanager
 def private_daemon(
-    address: str, state: Path, environment: Mapping[str, str] | None = None
+    address: str,
+    state: Path,
+    environment: Mapping[str, str] | None = None,
+    instance: str = "",
 ) -> Iterator[Daemon]:
     """Run a daemon on the bus at ``address`` and yield it when it is ready.
 
@@ -127,7 +130,7 @@ def private_daemon(
         notify.bind(f"{directory}/notify")
         process = subprocess.Popen(
             [
-                *(sys.executable, "-P", "-m", "snapd_native", "daemon"),
+                *(sys.executable, "-P", "-m", "snapd_native", "--instance", instance, "daemon"),
                 *("--state-directory", str(state)),
                 *("--runtime-directory", f"{directory}/run"),
             ],

@@ -178,7 +178,7 @@ def test_a_worker_that_hangs_stops_the_pings(
         loop = asyncio.get_running_loop()
         notifications.socket.setblocking(False)
         feeding = asyncio.ensure_future(
-            _Daemon(scratch, scratch, 0.1)._feed(0.001, lanes, snapshotter)
+            _Daemon("a name", scratch, scratch, 0.1)._feed(0.001, lanes, snapshotter)
         )
         for _ in range(3):
             assert await loop.sock_recv(notifications.socket, 100) == b"WATCHDOG=1"
@@ -352,7 +352,7 @@ import sys
 from pathlib import Path
 from snapd_native import daemon
 daemon.GRACE = 0
-sys.exit(daemon.run(Path({state!r}), Path({state!r} + "-run"), 0.1))
+sys.exit(daemon.run("org.snapdnative1", Path({state!r}), Path({state!r} + "-run"), 0.1))
 """
 
 

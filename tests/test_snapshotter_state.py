@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,6 +54,56 @@ def test_orphans_are_deleted_and_nothing_else(left: Path) -> None:
         assert directories(again) == own | foreign
         assert names(again) == BEFORE
         assert Path(again.prepare("new").source).name not in {"17", "18", "19", "20", "21"}
+
+
+WITHOUT_THE_CAPABILITY = """
+import sys
+from pathlib import Path
+from snapd_native.errors import FailedPrecondition
+from snapd_native.snapshotter import Snapshotter
+engine = Snapshotter(Path(sys.argv[1]), lambda *_: None)
+engine.remove("work")
+for _ in range(2):
+    try:
+        engine.cleanup()
+    except FailedPrecondition as error:
+        print(error)
+engine.close()
+"""
+
+
+def test_without_the_capability_a_protected_file_waits_for_a_person(state: Path) -> None:
+    """As under the unit, which does not give CAP_LINUX_IMMUTABLE."""
+    with opened(state) as engine:
+        root = Path(engine.prepare("work").source)
+        (root / "directory").mkdir()
+        for name in ("directory/immutable", "directory/other", "last"):
+            (root / name).touch()
+        before = directories(engine) - {root.name}
+    subprocess.run(["chattr", "+i", root / "directory" / "immutable"], check=True)
+    garbage = root.with_name(f"rm-{root.name}")
+    try:
+        outcome = subprocess.run(
+            [
+                *("setpriv", "--bounding-set=-linux_immutable"),
+                *(sys.executable, "-c", WITHOUT_THE_CAPABILITY, str(state)),
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        first, second = outcome.stdout.splitlines()
+        assert first == second
+        assert "chattr" in first
+        assert sorted(map(str, garbage.rglob("*"))) == [
+            str(garbage / "directory"),
+            str(garbage / "directory" / "immutable"),
+        ]
+    finally:
+        subprocess.run(["chattr", "-R", "-f", "-ia", garbage], check=False)
+    with opened(state) as engine:
+        assert directories(engine) == before
+        assert names(engine) == []
 
 
 def test_readers_of_the_directory_do_not_disturb_each_other(scratch: Path) -> None:

@@ -54,8 +54,17 @@ def main() -> None:
 
 @click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "--version", prog_name="snapd-native")
-def cli() -> None:
+@click.option(
+    "--instance",
+    metavar="NAME",
+    default="",
+    envvar="SNAPD_NATIVE_INSTANCE",
+    help="Use the service org.snapdnative1.NAME. [default: $SNAPD_NATIVE_INSTANCE, none]",
+)
+@click.pass_context
+def cli(context: click.Context, instance: str) -> None:
     """Keep snapshots of directory trees: prepare, commit and view them."""
+    context.obj = instance
 
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -77,7 +86,7 @@ def _client() -> Iterator[BlockingClient]:
     from snapd_native.client import BlockingClient
 
     try:
-        with BlockingClient() as client:
+        with BlockingClient(click.get_current_context().obj) as client:
             yield client
     except KeyboardInterrupt:
         raise click.Abort from None
@@ -87,12 +96,13 @@ def _client() -> Iterator[BlockingClient]:
 @click.option(
     "--state-directory",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Where snapshots and metadata lie. [default: $STATE_DIRECTORY, /var/lib/snapd-native]",
+    help="Where snapshots and metadata lie."
+    " [default: $STATE_DIRECTORY, /var/lib/snapd-native[@NAME]]",
 )
 @click.option(
     "--runtime-directory",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Where mounts are made. [default: $RUNTIME_DIRECTORY, /run/snapd-native]",
+    help="Where mounts are made. [default: $RUNTIME_DIRECTORY, /run/snapd-native[@NAME]]",
 )
 @click.option(
     "--standby-free",
@@ -103,7 +113,9 @@ def _client() -> Iterator[BlockingClient]:
     help="Space and inodes that standby clones leave free.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Log details.")
+@click.pass_obj
 def daemon(
+    instance: str,
     state_directory: Path | None,
     runtime_directory: Path | None,
     standby_free: float,
@@ -111,13 +123,16 @@ def daemon(
 ) -> None:
     """Serve on the system bus; systemd runs this."""
     from snapd_native.daemon import configure_logging, run
+    from snapd_native.wire.names import bus_name, unit_name
 
     configure_logging(logging.DEBUG if verbose else logging.INFO)
     if os.geteuid() != 0:
         raise AccessDenied("the daemon needs root: run it as root")
-    state = state_directory or Path(os.environ.get("STATE_DIRECTORY", "/var/lib/snapd-native"))
-    runtime = runtime_directory or Path(os.environ.get("RUNTIME_DIRECTORY", "/run/snapd-native"))
-    sys.exit(run(state.absolute(), runtime.absolute(), standby_free / 100))
+    name = bus_name(instance)
+    unit = unit_name(name)
+    state = state_directory or Path(os.environ.get("STATE_DIRECTORY", f"/var/lib/{unit}"))
+    runtime = runtime_directory or Path(os.environ.get("RUNTIME_DIRECTORY", f"/run/{unit}"))
+    sys.exit(run(name, state.absolute(), runtime.absolute(), standby_free / 100))
 
 
 @cli.command()

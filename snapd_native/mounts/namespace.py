@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from snapd_native.mounts.table import Table
 
 _SYSTEMD = Path("/run/systemd/system")
 """There where systemd manages the host; see sd_booted(3)."""
+
+_HOST = Path("/proc/1/mountinfo")
 
 
 def hidden_from_host() -> bool:
@@ -14,8 +17,8 @@ def hidden_from_host() -> bool:
     if not _SYSTEMD.is_dir():
         return False
     try:
-        host = os.stat("/proc/1/ns/mnt")
+        host = Table.read(_HOST)
     except OSError:
         return False
-    own = os.stat("/proc/self/ns/mnt")
-    return (own.st_dev, own.st_ino) != (host.st_dev, host.st_ino)
+    # A mount is in one name space only, and its number is its own.
+    return {entry.id for entry in host}.isdisjoint(entry.id for entry in Table.read())

@@ -54,9 +54,9 @@ class Table:
         self._entries = entries
 
     @classmethod
-    def read(cls) -> Self:
-        """Read the table of this process."""
-        with _MOUNTINFO.open("rb") as lines:
+    def read(cls, path: Path = _MOUNTINFO) -> Self:
+        """Read the table of this process, or another one's."""
+        with path.open("rb") as lines:
             return cls({entry.id: entry for entry in map(_entry, lines)})
 
     def __iter__(self) -> Iterator[Entry]:

@@ -408,14 +408,20 @@ class Snapshotter:
         """Return when every deferred deletion is done and nothing orphaned is left.
 
         Raises:
-            FailedPrecondition: something is mounted in what is to be deleted.
+            FailedPrecondition: something is mounted in what is to be deleted, or protected.
             Unavailable: the service is stopping.
         """
         job = job or Job()
         job.begin(Operation.CLEANUP, "")
         report = self._watched(job)
         with explained("delete what was removed"):
-            self._reaper.finish(report)
+            try:
+                self._reaper.finish(report)
+            except PermissionError:
+                raise FailedPrecondition(
+                    "cannot delete what was removed: some of it is immutable or append-only,"
+                    " chattr -R -f -ia the directories rm-* of the state directory"
+                ) from None
         job.conclude()
 
     def _create(

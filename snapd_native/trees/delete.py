@@ -19,17 +19,18 @@ def delete(parent: int, name: str, report: Report = lambda *_: None) -> None:
     """Delete the directory ``name`` in ``parent`` with everything below it.
 
     Nothing is followed, and no mount point is crossed: what is mounted inside the tree is not even
-    seen. Immutable and append-only files are deleted too. ``report`` is called for every entry.
+    seen. Immutable and append-only files are deleted too by who has CAP_LINUX_IMMUTABLE. ``report``
+    is called for every entry.
 
     Raises:
-        OSError: with EBUSY where something is mounted inside the tree; everything that could be
-            deleted is gone then.
+        OSError: with EBUSY where something is mounted inside the tree, with EPERM where something
+            is immutable or append-only; everything that could be deleted is gone then.
     """
     for rounds in range(_ROUNDS + 1):
         with open_tree(parent, name, writable=True) as root:
-            busy = _empty(root, report)
-        if busy is not None:
-            raise busy
+            stuck = _empty(root, report)
+        if stuck is not None:
+            raise stuck
         try:
             _remove(parent, name, directory=True)
             return
@@ -39,8 +40,8 @@ def delete(parent: int, name: str, report: Report = lambda *_: None) -> None:
 
 
 def _empty(root: int, report: Report) -> OSError | None:
-    """Delete all that is in ``root``; return the last error of what something is mounted on."""
-    busy: OSError | None = None
+    """Delete all that is in ``root``; return the last error of what has to stay."""
+    stuck: OSError | None = None
     with Descent(root) as here:
         levels: list[tuple[str, int, Scan]] = []
         names, rounds = here.scan(), 0
@@ -57,25 +58,25 @@ def _empty(root: int, report: Report) -> OSError | None:
                     names, rounds = here.scan(), 0
                     break
                 except OSError as error:
-                    if error.errno != errno.EBUSY:
+                    if error.errno not in (errno.EBUSY, errno.EPERM):
                         raise
-                    busy = error
+                    stuck = error
             else:
                 if not levels:
-                    return busy
+                    return stuck
                 here.up()
                 name, outer_rounds, outer_names = levels.pop()
                 try:
                     os.rmdir(name, dir_fd=here.fd)
                 except OSError as error:
-                    if error.errno == errno.ENOTEMPTY and busy is None and rounds < _ROUNDS:
+                    if error.errno == errno.ENOTEMPTY and stuck is None and rounds < _ROUNDS:
                         here.down(name)
                         levels.append((name, outer_rounds, outer_names))
                         names, rounds = here.scan(), rounds + 1
                         continue
                     if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
                         raise
-                    busy = busy or error
+                    stuck = stuck or error
                 names, rounds = outer_names, outer_rounds
 
 

@@ -136,7 +136,7 @@ class Connection(MessageBus):
             raise Unavailable("the system bus is gone: try again")
         if reply.message_type is MessageType.ERROR:
             text = reply.body[0] if reply.signature.startswith("s") else ""
-            raise error_from(reply.error_name, text)
+            raise error_from(reply.error_name, text, destination)
         return reply
 
     async def ask_driver(self, member: str, signature: str, body: Body) -> Body:

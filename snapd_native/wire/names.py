@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from snapd_native import errors
+from snapd_native.model import quote
 
 BUS_NAME = "org.snapdnative1"
+"""The service's name on the bus; another instance's begins with it."""
+
 OBJECT_PATH = "/org/snapdnative1"
 MANAGER = "org.snapdnative1.Manager"
 JOB_PATH = "/org/snapdnative1/job"
@@ -44,8 +49,8 @@ _NAMES = {kind: name for name, kind in _CLASSES.items()}
 _FROM_THE_BUS: dict[str, tuple[type[errors.SnapdError], str]] = {
     _STANDARD + name: (errors.Unavailable, text)
     for name, text in {
-        "ServiceUnknown": "the service is not running: start it, systemctl start snapd-native",
-        "NameHasNoOwner": "the service is not running: start it, systemctl start snapd-native",
+        "ServiceUnknown": "the service is not running: start it, systemctl start {unit}",
+        "NameHasNoOwner": "the service is not running: start it, systemctl start {unit}",
         "NoReply": "the service ended before it answered: look at its log",
         "Disconnected": "the bus closed the connection: try again",
         "Timeout": "the service did not start in time: look at its log",
@@ -58,14 +63,39 @@ _FROM_THE_BUS: dict[str, tuple[type[errors.SnapdError], str]] = {
 }
 
 
+_INSTANCE = re.compile("[A-Za-z_][A-Za-z0-9_]{0,63}", re.ASCII)
+
+
+def bus_name(instance: str) -> str:
+    """Return the name on the bus of an instance, or with ``""`` the service's.
+
+    Raises:
+        InvalidArgument: it cannot be part of a name on the bus.
+    """
+    if not instance:
+        return BUS_NAME
+    if not _INSTANCE.fullmatch(instance):
+        raise errors.InvalidArgument(
+            f"the instance {quote(instance)} cannot be: use at most 64 letters, digits and"
+            " underscores, and no digit first"
+        )
+    return f"{BUS_NAME}.{instance}"
+
+
+def unit_name(bus_name: str) -> str:
+    """Return what systemd calls the service that has a name on the bus, as its directories are."""
+    instance = bus_name.removeprefix(BUS_NAME).removeprefix(".")
+    return f"snapd-native@{instance}" if instance else "snapd-native"
+
+
 def error_name(error: errors.SnapdError) -> str:
     """Return the D-Bus name of an exception."""
     return _NAMES.get(type(error), _OURS + "Internal")
 
 
-def error_from(name: str, message: str) -> errors.SnapdError:
-    """Return the exception that a D-Bus error stands for."""
+def error_from(name: str, message: str, sender: str = BUS_NAME) -> errors.SnapdError:
+    """Return the exception that a D-Bus error stands for, of a call to ``sender``."""
     if kind := _CLASSES.get(name):
         return kind(message)
     kind, text = _FROM_THE_BUS.get(name, (errors.Internal, f"{name}: {message}"))
-    return kind(text)
+    return kind(text.replace("{unit}", unit_name(sender)))
