@@ -7,7 +7,6 @@ import logging
 import os
 import resource
 import signal
-import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -187,22 +186,3 @@ class _Daemon:
             else:
                 self._notify("WATCHDOG=1")
             await asyncio.sleep(period)
-
-
-def configure_logging(level: int) -> None:
-    """Log to stderr, with the level as the journal reads it where the journal is listening."""
-    handler = logging.StreamHandler(sys.stderr)
-    if os.environ.get("JOURNAL_STREAM"):
-        handler.setFormatter(_JournalFormatter("%(message)s"))
-    else:
-        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])
-
-
-class _JournalFormatter(logging.Formatter):
-    """Puts the syslog priority in front of each line; see sd-daemon(3)."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        priority = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
-        prefix = f"<{priority.get(record.levelno, 2)}>"
-        return "\n".join(prefix + line for line in super().format(record).splitlines())

@@ -130,7 +130,8 @@ def private_daemon(
         notify.bind(f"{directory}/notify")
         process = subprocess.Popen(
             [
-                *(sys.executable, "-P", "-m", "snapd_native", "--instance", instance, "daemon"),
+                *(sys.executable, "-P", "-m", "snapd_native", "--instance", instance),
+                *("daemon", "--quiet"),
                 *("--state-directory", str(state)),
                 *("--runtime-directory", f"{directory}/run"),
             ],

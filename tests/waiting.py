@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-WAIT = 4
+WAIT = 60
 """Seconds after which what was waited for is taken to never happen."""
 
 

@@ -23,6 +23,7 @@ from snapd_native.bus.incoming import MAX_TEXT, Call
 from snapd_native.bus.introspection import contract, document, shapes
 from snapd_native.bus.jobs import Jobs
 from snapd_native.bus.lanes import Lane, Lanes
+from snapd_native.bus.log import logged
 from snapd_native.bus.manager import Caller, Manager, Method, signal
 from snapd_native.bus.replies import ERROR, Answer, check_signature, failure, marshalled, result
 from snapd_native.errors import Unavailable
@@ -131,9 +132,10 @@ class Dispatcher:
                 await self._authority.check(call, Action.READ)
                 return result(call, *self._property(call), serial)
             case names.JOB:
-                await self._authority.check(call, Action.MANAGE)
-                check_signature(call, _JOB)
-                await self._jobs.get(call.path).cancel()
+                uid = await self._authority.check(call, Action.MANAGE)
+                with logged(call, uid, {"job": call.path}, changes=True):
+                    check_signature(call, _JOB)
+                    await self._jobs.get(call.path).cancel()
                 return result(call, "", [], serial)
         return await self._manage(call, serial)
 
@@ -148,18 +150,17 @@ class Dispatcher:
         caller = await self._authorised(call, method)
         if self._stopping:
             raise Unavailable(f"{call.member} cannot be called: the service is stopping")
-        takes, returns = self._shape.methods[call.member]
-
+        _, returns = self._shape.methods[call.member]
+        if method.lane is Lane.TREE:
+            return result(call, returns, await self._work(call, method, caller), serial)
         extra = [caller] if method.lane is Lane.MOUNT else []
 
         def run() -> Answer:
             try:
-                return result(call, returns, _perform(call, method, takes, *extra), serial)
+                return result(call, returns, self._perform(call, method, caller, *extra), serial)
             except Exception as error:
                 return failure(call, error, serial)
 
-        if method.lane is Lane.TREE:
-            return result(call, returns, await self._work(call, method, takes, caller.uid), serial)
         answer = await self._lanes.run(method.lane, run)
         if extra and not self._authority.knows(call.sender):
             # It has left since; nobody else will think of what was mounted for it.
@@ -175,38 +176,48 @@ class Dispatcher:
         uid, owner = await self._authority.uid(call.sender), self._owner(call.sender)
         if uid == 0:
             return Caller(uid, owner)
-        details: dict[str, str] = {}
-        if call.signature == self._shape.methods[call.member][0]:
-            texts = call.texts()
-            names = self._shape.arguments[call.member]
-            details = {name: text[:MAX_TEXT] for name, text in zip(names, texts, strict=False)}
-            if texts and method.user is not None:
-                user = await self._lanes.run(Lane.USER, partial(method.user, *texts))
-                if uid == user:
-                    return Caller(uid, owner, only_own=True)
+        texts = self._texts(call)
+        if texts and method.user is not None:
+            user = await self._lanes.run(Lane.USER, partial(method.user, *texts.values()))
+            if uid == user:
+                return Caller(uid, owner, only_own=True)
+        details = {name: text[:MAX_TEXT] for name, text in texts.items()}
         await self._authority.check(call, method.action, details)
         return Caller(uid, owner)
+
+    def _texts(self, call: Call) -> dict[str, str]:
+        """Return the texts that a call's arguments begin with, by their names in the contract."""
+        if call.signature != self._shape.methods[call.member][0]:
+            return {}
+        return dict(zip(self._shape.arguments[call.member], call.texts(), strict=False))
 
     def _owner(self, sender: str) -> str:
         # Unique names begin anew when the bus does.
         return f"{self._bus} {sender}"
 
-    async def _work(self, call: Call, method: Method, takes: str, uid: int) -> Body:
+    def _perform(self, call: Call, method: Method, caller: Caller, *extra: Job | Caller) -> Body:
+        """Do what a method does, in a worker thread."""
+        changes = method.action is not Action.READ
+        with logged(call, caller.uid, self._texts(call), changes=changes):
+            check_signature(call, {call.member: self._shape.methods[call.member][0]})
+            return method.run(*extra, *call.arguments())
+
+    async def _work(self, call: Call, method: Method, caller: Caller) -> Body:
         """Call a method that may take long, and show it as a job when it does."""
         loop = asyncio.get_running_loop()
         begun = asyncio.Event()
         job = Job(partial(loop.call_soon_threadsafe, begun.set))
-        lane = self._lanes.run(method.lane, lambda: _perform(call, method, takes, job))
+        lane = self._lanes.run(method.lane, partial(self._perform, call, method, caller, job))
         work = loop.create_task(lane)
         self._track(work)
         beginning = loop.create_task(begun.wait())
         await asyncio.wait({work, beginning}, return_when=asyncio.FIRST_COMPLETED)
         beginning.cancel()
         if begun.is_set() and method.returns_job:
-            return [self._jobs.show(job, uid, work).path]
+            return [self._jobs.show(job, caller.uid, work).path]
         await asyncio.wait({work}, timeout=PATIENCE)
         if not work.done():
-            self._jobs.show(job, uid, work)
+            self._jobs.show(job, caller.uid, work)
         return await work
 
     def _interface(self, call: Call) -> str:
@@ -275,12 +286,6 @@ _INTROSPECTABLE = {"Introspect": ""}
 _PROPERTIES = {"Get": "ss", "GetAll": "s", "Set": "ssv"}
 _PROPERTY_SIGNALS = {"PropertiesChanged": "sa{sv}as"}
 _JOB = {"Cancel": ""}
-
-
-def _perform(call: Call, method: Method, takes: str, *extra: Job | Caller) -> Body:
-    """Do what a method does, in a worker thread."""
-    check_signature(call, {call.member: takes})
-    return method.run(*extra, *call.arguments())
 
 
 def _machine_id() -> str:

@@ -112,20 +112,22 @@ def _client() -> Iterator[BlockingClient]:
     show_default=True,
     help="Space and inodes that standby clones leave free.",
 )
-@click.option("-v", "--verbose", is_flag=True, help="Log details.")
+@click.option("-v", "--verbose", "level", flag_value=logging.DEBUG, help="Log reads too.")
+@click.option("-q", "--quiet", "level", flag_value=logging.WARNING, help="Log problems only.")
 @click.pass_obj
 def daemon(
     instance: str,
     state_directory: Path | None,
     runtime_directory: Path | None,
     standby_free: float,
-    verbose: bool,
+    level: int | None,
 ) -> None:
     """Serve on the system bus; systemd runs this."""
-    from snapd_native.daemon import configure_logging, run
+    from snapd_native import logs
+    from snapd_native.daemon import run
     from snapd_native.wire.names import bus_name, unit_name
 
-    configure_logging(logging.DEBUG if verbose else logging.INFO)
+    logs.configure(level or logging.INFO)
     if os.geteuid() != 0:
         raise AccessDenied("the daemon needs root: run it as root")
     name = bus_name(instance)

@@ -1,0 +1,71 @@
+"""One line in the log for each operation: what, how long, for whom, and why not."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from dbus_next.errors import DBusError
+
+from snapd_native import logs
+from snapd_native.bus.incoming import Call
+from snapd_native.bus.replies import described
+from snapd_native.errors import DataLoss, Internal, ResourceExhausted, SnapdError
+from snapd_native.model import quote
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def logged(call: Call, uid: int, texts: Mapping[str, str], *, changes: bool) -> Iterator[None]:
+    """Log what is done inside the block, which a caller with ``uid`` may do.
+
+    ``texts`` are its arguments. What ``changes`` nothing is for debugging. Who is not allowed
+    anything is not logged at all: he could fill the log.
+
+    Raises:
+        Internal: what is done has a bug, which is logged.
+    """
+    begun = time.monotonic()
+    given = {name: text for name, text in texts.items() if text}
+    outcome, level, error = "done", logging.INFO if changes else logging.DEBUG, {}
+    try:
+        yield
+    except Exception as failure:
+        name, outcome = described(failure)
+        level, error = _level(failure, level), {"error": name}
+        if not isinstance(failure, (SnapdError, DBusError)):
+            raise Internal(outcome) from failure
+        raise
+    finally:
+        seconds = time.monotonic() - begun
+        log.log(
+            level,
+            "%s: %s (uid %d, %.1f ms)",
+            " ".join([call.member, *(f"{name}={quote(text)}" for name, text in given.items())]),
+            outcome,
+            uid,
+            seconds * 1000,
+            extra=logs.fields(
+                {
+                    # What most calls name as their key, others do as the name of a snapshot.
+                    **({"key": given["name"]} if "name" in given else {}),
+                    **given,
+                    **error,
+                    "operation": call.member,
+                    "duration_usec": str(round(seconds * 1_000_000)),
+                    "caller_uid": str(uid),
+                    "sender": call.sender,
+                }
+            ),
+        )
+
+
+def _level(error: Exception, usual: int) -> int:
+    if isinstance(error, ResourceExhausted):
+        return logging.WARNING
+    if isinstance(error, (DataLoss, Internal)) or not isinstance(error, (SnapdError, DBusError)):
+        return logging.ERROR
+    return usual
