@@ -29,12 +29,14 @@ from snapd_native.model import (
     Added,
     Change,
     Committed,
+    Finding,
     Info,
     Kind,
     Lifetime,
     Mount,
     Mounted,
     Removed,
+    Trouble,
     Updated,
     Usage,
 )
@@ -231,6 +233,11 @@ class Client:
     async def cleanup(self) -> None:
         """Return when every deferred deletion is done."""
         await self._call("Cleanup", "a{sv}", {})
+
+    async def check(self) -> Sequence[Finding]:
+        """Return what is wrong with records, directories and mounts; nothing is changed."""
+        (rows,) = await self._call("Check", "a{sv}", {})
+        return [Finding(Trouble(kind), key, what) for kind, key, what in rows]
 
     async def standby(self, name: str) -> Standby:
         """Return how many standby clones of a snapshot are complete, and how many it wants."""
@@ -484,6 +491,10 @@ class BlockingClient:
     def cleanup(self) -> None:
         """Return when every deferred deletion is done."""
         self._wait(self._client.cleanup())
+
+    def check(self) -> Sequence[Finding]:
+        """Return what is wrong with records, directories and mounts; nothing is changed."""
+        return self._wait(self._client.check())
 
     def standby(self, name: str) -> Standby:
         """Return how many standby clones of a snapshot are complete, and how many it wants."""

@@ -17,6 +17,7 @@ class Operation(StrEnum):
     COMMIT = "commit"
     USAGE = "usage"
     CLEANUP = "cleanup"
+    CHECK = "check"
 
 
 class Job:

@@ -42,6 +42,36 @@ class Kind(StrEnum):
     COMMITTED = "committed"
 
 
+class Trouble(StrEnum):
+    """What a finding is about; the value is its name on the wire."""
+
+    DATABASE = "database"
+    """The database is damaged, or breaks its own rules."""
+    TREE = "tree"
+    """A snapshot's directory is gone."""
+    ORPHAN = "orphan"
+    """A directory is no snapshot's."""
+    LEFTOVER = "leftover"
+    """What was removed could not be deleted."""
+    FOREIGN = "foreign"
+    """Something lies among the directories that the service did not make."""
+    MOUNT = "mount"
+    """A mount and what the ledger says of it differ."""
+    MODE = "mode"
+    """Somebody else may reach the state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is not as it should be."""
+
+    kind: Trouble
+    key: str
+    """The snapshot's; nothing where it is not about one."""
+    what: str
+    """One sentence that says what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Mounted:
     """A snapshot that the service has mounted."""

@@ -301,3 +301,17 @@ def test_usage_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     heading, first, second = capsys.readouterr().out.splitlines()
     assert len(heading) == len(first) == len(second)
     assert second.endswith("1.0 GiB  1,234,567")
+
+
+def test_check_says_what_is_wrong(program: Program, tmp_path: Path) -> None:
+    assert out(program("check")) == ""
+    assert json.loads(out(program("check", "--json"))) == []
+    (tmp_path / "state" / "snapshots" / "17").mkdir()
+    outcome = program("check")
+    assert outcome.returncode == 1
+    assert outcome.stdout == "orphan\t\t17 is no snapshot's: call Cleanup\n"
+    outcome = program("check", "--json")
+    assert outcome.returncode == 1
+    assert json.loads(outcome.stdout)[0]["kind"] == "orphan"
+    assert out(program("cleanup")) == ""
+    assert out(program("check")) == ""

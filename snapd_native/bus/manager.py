@@ -67,6 +67,7 @@ class Manager:
             "List": Method(Action.READ, Lane.LIST, self._list),
             "Remove": Method(Action.MANAGE, Lane.CHANGE, self._remove),
             "Cleanup": Method(Action.MANAGE, Lane.TREE, self._cleanup),
+            "Check": Method(Action.READ, Lane.TREE, self._check),
             "Mount": Method(Action.MOUNT, Lane.MOUNT, self._mount),
             "Unmount": Method(Action.MOUNT, Lane.MOUNT, self._unmount, user=self._mounter),
             "ListMounts": Method(Action.READ, Lane.MOUNT, self._list_mounts),
@@ -125,6 +126,11 @@ class Manager:
         unpack(options)
         self._snapshotter.cleanup(job)
         return []
+
+    def _check(self, job: Job, options: Options) -> Body:
+        unpack(options)
+        found = self._snapshotter.check(job)
+        return [[[finding.kind.value, finding.key, finding.what] for finding in found]]
 
     def _mount(self, caller: Caller, key: str, target: str, options: Options) -> Body:
         given = unpack(options, read_only="b", lifetime="s")

@@ -18,6 +18,9 @@ STATUSES: dict[type[errors.SnapdError], int] = {
     errors.InteractiveAuthorizationRequired: 12,
 }
 
+FINDINGS = 1
+"""Check has found something."""
+
 INTERRUPTED = 130
 """Ended by Ctrl-C, as a shell reports it."""
 

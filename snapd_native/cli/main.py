@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from snapd_native import __version__
-from snapd_native.cli.exits import INTERRUPTED, status
+from snapd_native.cli.exits import FINDINGS, INTERRUPTED, status
 from snapd_native.errors import AccessDenied, InvalidArgument, NotFound, SnapdError
 from snapd_native.model import quote
 
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
 _EPILOG = """\b
-Exit status: 0 done, 1 internal error, 2 wrong usage, 3 invalid argument, 4 not found,
-5 already exists, 6 failed precondition, 7 resource exhausted, 8 data loss, 9 cancelled,
-10 service unavailable, 11 access denied, 12 interactive authorization required.
+Exit status: 0 done, 1 internal error, or check has found something, 2 wrong usage,
+3 invalid argument, 4 not found, 5 already exists, 6 failed precondition,
+7 resource exhausted, 8 data loss, 9 cancelled, 10 service unavailable,
+11 access denied, 12 interactive authorization required.
 """
 
 
@@ -321,6 +322,23 @@ def rm(keys: tuple[str, ...]) -> None:
     with _client() as client:
         for key in keys:
             client.remove(key)
+
+
+@cli.command()
+@_json
+def check(as_json: bool) -> None:
+    """Compare records, directories and mounts; nothing is changed.
+
+    Each line is something that is wrong, with tabs in it: what it is about, the snapshot, and a
+    sentence that says what to do. The exit status is 1 then.
+    """
+    from snapd_native.cli import render
+
+    with _client() as client:
+        found = client.check()
+    render.findings(found, as_json=as_json)
+    if found:
+        sys.exit(FINDINGS)
 
 
 @cli.command()

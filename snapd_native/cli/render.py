@@ -28,7 +28,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from snapd_native.client import Job, Progress, Standby
-from snapd_native.model import Info, Kind, Mount, Mounted, Usage, shown
+from snapd_native.model import Finding, Info, Kind, Mount, Mounted, Usage, shown
 
 _STYLES = {Kind.COMMITTED: "green", Kind.ACTIVE: "yellow", Kind.VIEW: "cyan"}
 
@@ -67,6 +67,17 @@ def mounted(found: Sequence[Mounted], *, as_json: bool) -> None:
             Text(str(value.uid)),
         )
     _print_rich(grid)
+
+
+def findings(found: Sequence[Finding], *, as_json: bool) -> None:
+    """Print what is wrong: its kind, the snapshot's key and a sentence, with tabs between them."""
+    if as_json:
+        _print_json(
+            [{"kind": each.kind.value, "key": each.key, "what": each.what} for each in found]
+        )
+        return
+    for each in found:
+        print(f"{each.kind.value}\t{shown(each.key)}\t{shown(each.what)}")
 
 
 def fstab(value: Mount, target: str) -> None:

@@ -27,12 +27,15 @@ from snapd_native.model import (
     Added,
     Change,
     Committed,
+    Finding,
     Info,
     Kind,
     Removed,
+    Trouble,
     Updated,
     Usage,
     quote,
+    shown,
     standby_number,
 )
 
@@ -48,6 +51,29 @@ _DESCRIPTIONS = {
     Kind.ACTIVE: "an active snapshot",
     Kind.COMMITTED: "a committed snapshot",
 }
+
+_RULES = {
+    "its parent is not there, or not committed": """
+        SELECT s.name FROM snapshots AS s LEFT JOIN snapshots AS p ON p.id = s.parent
+        WHERE s.parent IS NOT NULL AND p.kind IS NOT 'committed'
+    """,
+    "it is its own ancestor": """
+        WITH RECURSIVE reached (id) AS (
+            SELECT id FROM snapshots WHERE parent IS NULL
+            UNION SELECT s.id FROM snapshots AS s JOIN reached AS r ON s.parent = r.id
+        )
+        SELECT s.name FROM snapshots AS s JOIN snapshots AS p ON p.id = s.parent
+        WHERE s.id NOT IN reached
+    """,
+    "its id may be given again": """
+        SELECT name FROM snapshots
+        WHERE id > (SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'snapshots')
+    """,
+    "its mounts are recorded, but it is not": """
+        SELECT target FROM mounts WHERE snapshot NOT IN (SELECT id FROM snapshots)
+    """,
+}
+"""What the schema itself should keep from happening, and what finds it all the same."""
 
 MAX_PAGE = 8 << 20
 """Bytes of names, parents and labels in one page, so that it fits a bus message of 32 MiB."""
@@ -171,11 +197,31 @@ class Metastore:
                             break
         return found
 
-    def directories(self) -> set[int]:
-        """Return the ids of all snapshots that own a directory."""
+    def directories(self) -> Mapping[int, str]:
+        """Return all snapshots that own a directory, its id and their names."""
         with self._connections.reading() as db:
-            rows = db.execute("SELECT id FROM snapshots WHERE kind <> 'view' OR parent IS NULL")
-            return {id_ for (id_,) in rows}
+            return dict(
+                db.execute("SELECT id, name FROM snapshots WHERE kind <> 'view' OR parent IS NULL")
+            )
+
+    def findings(self) -> Sequence[Finding]:
+        """Return what is wrong with the database and with the rules that it keeps."""
+        with self._connections.reading() as db:
+            told = [what for (what,) in db.execute("PRAGMA integrity_check") if what != "ok"]
+            found = [
+                Finding(
+                    Trouble.DATABASE,
+                    "",
+                    f"metadata.db is damaged ({shown(what)}): restore it from a backup",
+                )
+                for what in told
+            ]
+            for rule, query in _RULES.items():
+                found += [
+                    Finding(Trouble.DATABASE, str(name), f"{rule}: restore it from a backup")
+                    for (name,) in db.execute(query)
+                ]
+        return found
 
     def reserved(self) -> set[int]:
         """Return the ids of all reservations."""

@@ -22,6 +22,7 @@ from snapd_native.jobs import Job, Operation
 from snapd_native.metastore import Metastore, Record
 from snapd_native.model import (
     Change,
+    Finding,
     Info,
     Kind,
     Lifetime,
@@ -34,6 +35,7 @@ from snapd_native.model import (
     standby_number,
 )
 from snapd_native.snapshotter.background import Background
+from snapd_native.snapshotter.check import check
 from snapd_native.snapshotter.failures import explained
 from snapd_native.snapshotter.labels import changed, label_key
 from snapd_native.snapshotter.mounting import Mounter
@@ -333,8 +335,8 @@ class Snapshotter:
         check_name(key)
         with self._mounter.unmounted() as check:
             record = self._store.remove(key, check)
+            self._reaper.retire(record)
         self._standby.look()
-        self._reaper.retire(record)
 
     def mount(
         self,
@@ -424,6 +426,13 @@ class Snapshotter:
                 ) from None
         job.conclude()
 
+    def check(self, job: Job | None = None) -> Sequence[Finding]:
+        """Compare records, directories and mounts, and return what is wrong; nothing is changed."""
+        job = job or Job()
+        job.begin(Operation.CHECK, "")
+        with explained("check the state"):
+            return check(self._state, self._store, self._mounter, self._reaper, self._watched(job))
+
     def _create(
         self, kind: Kind, key: str, parent: str, labels: Mapping[str, str] | None, job: Job
     ) -> Mount:
@@ -511,6 +520,6 @@ class Snapshotter:
 
     def _check_directories(self) -> None:
         found = {id_ for _, prefix, id_ in self._state.listing() if not prefix}
-        missing = len(self._store.directories() - found)
+        missing = len(self._store.directories().keys() - found)
         if missing:
             log.error("%d snapshots have lost their directories", missing)

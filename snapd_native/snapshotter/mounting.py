@@ -23,7 +23,7 @@ from snapd_native.errors import (
     SnapdError,
 )
 from snapd_native.metastore import Line, Metastore, Record
-from snapd_native.model import Kind, Lifetime, Mounted, quote, quote_path
+from snapd_native.model import Finding, Kind, Lifetime, Mounted, Trouble, quote, quote_path
 from snapd_native.mounts import Entry, Table, Target
 from snapd_native.snapshotter.background import Background
 from snapd_native.snapshotter.failures import explained
@@ -136,6 +136,29 @@ class Mounter:
         What somebody else still uses then is detached, and stays theirs until they are done.
         """
         self._releaser.submit(partial(self._release_all, owner))
+
+    def findings(self) -> Sequence[Finding]:
+        """Return where the ledger and the kernel's table differ, but for what is unmounted."""
+        if self._blind:
+            return [Finding(Trouble.MOUNT, "", self._blind)]
+        found = []
+        with self._lock:
+            lines, table = self._ledger.lines(), Table.read()
+            standing = {line: self._stands(line, table) for line in lines}
+            for line, entry in standing.items():
+                on = quote_path(line.target)
+                if line.boot != self._boot:
+                    what = f"it is not mounted on {on} since the machine was started: restart the"
+                    found.append((line.key, f"{what} service, or unmount it"))
+                elif entry and line.read_only and not entry.read_only:
+                    found.append((line.key, f"it is writable on {on}: unmount it"))
+            known = {entry.id for entry in standing.values() if entry}
+            found += [
+                ("", f"{quote_path(entry.target)} is mounted, but not known: unmount it by hand")
+                for entry in table.within(str(self._own))
+                if entry.id not in known and entry.target != str(self._own)
+            ]
+        return [Finding(Trouble.MOUNT, key, what) for key, what in found]
 
     @contextmanager
     def unmounted(self) -> Iterator[Callable[[Record], None]]:

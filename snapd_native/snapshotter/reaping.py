@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from concurrent.futures import wait
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 
 from snapd_native import trees
@@ -67,23 +68,34 @@ class Reaper:
         Raises:
             OSError: the last failure, after everything else was deleted.
         """
-        sweep = self._background.submit(partial(self._sweep, report))
-        # It may be the turn of something else first.
-        while not sweep.done():
-            wait([sweep], POLL_SECONDS)
-            report(0, 0)
-        sweep.result()
+        self._await(self._background.submit(partial(self._sweep, report)), report)
 
-    def _sweep(self, report: trees.Report) -> None:
-        """Delete every directory that no snapshot and no running call owns."""
+    def catch_up(self, report: trees.Report) -> None:
+        """Return when all was tried to be deleted that was removed so far."""
+        self._await(self._background.submit(lambda: None), report)
+
+    def orphans(self) -> Sequence[str]:
+        """Return every directory that no snapshot and no running call owns."""
         # What is found first, is reserved or recorded at that time or later, or is an orphan.
         found = self._state.listing()
         reserved = self._store.reserved()
         owned = self._store.directories()
+        return [
+            name
+            for name, prefix, id_ in found
+            if prefix == "rm-" or not (id_ in reserved or (not prefix and id_ in owned))
+        ]
+
+    def _await(self, task: Future[None], report: trees.Report) -> None:
+        # It may be the turn of something else first.
+        while not task.done():
+            wait([task], POLL_SECONDS)
+            report(0, 0)
+        task.result()
+
+    def _sweep(self, report: trees.Report) -> None:
         failure: OSError | None = None
-        for name, prefix, id_ in found:
-            if prefix != "rm-" and (id_ in reserved or (not prefix and id_ in owned)):
-                continue
+        for name in self.orphans():
             try:
                 self._state.delete(name, report)
             except OSError as error:

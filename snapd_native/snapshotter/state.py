@@ -13,7 +13,7 @@ from pathlib import Path
 
 from snapd_native import linux, trees
 from snapd_native.errors import DataLoss, FailedPrecondition, Unavailable
-from snapd_native.model import Usage
+from snapd_native.model import Finding, Trouble, Usage, quote_path
 from snapd_native.mounts import Place, Table
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -243,6 +243,21 @@ class StateDirectory:
         matches = map(_OURS.fullmatch, self._names())
         return [(m[0], m[1] or "", int(m[2])) for m in matches if m and self._is_directory(m[0])]
 
+    def findings(self) -> Iterator[Finding]:
+        """Yield what others may reach, and what among the directories is not the service's."""
+        for name in (".", "snapshots", "metadata.db", "metadata.db-wal", "metadata.db-shm"):
+            with suppress(FileNotFoundError):
+                found = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+                path = quote_path(os.path.normpath(self.path / name))
+                if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+                    what = f"others may reach {path}: chown it to uid {os.geteuid()}, chmod go= it"
+                    yield Finding(Trouble.MODE, "", what)
+        for name in self._names():
+            ours = _OURS.fullmatch(name) or _STANDBY.fullmatch(name)
+            if not (ours and (self._is_directory(name) or not self._is_there(name))):
+                what = f"{quote_path(name)} is not the service's: move it out of snapshots/"
+                yield Finding(Trouble.FOREIGN, "", what)
+
     def _names(self) -> list[str]:
         # By a descriptor of its own: all that read a directory by one share their place in it.
         fd = os.open(".", _DIRECTORY, dir_fd=self._snapshots)
@@ -250,6 +265,13 @@ class StateDirectory:
             return os.listdir(fd)
         finally:
             os.close(fd)
+
+    def _is_there(self, name: str) -> bool:
+        try:
+            os.stat(name, dir_fd=self._snapshots, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
 
     def _is_directory(self, name: str) -> bool:
         try:

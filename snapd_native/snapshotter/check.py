@@ -1,0 +1,57 @@
+"""Whether records, directories and mounts agree; nothing is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from snapd_native import trees
+from snapd_native.errors import DataLoss
+from snapd_native.metastore import Metastore
+from snapd_native.model import Finding, Trouble
+from snapd_native.snapshotter.mounting import Mounter
+from snapd_native.snapshotter.reaping import Reaper
+from snapd_native.snapshotter.state import StateDirectory
+
+
+def check(
+    state: StateDirectory, store: Metastore, mounter: Mounter, reaper: Reaper, report: trees.Report
+) -> list[Finding]:
+    """Return all that is wrong, after the deletions that are under way are done.
+
+    What other calls do meanwhile is not taken for an error. ``report`` may end it.
+    """
+    found = [*state.findings()]
+    try:
+        found += store.findings()
+        found += _lost(state, store)
+        found += _left(mounter, reaper, report)
+        found += mounter.findings()
+    except DataLoss as error:
+        found.append(Finding(Trouble.DATABASE, "", error.message))
+    return found
+
+
+def _lost(state: StateDirectory, store: Metastore) -> Iterator[Finding]:
+    """Yield the snapshots without a directory."""
+    before = store.directories()
+    there = {id_ for _, prefix, id_ in state.listing() if not prefix}
+    # An id is never given again: a snapshot that was there before, and is after, was meanwhile.
+    for id_, name in store.directories().items():
+        if id_ in before and id_ not in there:
+            what = "its directory is gone: restore it from a backup, or remove the snapshot"
+            yield Finding(Trouble.TREE, name, what)
+
+
+def _left(mounter: Mounter, reaper: Reaper, report: trees.Report) -> Iterator[Finding]:
+    """Yield the directories without a snapshot."""
+    before = set(reaper.orphans())
+    reaper.catch_up(report)
+    # No Remove is half-way between the record and its directory.
+    with mounter.unmounted():
+        left = before.intersection(reaper.orphans())
+    for name in sorted(left):
+        if name.startswith("rm-"):
+            what = f"{name} was removed and is not deleted: call Cleanup, which says why"
+            yield Finding(Trouble.LEFTOVER, "", what)
+        else:
+            yield Finding(Trouble.ORPHAN, "", f"{name} is no snapshot's: call Cleanup")
