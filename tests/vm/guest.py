@@ -1,0 +1,189 @@
+"""The machine: commands by ssh, and its power by libvirt."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.vm.disk import Disk, Loss
+
+CONNECT_LIMIT = 240
+"""Seconds that a machine may take from power to ssh; emulation is slow."""
+
+
+class Guest:
+    """Speaks to the machine as root, over one connection."""
+
+    def __init__(self, ssh_config: str, domain: str) -> None:
+        self.domain = domain
+        self._ssh = ["ssh", "-F", ssh_config, "-o", "BatchMode=yes", "default"]
+
+    def attempt(
+        self, script: str, stdin: str | None = None, limit: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a script of bash that stops at the first error."""
+        return subprocess.run(
+            [*self._ssh, f"bash --norc -euo pipefail -c {_quoted(script)}"],
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=limit,
+        )
+
+    def run(self, script: str, stdin: str | None = None, limit: float = 120) -> str:
+        """Run a script that must succeed, and return what it printed."""
+        outcome = self.attempt(script, stdin, limit)
+        assert outcome.returncode == 0, f"{script}\n{outcome.stdout}\n{outcome.stderr}"
+        return outcome.stdout
+
+    def start(self, command: str) -> subprocess.Popen[str]:
+        """Start a command and leave it running; its stdin and stdout are pipes."""
+        return subprocess.Popen(
+            [*self._ssh, command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def until(self, condition: str, limit: float = 60) -> None:
+        """Wait in the guest until a condition of bash holds."""
+        loop = f"until {condition}; do (( SECONDS < {limit:.0f} )) || exit 1; sleep 0.2; done"
+        outcome = self.attempt(loop, limit=limit + 30)
+        assert outcome.returncode == 0, f"in {limit:.0f} s it did not come to {condition}"
+
+    def boot_id(self) -> str:
+        return self.run("cat /proc/sys/kernel/random/boot_id").strip()
+
+    def hang_up(self) -> None:
+        """Close the connection that commands share."""
+        subprocess.run([*self._ssh[:-1], "-O", "exit", "default"], capture_output=True, check=False)
+
+    def connect(self) -> None:
+        """Wait until the machine has come up, with all its units."""
+        end = time.monotonic() + CONNECT_LIMIT
+        while True:
+            self.hang_up()
+            wait = "systemctl is-system-running --wait || true"
+            try:
+                state = self.attempt(wait, limit=CONNECT_LIMIT).stdout.strip()
+            except subprocess.TimeoutExpired:
+                state = ""
+            if state:
+                break
+            assert time.monotonic() < end, "the machine does not answer"
+            time.sleep(0.5)
+        failed = self.run("systemctl list-units --failed --no-legend --plain")
+        assert state == "running", failed
+
+    def reboot(self) -> None:
+        before = self.boot_id()
+        self.attempt("systemctl reboot")
+        end = time.monotonic() + CONNECT_LIMIT
+        while True:
+            self.hang_up()
+            if self.attempt("cat /proc/sys/kernel/random/boot_id").stdout.strip() not in ("", before):
+                break
+            assert time.monotonic() < end, "the machine does not come back"
+            time.sleep(0.5)
+        self.connect()
+
+    # Its power.
+
+    def power_off(self) -> None:
+        """End the machine in order."""
+        self.attempt("systemctl poweroff")
+        self.hang_up()
+        _eventually(lambda: self._state() == "shut off", "the machine does not stop")
+
+    def power_on(self) -> None:
+        _virsh("start", self.domain)
+        self.connect()
+
+    def power_cut(self) -> None:
+        """End QEMU by SIGKILL: before SIGTERM, as `virsh destroy` does it, it flushes its disks."""
+        pid = Path(f"/run/libvirt/qemu/{self.domain}.pid").read_text()
+        os.kill(int(pid), signal.SIGKILL)
+        _eventually(lambda: self._state() == "shut off", "libvirt does not see the machine's end")
+        self.hang_up()
+
+    def _state(self) -> str:
+        return _virsh("domstate", self.domain).strip()
+
+    @contextmanager
+    def volatile_disks(self) -> Iterator[VolatileDisks]:
+        """Give the data disks a cache that a power cut loses. The machine is restarted for it."""
+        self.power_off()
+        before = _virsh("dumpxml", "--inactive", self.domain)
+        disks, changed = _with_volatile_disks(before)
+        try:
+            _virsh("define", "/dev/stdin", stdin=changed)
+            self.power_on()
+            yield VolatileDisks(disks)
+            self.power_off()
+        finally:
+            if self._state() != "shut off":
+                self.power_cut()
+            for disk in disks:
+                disk.close()
+            _virsh("define", "/dev/stdin", stdin=before)
+        self.power_on()
+
+
+class VolatileDisks:
+    """All data disks of a machine."""
+
+    def __init__(self, disks: list[Disk]) -> None:
+        self._disks = disks
+        self._cuts = 0
+
+    def losses(self) -> list[Loss]:
+        """Tell of each what the power cut did that was just made."""
+        self._cuts += 1
+        return [disk.await_loss(self._cuts) for disk in self._disks]
+
+
+def _with_volatile_disks(description: str) -> tuple[list[Disk], str]:
+    domain = ET.fromstring(description)
+    disks = []
+    for element in domain.iterfind("devices/disk"):
+        source = element.find("source")
+        if element.findtext("serial", "").startswith("data-") and source is not None:
+            disk = Disk(Path(source.attrib["file"]))
+            disks.append(disk)
+            element.set("type", "network")
+            source.attrib.clear()
+            source.set("protocol", "nbd")
+            ET.SubElement(source, "host", name="127.0.0.1", port=str(disk.port))
+    return disks, ET.tostring(domain, encoding="unicode")
+
+
+def _eventually(condition: Callable[[], bool], otherwise: str, limit: float = 90) -> None:
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, otherwise
+        time.sleep(0.1)
+
+
+def _virsh(*arguments: str, stdin: str | None = None) -> str:
+    outcome = subprocess.run(
+        ["virsh", "-q", "-c", "qemu:///system", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    return outcome.stdout
+
+
+def _quoted(script: str) -> str:
+    return "'" + script.replace("'", "'\\''") + "'"

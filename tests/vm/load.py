@@ -1,0 +1,140 @@
+"""Runs in the guest: clients that change snapshots all the time, and tell of each call.
+
+Reads from stdin one JSON object, ``{"seed": int, "workers": int, "known": {INSTANCE: {NAME:
+{PATH: DIGEST}}}, "keys": {INSTANCE: [KEY]}}``, and prints a JSON line before each call and one after
+it, until it is killed. What a tree holds is not read back from it: the digests are of what was
+written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+
+from snapd_native.client import BlockingClient
+from snapd_native.errors import FailedPrecondition, NotFound
+
+KEEP = 12
+"""Committed snapshots of an instance, about: its disk is small."""
+
+Files = dict[str, str]
+
+_output = threading.Lock()
+_numbers = count(1)
+
+
+def say(**fields: object) -> None:
+    with _output:
+        sys.stdout.write(json.dumps(fields) + "\n")
+        sys.stdout.flush()
+
+
+@contextmanager
+def told(instance: str, operation: str, key: str, **fields: object) -> Iterator[None]:
+    call = next(_numbers)
+    say(call=call, at="begin", instance=instance, operation=operation, key=key, **fields)
+    try:
+        yield
+    except (FailedPrecondition, NotFound):
+        say(call=call, at="refused")
+        raise
+    say(call=call, at="done")
+
+
+class Worker:
+    """One client of one instance. Its snapshots have names that no other worker uses."""
+
+    def __init__(self, instance: str, name: str, known: dict[str, Files]) -> None:
+        self._instance = instance
+        self._name = name
+        self._known = known
+        self._chance = random.Random(name)  # noqa: S311
+
+    def run(self, keys: list[str]) -> None:
+        with BlockingClient(self._instance) as client:
+            for key in keys:
+                with told(self._instance, "remove", key):
+                    client.remove(key)
+            for number in count():
+                self._round(client, f"{self._name}-{number}")
+
+    def _round(self, client: BlockingClient, name: str) -> None:
+        key = f"{name}-active"
+        parent = self._chance.choice(["", *list(self._known)])
+        files = dict(self._known.get(parent, {}))
+        try:
+            with told(self._instance, "prepare", key, parent=parent):
+                mount = client.prepare(key, parent)
+        except (FailedPrecondition, NotFound):
+            return
+        self._change(mount.source, name, files)
+        if self._chance.random() < 0.15:
+            return
+        with told(self._instance, "commit", key, name=name, parent=parent, files=files):
+            client.commit(name, key)
+        self._known[name] = files
+        if len(self._known) > KEEP:
+            self._remove(client, self._chance.choice(list(self._known)))
+
+    def _remove(self, client: BlockingClient, name: str) -> None:
+        try:
+            with told(self._instance, "remove", name):
+                client.remove(name)
+        except (FailedPrecondition, NotFound):
+            return
+        self._known.pop(name, None)
+
+    def _change(self, root: str, name: str, files: Files) -> None:
+        """Add files for good, and add, overwrite, rename and delete others."""
+        for number in range(self._chance.randrange(1, 4)):
+            self._write(root, f"kept/{name}/{number}", files)
+        loose = [path for path in files if path.startswith("loose/")]
+        self._chance.shuffle(loose)
+        for path in loose[:2]:
+            self._write(root, path, files)
+        for path in loose[2:4]:
+            os.unlink(os.path.join(root, path))
+            del files[path]
+        for path in loose[4:5]:
+            os.rename(os.path.join(root, path), os.path.join(root, f"loose/{name}-renamed"))
+            files[f"loose/{name}-renamed"] = files.pop(path)
+        for number in range(self._chance.randrange(1, 4)):
+            self._write(root, f"loose/{name}-{number}", files)
+
+    def _write(self, root: str, path: str, files: Files) -> None:
+        data = self._chance.randbytes(int(self._chance.paretovariate(0.6) * 100) % 150_000)
+        os.makedirs(os.path.dirname(os.path.join(root, path)), exist_ok=True)
+        with open(os.path.join(root, path), "wb") as file:
+            file.write(data)
+        files[path] = hashlib.sha256(data).hexdigest()
+
+
+def main() -> None:
+    """Start the workers, and end when one of them fails."""
+    order = json.loads(sys.stdin.readline())
+    failed = threading.Event()
+
+    def work(worker: Worker, keys: list[str]) -> None:
+        try:
+            worker.run(keys)
+        finally:
+            failed.set()
+
+    for instance, known in order["known"].items():
+        for number in range(order["workers"]):
+            worker = Worker(instance, f"{order['seed']}-{number}", known)
+            keys = order["keys"][instance] if number == 0 else []
+            threading.Thread(target=work, args=(worker, keys), daemon=True).start()
+    failed.wait()
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
