@@ -4,7 +4,7 @@ PYTHON ?= /usr/bin/python3
 bin := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check bench bench-metastore clean runtime development benchmark
+.PHONY: help demo test lint types check deb bench bench-metastore clean runtime development benchmark
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ types: development ## static types
 
 check: development ## the tests alone (root)
 	@$(bin)/pytest
+
+deb: ## build the Debian package into dist/ (root)
+	@tools/build-deb
 
 bench: benchmark ## measure beside containerd and cp, for docs/benchmarks.md (root, 10 minutes)
 	@$(bin)/python -m bench --plot docs/benchmarks.svg --document docs/benchmarks.md

@@ -1,0 +1,318 @@
+"""The Debian package: what is in it, and its life in a Debian of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from snapd_native import __version__
+
+ROOT = Path(__file__).parent.parent
+
+FILES = {
+    "/usr/bin/snapd-native": "-rwxr-xr-x",
+    "/lib/systemd/system/snapd-native.service": "-rw-r--r--",
+    "/lib/systemd/system/snapd-native@.service": "-rw-r--r--",
+    "/lib/systemd/system/snapd-native@.service.d/instance.conf": "-rw-r--r--",
+    "/usr/lib/tmpfiles.d/snapd-native.conf": "-rw-r--r--",
+    "/usr/lib/python3/dist-packages/snapd_native/client.py": "-rw-r--r--",
+    "/usr/lib/python3/dist-packages/snapd_native/bus/org.snapdnative1.xml": "-rw-r--r--",
+    "/usr/share/bash-completion/completions/snapd-native": "-rw-r--r--",
+    "/usr/share/dbus-1/interfaces/org.snapdnative1.xml": "-rw-r--r--",
+    "/usr/share/dbus-1/system-services/org.snapdnative1.service": "-rw-r--r--",
+    "/usr/share/dbus-1/system.d/org.snapdnative1.conf": "-rw-r--r--",
+    "/usr/share/doc/snapd-native/copyright": "-rw-r--r--",
+    "/usr/share/fish/vendor_completions.d/snapd-native.fish": "-rw-r--r--",
+    "/usr/share/polkit-1/actions/org.snapdnative1.policy": "-rw-r--r--",
+    "/usr/share/zsh/vendor-completions/_snapd-native": "-rw-r--r--",
+}
+
+
+def build(directory: Path) -> Path:
+    subprocess.run([ROOT / "tools" / "build-deb", directory], check=True, capture_output=True)
+    (package,) = directory.glob("*.deb")
+    return package
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("package"))
+
+
+def said(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_its_version_is_the_program_s(package: Path) -> None:
+    assert said("dpkg-deb", "--field", package, "Version").strip() == __version__
+    assert package.name == f"snapd-native_{__version__}_all.deb"
+
+
+def test_what_is_in_it(package: Path) -> None:
+    lines = [line.split() for line in said("dpkg-deb", "--contents", package).splitlines()]
+    modes = {line[5].removeprefix("."): line[0] for line in lines}
+    assert {path: modes.get(path) for path in FILES} == FILES
+    assert {line[1] for line in lines} == {"root/root"}
+    packages = {path.split("/")[5] for path in modes if "/dist-packages/" in path[:-1]}
+    assert packages == {"snapd_native", f"snapd_native-{__version__}.dist-info"}
+
+
+def test_lintian_has_nothing_to_say(package: Path) -> None:
+    outcome = subprocess.run(
+        ["lintian", "--allow-root", "--fail-on=error,warning", package],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (outcome.returncode, outcome.stdout) == (0, "")
+
+
+def test_building_it_again_gives_the_same(package: Path, tmp_path: Path) -> None:
+    assert build(tmp_path).read_bytes() == package.read_bytes()
+
+
+def test_building_leaves_the_tree_as_it_was(package: Path) -> None:
+    ignored = "--ignored=no"
+    status = said("git", "-C", ROOT, "status", "--porcelain", ignored, "debian", "man", "systemd")
+    assert not re.search(r"^\?\? .*(\.substvars|files|completion)", status, re.MULTILINE)
+    assert not (ROOT / "debian" / "snapd-native").exists()
+
+
+class Machine:
+    """A Debian in a directory, in name spaces of its own, as long as a process in it lives."""
+
+    def __init__(self, pid: int) -> None:
+        self._enter = ["nsenter", f"--target={pid}", "--mount", "--pid", "--root", "--wd"]
+
+    def run(self, script: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*self._enter, "env", "-i", f"PATH={PATH}", "LC_ALL=C.UTF-8", "sh", "-euc", script],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def __call__(self, script: str) -> str:
+        outcome = self.run(script)
+        assert outcome.returncode == 0, outcome.stderr
+        return outcome.stdout
+
+    def fails(self, script: str) -> str:
+        outcome = self.run(script)
+        assert outcome.returncode != 0
+        return outcome.stderr
+
+
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+
+START = """
+set -eu
+mount --bind "$1" "$1"
+mount -t proc proc "$1/proc"
+mount -t tmpfs tmpfs "$1/run"
+cp "$2"/*.deb "$1/root"
+# The shell stays: somebody has to be told of processes that end.
+exec chroot "$1" sh -c 'echo ready; cat; exit'
+"""
+
+
+@contextmanager
+def started(root: Path, packages: Path) -> Iterator[Machine]:
+    command = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [*command, "sh", "-c", START, "sh", root, packages], stdin=pipe, stdout=pipe
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        (inside,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        try:
+            yield Machine(int(inside))
+        finally:
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def debian(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Make a Debian with what the package depends on, and nothing else."""
+    depends = said("dpkg-deb", "--field", package, "Depends")
+    wanted = re.findall(r"(?:^|, )([a-z0-9.+-]+)", depends)
+    root = tmp_path_factory.mktemp("debian") / "root"
+    subprocess.run(
+        [
+            *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase"),
+            *(f"--include={','.join(sorted(set(wanted)))}", "bookworm", str(root)),
+        ],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PATH": PATH},
+    )
+    yield root
+    shutil.rmtree(root.parent)
+
+
+@pytest.fixture(scope="module")
+def packages(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where the package is, as ``new.deb``, and as an older version, ``old.deb``."""
+    directory = tmp_path_factory.mktemp("packages")
+    shutil.copy(package, directory / "new.deb")
+    subprocess.run(["dpkg-deb", "--raw-extract", package, directory / "old"], check=True)
+    control = directory / "old" / "DEBIAN" / "control"
+    control.write_text(control.read_text().replace(f"Version: {__version__}", "Version: 0.0.9"))
+    subprocess.run(
+        ["dpkg-deb", "--root-owner-group", "--build", directory / "old", directory / "old.deb"],
+        check=True,
+        capture_output=True,
+    )
+    shutil.rmtree(directory / "old")
+    return directory
+
+
+@pytest.fixture
+def machine(debian: Path, packages: Path, tmp_path: Path) -> Iterator[Machine]:
+    """Lend a Debian in which whatever is done is gone afterwards."""
+    root = tmp_path / "root"
+    for name in ("upper", "work", "root"):
+        (tmp_path / name).mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", tmp_path / "upper"], check=True)
+    try:
+        (tmp_path / "upper" / "upper").mkdir()
+        (tmp_path / "upper" / "work").mkdir()
+        options = f"lowerdir={debian},upperdir={tmp_path}/upper/upper,workdir={tmp_path}/upper/work"
+        subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", root], check=True)
+        try:
+            with started(root, packages) as machine:
+                yield machine
+        finally:
+            subprocess.run(["umount", root], check=True)
+    finally:
+        subprocess.run(["umount", tmp_path / "upper"], check=True)
+
+
+# The service without systemd: the bus as Debian configures it, and what the package adds to it.
+SERVE = """
+mkdir -p /run/dbus
+[ -S /run/dbus/system_bus_socket ] || dbus-daemon --system --fork
+snapd-native daemon >/root/log 2>&1 & echo $! >/root/pid
+for _ in $(seq 200); do
+    [ ! -S /run/dbus/system_bus_socket ] || ! snapd-native ls >/dev/null 2>&1 || exit 0
+    sleep 0.05
+done
+cat /root/log >&2
+exit 1
+"""
+
+STOP = "kill $(cat /root/pid); while kill -0 $(cat /root/pid) 2>/dev/null; do sleep 0.05; done"
+
+
+def stocked(machine: Machine) -> None:
+    """Install the older version, and have it hold a tree, and what is mounted of it and in it."""
+    machine("dpkg --install /root/old.deb")
+    machine(SERVE)
+    machine(
+        """
+        snapd-native prepare work
+        work=$(snapd-native mounts work | cut -f 2)
+        echo data >"$work/file"
+        mkdir "$work/disk" "/mnt/a place" /root/disk
+        mount -t tmpfs tmpfs /root/disk
+        echo foreign >/root/disk/file
+        mount --bind /root/disk "$work/disk"
+        snapd-native mount work "/mnt/a place"
+        snapd-native mount work
+        """
+    )
+
+
+def targets(machine: Machine) -> list[str]:
+    return machine(
+        "cut -d ' ' -f 5 /proc/self/mountinfo | grep -E '^/(mnt|run/snapd-native|var)/' || true"
+    ).splitlines()
+
+
+def test_its_life(machine: Machine) -> None:
+    stocked(machine)
+    before = targets(machine)
+    assert len(before) == 5
+    machine("dpkg --install /root/new.deb")
+    assert machine("snapd-native --version").split()[-1] == __version__
+    assert targets(machine) == before
+    machine(STOP)
+    machine(SERVE)
+    assert targets(machine) == before
+    assert "/mnt/a place" in machine("snapd-native mounts")
+    machine(STOP)
+    machine("dpkg --remove snapd-native")
+    assert targets(machine) == before
+    assert machine("cat '/mnt/a place/file' /var/lib/snapd-native/snapshots/*/file") == "data\n" * 2
+    machine("dpkg --purge snapd-native")
+    assert targets(machine) == []
+    assert machine("ls -A /var/lib/snapd-native /run/snapd-native 2>/dev/null || true") == ""
+    assert machine("cat /root/disk/file") == "foreign\n"
+    left = "find / -xdev -name '*snapd*native*' -not -path '/root/*' -not -path '/proc/*'"
+    assert machine(left) == ""
+
+
+def test_purge_waits_for_who_uses_a_mount(machine: Machine) -> None:
+    stocked(machine)
+    machine(STOP)
+    machine("cd '/mnt/a place' && sleep 1000 >/dev/null 2>&1 & echo $! >/root/user")
+    stderr = machine.fails("dpkg --purge snapd-native")
+    (line,) = [line for line in stderr.splitlines() if line.startswith("snapd-native: ")]
+    assert "/mnt/a place cannot be unmounted" in line
+    assert machine("cat '/mnt/a place/file'") == "data\n"
+    machine("kill $(cat /root/user)")
+    machine("dpkg --purge snapd-native")
+    assert targets(machine) == []
+    assert machine("ls -A /var/lib") == machine("ls -A /var/lib | grep -v snapd")
+    assert machine("cat /root/disk/file") == "foreign\n"
+
+
+def test_purge_empties_a_disk_of_its_own(machine: Machine) -> None:
+    machine("mkdir /var/lib/snapd-native && mount -t tmpfs tmpfs /var/lib/snapd-native")
+    stocked(machine)
+    machine(STOP)
+    machine("dpkg --purge snapd-native")
+    assert machine("mountpoint /var/lib/snapd-native && ls -A /var/lib/snapd-native") == (
+        "/var/lib/snapd-native is a mountpoint\n"
+    )
+    assert machine("cat /root/disk/file") == "foreign\n"
+
+
+def test_purge_takes_protected_files_along(machine: Machine) -> None:
+    stocked(machine)
+    machine(STOP)
+    machine("chattr +i /var/lib/snapd-native/snapshots/1/file")
+    machine("dpkg --purge snapd-native")
+    machine("! [ -e /var/lib/snapd-native ]")
+
+
+def test_purge_without_anything(machine: Machine) -> None:
+    machine("dpkg --install /root/new.deb && dpkg --purge snapd-native")
+
+
+def test_debian_s_libraries_are_enough(machine: Machine) -> None:
+    machine("dpkg --install /root/new.deb")
+    assert "everything is cleaned up" in machine("snapd-native demo --tree /usr/share/doc 2>&1")
+
+
+@pytest.mark.parametrize("words", ["st", "--inst"])
+def test_words_are_completed(machine: Machine, words: str) -> None:
+    machine("dpkg --install /root/new.deb")
+    found = machine(
+        f"""
+        bash -eu -c '
+            source /usr/share/bash-completion/completions/snapd-native
+            COMP_WORDS=(snapd-native {words}); COMP_CWORD=1; COMPREPLY=()
+            _snapd_native_completion snapd-native; echo "${{COMPREPLY[@]}}"
+        '
+        """
+    )
+    assert found.strip() == {"st": "stat", "--inst": "--instance"}[words]
