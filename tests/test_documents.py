@@ -21,8 +21,38 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+HERE = {
+    "demo": "make demo\n",
+    "commands": "snapd-native prepare build\n",
+    "mounting": "snapd-native prepare site\n",
+    "calls": "busctl introspect ",
+    "in C": "gdbus-codegen ",
+    "full disk": "df ",
+}
+"""What is run by this module: how the README's blocks begin."""
+
+ON_A_MACHINE = {
+    "install": "make deb\n",
+    "instance": "systemctl enable --now snapd-native@data\n",
+    "check": "snapd-native check\n",
+    "backup": "systemctl stop snapd-native\ntar --create ",
+    "restore": "systemctl stop snapd-native\nmv ",
+    "move": "systemctl stop snapd-native\ncp ",
+    "rule": "groupadd ",
+    "exposure": "systemd-analyze security ",
+}
+"""What needs systemd, and is run in the virtual machine."""
+
+
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def block(name: str) -> str:
+    """Return the commands that the README shows under one of the names above."""
+    beginning = (HERE | ON_A_MACHINE)[name]
+    (found,) = (block for block in blocks("sh") if block.startswith(beginning))
+    return found
 
 
 @pytest.fixture
@@ -51,48 +81,49 @@ def run(script: str, environment: dict[str, str]) -> str:
 
 
 def test_each_shell_block_is_known() -> None:
-    demo, daemon, commands, mounting, calls = blocks("sh")
-    assert demo == "make demo\n"
-    assert daemon.startswith("snapd-native daemon ")
-    assert commands.startswith("snapd-native prepare ")
-    assert mounting.startswith("snapd-native prepare ")
-    assert calls.startswith("busctl ")
+    assert {block(name) for name in HERE | ON_A_MACHINE} == set(blocks("sh"))
 
 
 def test_the_program_s_commands(environment: dict[str, str]) -> None:
-    out = run(blocks("sh")[2], environment)
+    out = run(block("commands"), environment)
     assert re.search(r"^v2 +committed +v1 ", out, re.MULTILINE)
     assert '"app": "web"' in out
     assert run("snapd-native ls", environment).splitlines()[1:] == []
 
 
 def test_the_commands_about_mounts(environment: dict[str, str]) -> None:
-    out = run(blocks("sh")[3], environment)
+    out = run(block("mounting"), environment)
     assert re.search(r"^/mnt +site +rw +persistent +0$", out, re.MULTILINE)
     assert re.search(r"^mount -o rbind,rw /.*/snapshots/\d+ /mnt$", out, re.MULTILINE)
     assert run("snapd-native mounts", environment).splitlines()[1:] == []
 
 
 def test_busctl_s_commands(environment: dict[str, str]) -> None:
-    out = run(blocks("sh")[4], environment)
+    out = run(block("calls"), environment)
     assert 'a(ssstta{ss}) 1 "look" "view" "v1"' in out
     assert 'a(ssbsu) 1 "/mnt" "look" true "persistent" 0' in out
 
 
-def test_the_daemon_s_command(tmp_path: Path) -> None:
-    """It gets as far as there is a bus; the private daemon of all tests is started alike."""
-    (line,) = blocks("sh")[1].splitlines()
-    command = line.split()
-    assert command[:3] == ["snapd-native", "daemon", "--state-directory"]
-    outcome = subprocess.run(
-        [sys.executable, "-m", "snapd_native", *command[1:3], str(tmp_path / "state")],
-        env={**os.environ, "DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={tmp_path}/none"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert outcome.returncode == 1
-    assert "system bus" in outcome.stderr
+def test_the_commands_for_a_full_disk(environment: dict[str, str]) -> None:
+    filled = """
+        snapd-native prepare build; snapd-native commit v1 build
+        snapd-native prepare work v1; snapd-native commit -l snapd-native.standby=1 v2 work
+    """
+    # The state of this test is elsewhere.
+    commands = block("full disk").replace("/var/lib/snapd-native", "/var/lib")
+    out = run(filled + commands, environment)
+    assert "Filesystem" in out
+    assert "v1" in run("snapd-native ls", environment)
+    assert "v2" not in run("snapd-native ls", environment)
+
+
+def test_the_program_in_c(environment: dict[str, str], tmp_path: Path) -> None:
+    (program,) = blocks("c")
+    (tmp_path / "build.c").write_text(program)
+    installed, xml = "/usr/share/dbus-1/interfaces/", ROOT / "dbus" / "org.snapdnative1.xml"
+    commands = block("in C").replace(f"{installed}{xml.name}", str(xml))
+    out = run(f"cd {tmp_path}\n{commands}", environment)
+    assert out == run("snapd-native mounts build | cut -f 2", environment)
 
 
 def test_the_python_program(environment: dict[str, str]) -> None:
