@@ -1,0 +1,118 @@
+"""What the README says to do on a whole machine, done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.test_documents import ON_A_MACHINE, block
+from tests.vm.guest import Guest
+
+TREE = """
+    snapd-native prepare import
+    mkdir "$(snapd-native mounts import | cut -f 2)/directory"
+    echo data >"$(snapd-native mounts import | cut -f 2)/directory/file"
+    ln "$(snapd-native mounts import | cut -f 2)"/directory/{file,link}
+    setfattr -n trusted.of -v it "$(snapd-native mounts import | cut -f 2)/directory/file"
+    snapd-native commit v1 import
+"""
+"""Commits a small tree as v1."""
+
+LOOK = """
+    look=$(snapd-native view look v1 | cut -f 2)
+    cat "$look/directory/file"
+    stat -c %h "$look/directory/file"
+    getfattr --absolute-names --only-values -n trusted.of "$look/directory/file"
+"""
+"""Prints what is in v1."""
+
+SEEN = "data\n2\nit"
+
+
+@pytest.fixture
+def data(guest: Guest) -> Iterator[Guest]:
+    """Yield a machine with a place for data, which is gone afterwards with what was changed."""
+    guest.run("mkdir /srv/data")
+    yield guest
+    guest.run(
+        """
+        systemctl -q disable --now snapd-native@data
+        rm -rf /etc/systemd/system/snapd-native.service.d
+        systemctl daemon-reload
+        systemctl restart snapd-native
+        rm -rf /srv/data /var/backups/snapd-native.tar /var/lib/snapd-native.old
+        """
+    )
+
+
+def test_all_are_here() -> None:
+    assert set(ON_A_MACHINE) == {
+        *("install", "instance", "check", "backup", "restore", "move", "rule", "exposure")
+    }
+
+
+def test_install(guest: Guest) -> None:
+    build, *commands = block("install").splitlines()
+    # tools/vm/run has built what is installed by the same script.
+    assert build == "make deb"
+    out = guest.run("\n".join(["cd /vagrant", *commands]), limit=240)
+    assert "active (running)" in out
+
+
+def test_an_instance_on_a_disk(data: Guest) -> None:
+    assert data.run(block("instance"), limit=240).split() == ["NAME", "KIND", "PARENT", "AGE", "LABELS"]
+    assert data.run("stat -c %a /srv/data/snapd-native /run/snapd-native@data") == "700\n700\n"
+
+
+def test_an_instance_without_its_disk(guest: Guest) -> None:
+    assert guest.attempt("systemctl start snapd-native@nowhere").returncode != 0
+    assert guest.attempt("test -e /srv/nowhere").returncode != 0
+
+
+def test_checking(guest: Guest) -> None:
+    guest.run(TREE)
+    out = guest.run(f"journalctl --sync; {block('check')}")
+    assert 'Commit name="v1" key="import": done (uid 0, ' in out
+
+
+def test_backup_and_restoring_it(data: Guest) -> None:
+    data.run(TREE + block("backup"), limit=240)
+    data.run("snapd-native rm v1; snapd-native cleanup")
+    data.run(block("restore"), limit=240)
+    assert SEEN in data.run(LOOK)
+    assert data.run("stat -c %a /var/lib/snapd-native") == "700\n"
+
+
+def test_moving_the_state(data: Guest) -> None:
+    data.run(TREE + block("move"), limit=240)
+    out = data.run(LOOK + "\necho; echo $look")
+    assert SEEN in out
+    assert out.splitlines()[-1].startswith("/srv/data/moved/snapshots/")
+    # Where the state is, is nothing that hides mounts.
+    data.run("snapd-native mount look /mnt; grep -q ' /mnt ' /proc/1/mountinfo")
+    data.run("snapd-native umount /mnt; snapd-native rm look v1")
+
+
+def test_a_rule_for_a_group(guest: Guest) -> None:
+    as_user = "runuser -u vagrant -- snapd-native"
+    denied = guest.attempt(f"{as_user} ls")
+    assert denied.returncode in (11, 12)
+    guest.run(block("rule"))
+    try:
+        guest.run("gpasswd -a vagrant builders; systemctl restart polkit")
+        out = guest.run(f"{as_user} prepare theirs; {as_user} ls")
+        assert "theirs" in out
+        refused = guest.attempt(f"{as_user} mount theirs /mnt")
+        assert refused.returncode in (11, 12)
+        assert "org.snapdnative1.mount" in refused.stderr
+    finally:
+        guest.run(
+            "rm /etc/polkit-1/rules.d/50-snapd-native.rules; groupdel builders;"
+            " systemctl restart polkit"
+        )
+    assert guest.attempt(f"{as_user} ls").returncode == denied.returncode
+
+
+def test_exposure(machine: Guest) -> None:
+    assert "Overall exposure level for snapd-native.service" in machine.run(block("exposure"))
