@@ -22,7 +22,7 @@ FILES = {
     "/lib/systemd/system/snapd-native@.service": "-rw-r--r--",
     "/lib/systemd/system/snapd-native@.service.d/instance.conf": "-rw-r--r--",
     "/usr/lib/tmpfiles.d/snapd-native.conf": "-rw-r--r--",
-    "/usr/lib/python3/dist-packages/snapd_native/client.py": "-rw-r--r--",
+    "/usr/lib/python3/dist-packages/snapd_native/client/__init__.py": "-rw-r--r--",
     "/usr/lib/python3/dist-packages/snapd_native/bus/org.snapdnative1.xml": "-rw-r--r--",
     "/usr/share/bash-completion/completions/snapd-native": "-rw-r--r--",
     "/usr/share/dbus-1/interfaces/org.snapdnative1.xml": "-rw-r--r--",

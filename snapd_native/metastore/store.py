@@ -1,25 +1,25 @@
-"""Records, reservations and the rules between them."""
+"""Snapshots: recorded, reserved, found and forgotten."""
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
 
 from snapd_native.errors import (
     AlreadyExists,
     FailedPrecondition,
     InvalidArgument,
-    NotFound,
     ResourceExhausted,
 )
 from snapd_native.filters import Filter
+from snapd_native.metastore import records
 from snapd_native.metastore.connections import Connections, transaction
 from snapd_native.metastore.ledger import Ledger, turn_read_only
+from snapd_native.metastore.records import Record, Reservation
+from snapd_native.metastore.rules import broken_rules
 from snapd_native.metastore.schema import migrate
 from snapd_native.metastore.selection import condition
 from snapd_native.model import (
@@ -31,84 +31,14 @@ from snapd_native.model import (
     Info,
     Kind,
     Removed,
-    Trouble,
     Updated,
     Usage,
     quote,
-    shown,
     standby_number,
 )
 
-_COLUMNS = """
-    s.id, s.name, s.kind, s.parent, coalesce(p.name, ''), s.created, s.updated, s.labels,
-    s.size, s.inodes
-    FROM snapshots AS s LEFT JOIN snapshots AS p ON p.id = s.parent
-"""
-
-
-_DESCRIPTIONS = {
-    Kind.VIEW: "a view",
-    Kind.ACTIVE: "an active snapshot",
-    Kind.COMMITTED: "a committed snapshot",
-}
-
-_RULES = {
-    "its parent is not there, or not committed": """
-        SELECT s.name FROM snapshots AS s LEFT JOIN snapshots AS p ON p.id = s.parent
-        WHERE s.parent IS NOT NULL AND p.kind IS NOT 'committed'
-    """,
-    "it is its own ancestor": """
-        WITH RECURSIVE reached (id) AS (
-            SELECT id FROM snapshots WHERE parent IS NULL
-            UNION SELECT s.id FROM snapshots AS s JOIN reached AS r ON s.parent = r.id
-        )
-        SELECT s.name FROM snapshots AS s JOIN snapshots AS p ON p.id = s.parent
-        WHERE s.id NOT IN reached
-    """,
-    "its id may be given again": """
-        SELECT name FROM snapshots
-        WHERE id > (SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'snapshots')
-    """,
-    "its mounts are recorded, but it is not": """
-        SELECT target FROM mounts WHERE snapshot NOT IN (SELECT id FROM snapshots)
-    """,
-}
-"""What the schema itself should keep from happening, and what finds it all the same."""
-
 MAX_PAGE = 8 << 20
 """Bytes of names, parents and labels in one page, so that it fits a bus message of 32 MiB."""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A snapshot as the metastore knows it: ``info`` for callers, the rest for the service."""
-
-    id: int
-    parent_id: int | None
-    info: Info
-    usage: Usage | None
-    """Measured at Commit, so None for a view or an active snapshot."""
-
-    @property
-    def tree_id(self) -> int:
-        """Whose directory it shows: a view of a parent has none of its own."""
-        if self.info.kind is Kind.VIEW and self.parent_id is not None:
-            return self.parent_id
-        return self.id
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """A key or name that is held for one call, and what must stay until that call is done.
-
-    It lives in memory: a crash releases it.
-    """
-
-    name: str
-    id: int
-    """The new snapshot's id; of a Commit, the id of the active one."""
-    parent: Record | None
-    committing: Record | None = None
 
 
 class Metastore:
@@ -147,7 +77,7 @@ class Metastore:
             NotFound: there is none, or it is still being prepared.
         """
         with self._connections.reading() as db:
-            return _get(db, key)
+            return records.get(db, key)
 
     def get_mountable(self, key: str) -> Record:
         """Return the record of an active snapshot that is not being committed, or of a view.
@@ -157,7 +87,7 @@ class Metastore:
             FailedPrecondition: it is committed, or is being committed.
         """
         with self._connections.writing() as db:
-            record = _get(db, key)
+            record = records.get(db, key)
             if record.info.kind is Kind.COMMITTED:
                 raise FailedPrecondition(
                     f"{quote(key)} is committed and has no mount: make a view of it"
@@ -179,13 +109,13 @@ class Metastore:
         size = 0
         with self._connections.reading() as db:
             rows = db.execute(
-                f"SELECT {_COLUMNS} WHERE s.name > ? AND ({where}) ORDER BY s.name",
+                f"SELECT {records.COLUMNS} WHERE s.name > ? AND ({where}) ORDER BY s.name",
                 (after, *values),
             )
             # Closing the cursor, also after an error, ends the read transaction.
             with closing(rows):
                 for row in rows:
-                    info = _record(row).info
+                    info = records.record_of(row).info
                     if chosen.matches(info):
                         found.append(info)
                         size += sum(len(text.encode()) for text in (info.name, info.parent, row[7]))
@@ -207,21 +137,7 @@ class Metastore:
     def findings(self) -> Sequence[Finding]:
         """Return what is wrong with the database and with the rules that it keeps."""
         with self._connections.reading() as db:
-            told = [what for (what,) in db.execute("PRAGMA integrity_check") if what != "ok"]
-            found = [
-                Finding(
-                    Trouble.DATABASE,
-                    "",
-                    f"metadata.db is damaged ({shown(what)}): restore it from a backup",
-                )
-                for what in told
-            ]
-            for rule, query in _RULES.items():
-                found += [
-                    Finding(Trouble.DATABASE, str(name), f"{rule}: restore it from a backup")
-                    for (name,) in db.execute(query)
-                ]
-        return found
+            return broken_rules(db)
 
     def reserved(self) -> set[int]:
         """Return the ids of all reservations."""
@@ -239,7 +155,7 @@ class Metastore:
             AlreadyExists: the key is taken or reserved.
         """
         with self._connections.writing() as db:
-            base = _committed_parent(db, parent) if parent else None
+            base = records.committed_parent(db, parent) if parent else None
             self._check_free(db, key, "key")
             reservation = Reservation(key, self._next_id, base)
             self._next_id += 1
@@ -260,10 +176,10 @@ class Metastore:
         """
         with self._connections.writing() as db:
             self._check_free(db, name, "name")
-            record = _get(db, key)
+            record = records.get(db, key)
             if record.info.kind is not Kind.ACTIVE:
                 raise FailedPrecondition(
-                    f"cannot commit {quote(key)}: it is {_described(record)}, not active"
+                    f"cannot commit {quote(key)}: it is {records.described(record)}, not active"
                 )
             if self._is_committing(record):
                 raise FailedPrecondition(f"cannot commit {quote(key)}: it is being committed")
@@ -274,7 +190,7 @@ class Metastore:
                     f" it was prepared from {quote(record.info.parent)}"
                 )
             if parent:
-                base = _committed_parent(db, parent)
+                base = records.committed_parent(db, parent)
             reservation = Reservation(name, record.id, base, record)
             self._reserved[name] = reservation
         return reservation
@@ -312,7 +228,7 @@ class Metastore:
                         parent.id if parent else None,
                         now,
                         now,
-                        _packed(labels),
+                        records.packed(labels),
                         boot,
                     ),
                 )
@@ -341,7 +257,7 @@ class Metastore:
                         parent_id,
                         now,
                         now,
-                        _packed(labels),
+                        records.packed(labels),
                         usage.size,
                         usage.inodes,
                         record.id,
@@ -390,12 +306,12 @@ class Metastore:
         """
         with self._connections.writing() as db:
             with transaction(db):
-                record = _get(db, name)
+                record = records.get(db, name)
                 db.execute(
                     "UPDATE snapshots SET labels = ?, updated = ? WHERE id = ?",
-                    (_packed(change(record.info.labels)), _now(), record.id),
+                    (records.packed(change(record.info.labels)), _now(), record.id),
                 )
-                updated = _get(db, name).info
+                updated = records.get(db, name).info
             self._announce(Updated(name))
         return updated
 
@@ -407,7 +323,7 @@ class Metastore:
             FailedPrecondition: it has children, or is in use by a call that is running.
         """
         with self._connections.writing() as db:
-            record = _get(db, key)
+            record = records.get(db, key)
             children = "SELECT 1 FROM snapshots WHERE parent = ? LIMIT 1"
             if db.execute(children, (record.id,)).fetchone() or any(
                 held.parent is not None and held.parent.id == record.id
@@ -430,7 +346,7 @@ class Metastore:
         taken = db.execute("SELECT kind FROM snapshots WHERE name = ?", (name,)).fetchone()
         if taken:
             raise AlreadyExists(
-                f"the {what} {quote(name)} is taken by {_DESCRIPTIONS[Kind(taken[0])]}:"
+                f"the {what} {quote(name)} is taken by {records.DESCRIPTIONS[Kind(taken[0])]}:"
                 " choose another or remove that one"
             )
         if name in self._reserved:
@@ -447,40 +363,3 @@ class Metastore:
 
 def _now() -> int:
     return time.time_ns() // 1000
-
-
-def _packed(labels: Mapping[str, str]) -> str:
-    return json.dumps(dict(labels), ensure_ascii=False, separators=(",", ":"))
-
-
-def _record(row: Iterable[object]) -> Record:
-    id_, name, kind, parent_id, parent, created, updated, labels, size, inodes = row
-    info = Info(name, Kind(kind), parent, created, updated, json.loads(labels))  # type: ignore[arg-type]
-    return Record(id_, parent_id, info, None if size is None else Usage(size, inodes))  # type: ignore[arg-type]
-
-
-def _find(db: sqlite3.Connection, name: str) -> Record | None:
-    row = db.execute(f"SELECT {_COLUMNS} WHERE s.name = ?", (name,)).fetchone()
-    return _record(row) if row else None
-
-
-def _get(db: sqlite3.Connection, key: str) -> Record:
-    record = _find(db, key)
-    if record is None:
-        raise NotFound(f"there is no snapshot {quote(key)}: list them to see which there are")
-    return record
-
-
-def _committed_parent(db: sqlite3.Connection, parent: str) -> Record:
-    record = _find(db, parent)
-    if record is None:
-        raise NotFound(f"there is no parent {quote(parent)}: commit it first")
-    if record.info.kind is not Kind.COMMITTED:
-        raise InvalidArgument(
-            f"the parent {quote(parent)} is {_described(record)}, not committed: commit it first"
-        )
-    return record
-
-
-def _described(record: Record) -> str:
-    return _DESCRIPTIONS[record.info.kind]

@@ -61,7 +61,13 @@ def test_install(guest: Guest) -> None:
 
 
 def test_an_instance_on_a_disk(data: Guest) -> None:
-    assert data.run(block("instance"), limit=240).split() == ["NAME", "KIND", "PARENT", "AGE", "LABELS"]
+    assert data.run(block("instance"), limit=240).split() == [
+        "NAME",
+        "KIND",
+        "PARENT",
+        "AGE",
+        "LABELS",
+    ]
     assert data.run("stat -c %a /srv/data/snapd-native /run/snapd-native@data") == "700\n700\n"
 
 
