@@ -1,7 +1,7 @@
 """The metastore: every snapshot's record, in SQLite."""
 
-from snapd_native.metastore.ledger import Line
+from snapd_native.metastore.ledger import Ledger, Line
 from snapd_native.metastore.records import Record, Reservation
 from snapd_native.metastore.store import Metastore
 
-__all__ = ["Line", "Metastore", "Record", "Reservation"]
+__all__ = ["Ledger", "Line", "Metastore", "Record", "Reservation"]

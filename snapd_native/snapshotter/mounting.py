@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import posixpath
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -18,16 +17,16 @@ from snapd_native.errors import (
     AlreadyExists,
     FailedPrecondition,
     InvalidArgument,
-    NotFound,
     ResourceExhausted,
     SnapdError,
 )
 from snapd_native.metastore import Line, Metastore, Record
-from snapd_native.model import Finding, Kind, Lifetime, Mounted, Trouble, quote, quote_path
+from snapd_native.model import Finding, Kind, Lifetime, Mounted, quote, quote_path
 from snapd_native.mounts import Entry, Table, Target
 from snapd_native.snapshotter.background import Background
 from snapd_native.snapshotter.failures import explained
 from snapd_native.snapshotter.obstacles import enumerated, in_use, named, not_frozen
+from snapd_native.snapshotter.standing import Standing
 from snapd_native.snapshotter.state import StateDirectory
 
 log = logging.getLogger(__name__)
@@ -43,28 +42,14 @@ class Mounter:
     def __init__(
         self, state: StateDirectory, store: Metastore, runtime: Path, stopping: Event
     ) -> None:
-        """Bring the ledger and the kernel's table together.
-
-        What stands is kept, what is gone is forgotten. After a restart of the machine, persistent
-        mounts are made again; one that cannot be stays in the ledger for the next time.
-        """
+        """Bring the ledger and the kernel's table together; see `Standing`."""
         self._state = state
         self._store = store
         self._ledger = store.ledger
-        self._own = runtime / "mounts"
-        self._boot = linux.boot_id()
+        self._standing = Standing(state, store.ledger, runtime / "mounts")
         self._stopping = stopping
         self._lock = Lock()
         self._loose: list[tuple[int, Entry]] = []
-        self._blind = ""
-        if mounts.hidden_from_host():
-            self._blind = _HIDDEN
-        elif state.place(0) is None:
-            self._blind = _CHROOT
-        if self._blind:
-            log.warning("%s", self._blind)
-        else:
-            self._recover()
         self._owners = {line.owner for line in self._ledger.lines() if line.owner}
         self._releaser = Background("releaser", "what a client has left stays mounted")
 
@@ -82,8 +67,8 @@ class Mounter:
         owner: str,
     ) -> str:
         """Mount a snapshot on ``target``, or on a directory that is made for it; return that."""
-        if self._blind:
-            raise FailedPrecondition(self._blind)
+        if self._standing.blind:
+            raise FailedPrecondition(self._standing.blind)
         if not target:
             return self._mount_on_own(key, read_only, lifetime, uid, owner)
         with mounts.open_target(target) as opened, self._lock:
@@ -95,12 +80,12 @@ class Mounter:
     def unmount(self, target: str, lazy: bool, uid: int | None) -> None:
         """Take away what was mounted on ``target``; if ``lazy``, also while it is in use."""
         with self._lock:
-            line, entry = self._find(target)
+            line, entry = self._standing.find(target)
             if uid not in (None, line.uid):
                 raise AccessDenied(f"{quote_path(target)} is mounted for another: leave it alone")
             busy = entry is not None and not self._detached(line, entry, lazy)
             if not busy:
-                self._forget(line)
+                self._standing.forget(line)
         if entry is not None and busy:
             raise FailedPrecondition(
                 f"cannot unmount {quote_path(entry.target)}: {in_use(entry)}, or unmount it lazily"
@@ -111,13 +96,13 @@ class Mounter:
         with self._lock:
             return [
                 Mounted(entry.target, line.key, line.read_only, line.lifetime, line.uid)
-                for line, entry in self._standing(self._ledger.lines(snapshot))
+                for line, entry in self._standing.of(self._ledger.lines(snapshot))
             ]
 
     def user(self, target: str) -> int | None:
         """Return who asked for what is mounted on ``target``; None if nothing is."""
         with self._lock, suppress(SnapdError):
-            line, _ = self._find(target)
+            line, _ = self._standing.find(target)
             return line.uid
         return None
 
@@ -139,26 +124,8 @@ class Mounter:
 
     def findings(self) -> Sequence[Finding]:
         """Return where the ledger and the kernel's table differ, but for what is unmounted."""
-        if self._blind:
-            return [Finding(Trouble.MOUNT, "", self._blind)]
-        found = []
         with self._lock:
-            lines, table = self._ledger.lines(), Table.read()
-            standing = {line: self._stands(line, table) for line in lines}
-            for line, entry in standing.items():
-                on = quote_path(line.target)
-                if line.boot != self._boot:
-                    what = f"it is not mounted on {on} since the machine was started: restart the"
-                    found.append((line.key, f"{what} service, or unmount it"))
-                elif entry and line.read_only and not entry.read_only:
-                    found.append((line.key, f"it is writable on {on}: unmount it"))
-            known = {entry.id for entry in standing.values() if entry}
-            found += [
-                ("", f"{quote_path(entry.target)} is mounted, but not known: unmount it by hand")
-                for entry in table.within(str(self._own))
-                if entry.id not in known and entry.target != str(self._own)
-            ]
-        return [Finding(Trouble.MOUNT, key, what) for key, what in found]
+            return self._standing.findings()
 
     @contextmanager
     def unmounted(self) -> Iterator[Callable[[Record], None]]:
@@ -175,7 +142,9 @@ class Mounter:
         """
         with self._lock:
             self._check_not_loose(key, tree)
-            entries = [entry for entry in self._showing(Table.read(), tree) if not entry.read_only]
+            entries = [
+                entry for entry in self._standing.showing(Table.read(), tree) if not entry.read_only
+            ]
             done: list[Entry] = []
             failed: tuple[Entry, OSError] | None = None
             for entry in entries:
@@ -201,8 +170,8 @@ class Mounter:
     ) -> str:
         with self._lock:
             record = self._mountable(key, read_only)
-            path = self._own / str(record.id)
-            self._make_own(path)
+            path = self._standing.own / str(record.id)
+            self._standing.make_own(path)
             try:
                 with mounts.open_target(str(path)) as opened:
                     self._mount(record, opened, read_only, lifetime, uid, owner)
@@ -211,11 +180,6 @@ class Mounter:
                 with suppress(OSError):
                     path.rmdir()
                 raise
-
-    def _make_own(self, path: Path) -> None:
-        """Make a directory for a mount without a target."""
-        for directory in (self._own.parent, self._own, path):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def _mountable(self, key: str, read_only: bool | None) -> Record:
         record = self._store.get_mountable(key)
@@ -247,7 +211,7 @@ class Mounter:
         uid: int,
         owner: str,
     ) -> None:
-        if any(entry.target == target.path for _, entry in self._standing(self._ledger.lines())):
+        if any(entry.target == target.path for _, entry in self._standing.of(self._ledger.lines())):
             raise AlreadyExists(
                 f"a snapshot is mounted on {quote_path(target.path)} already: unmount it first"
             )
@@ -264,7 +228,7 @@ class Mounter:
                     lifetime,
                     uid,
                     owner,
-                    self._boot,
+                    self._standing.boot,
                     linux.mount_id(mount),
                 )
                 try:
@@ -279,7 +243,7 @@ class Mounter:
                     raise
         finally:
             os.close(mount)
-        log.info("%s is mounted on %s", quote(record.info.name), quote_path(target.path))
+        log.debug("%s is mounted on %s", quote(record.info.name), quote_path(target.path))
 
     def _detached_tree(self, record: Record, read_only: bool | None) -> int:
         with (
@@ -287,25 +251,6 @@ class Mounter:
             self._state.open_with_mounts(record.tree_id) as directory,
         ):
             return mounts.detached(directory, read_only=_is_read_only(record, read_only))
-
-    def _find(self, target: str) -> tuple[Line, Entry | None]:
-        """Return what was mounted on ``target``; without an entry if it could not be made again."""
-        if not target.startswith("/"):
-            raise InvalidArgument(
-                f"the target {quote_path(target)} is relative: give its whole path"
-            )
-        # POSIX lets two slashes at the beginning mean something; Linux does not.
-        path = "/" + posixpath.normpath(target).lstrip("/")
-        lines = self._ledger.lines()
-        for line, entry in self._standing(lines):
-            if entry.target == path:
-                return line, entry
-        for line in lines:
-            if line.boot != self._boot and line.target == path:
-                return line, None
-        raise NotFound(
-            f"no snapshot is mounted on {quote_path(target)}: see which mounts there are"
-        )
 
     def _detached(self, line: Line, entry: Entry, lazy: bool) -> bool:
         """Take a mount away; False if it is in use."""
@@ -323,7 +268,7 @@ class Mounter:
                 ) from None
             with explained(f"unmount {quote_path(entry.target)}"):
                 raise
-        log.info("%s is unmounted", quote_path(entry.target))
+        log.debug("%s is unmounted", quote_path(entry.target))
         return True
 
     def _let_loose(self, line: Line, entry: Entry) -> None:
@@ -347,12 +292,6 @@ class Mounter:
                     f" {quote_path(entry.target)}, which was unmounted lazily: end that first"
                 )
 
-    def _forget(self, line: Line) -> None:
-        self._ledger.forget([line.id])
-        if Path(line.target).parent == self._own:
-            with suppress(OSError):
-                os.rmdir(line.target)
-
     def _release_all(self, owner: str) -> None:
         for line in self._ledger.lines():
             if line.owner == owner:
@@ -363,62 +302,35 @@ class Mounter:
         # What the one who is gone used itself is free in a moment.
         for lazy in (False,) * _TRIES + (True,):
             with self._lock:
-                entry = self._stands(line, Table.read())
+                entry = self._standing.entry(line, Table.read())
                 try:
                     busy = entry is not None and not self._detached(line, entry, lazy)
                 except (SnapdError, OSError) as error:
                     log.warning("a mount of a client that is gone stays: %s", error)
                     return
                 if not busy:
-                    self._forget(line)
+                    self._standing.forget(line)
                     if lazy:
                         log.warning(
                             "%s was in use when its client left: it is detached and out of sight",
                             quote_path(line.target),
                         )
+                    else:
+                        log.info("%s is unmounted: its client left", quote_path(line.target))
                     return
             self._stopping.wait(_PAUSE)
-
-    def _standing(self, lines: Sequence[Line]) -> list[tuple[Line, Entry]]:
-        """Return what still stands, and forget what is gone."""
-        if not lines:
-            return []
-        table = Table.read()
-        standing, gone = [], []
-        for line in lines:
-            entry = self._stands(line, table)
-            if entry is not None:
-                standing.append((line, entry))
-            elif line.boot == self._boot:
-                gone.append(line)
-        if not self._blind:
-            for line in gone:
-                self._forget(line)
-        return standing
-
-    def _stands(self, line: Line, table: Table) -> Entry | None:
-        if line.boot != self._boot:
-            return None
-        entry = table.get(line.mount)
-        # Another mount may have got the number.
-        if entry is None or entry.root != self._state.place(line.tree):
-            return None
-        return entry
-
-    def _showing(self, table: Table, tree: int) -> list[Entry]:
-        place = self._state.place(tree)
-        return table.showing(place) if place else []
 
     def _check_unmounted(self, record: Record) -> None:
         table = Table.read()
         targets = [
             entry.target if entry else line.target
             for line in self._ledger.lines(record.id)
-            if (entry := self._stands(line, table)) or (self._blind and line.boot == self._boot)
+            if (entry := self._standing.entry(line, table))
+            or (self._standing.blind and line.boot == self._standing.boot)
         ]
         inside: list[str] = []
         if record.tree_id == record.id:
-            targets += [entry.target for entry in self._showing(table, record.id)]
+            targets += [entry.target for entry in self._standing.showing(table, record.id)]
             directory = f"{self._state.real_path}/snapshots/{record.id}"
             inside = [entry.target for entry in table.within(directory)]
         if targets:
@@ -433,69 +345,10 @@ class Mounter:
                 f" something is mounted in it on {enumerated(names)}, unmount that first"
             )
 
-    def _recover(self) -> None:
-        lines = self._ledger.lines()
-        standing = self._standing(lines)
-        for line, entry in standing:
-            try:
-                mounts.restore(entry, read_only=line.read_only)
-            except OSError as error:
-                log.warning("%s may not be as it was mounted: %s", quote_path(entry.target), error)
-        for line in lines:
-            if line.boot != self._boot:
-                if line.lifetime is Lifetime.CLIENT:
-                    self._ledger.forget([line.id])
-                else:
-                    self._make_again(line)
-        # What no mount is on by now, was made for one that is gone.
-        with suppress(FileNotFoundError):
-            for name in os.listdir(self._own):
-                with suppress(OSError):
-                    os.rmdir(self._own / name)
-
-    def _make_again(self, line: Line) -> None:
-        try:
-            if Path(line.target).parent == self._own:
-                self._make_own(Path(line.target))
-            with (
-                mounts.open_target(line.target) as target,
-                self._state.open_with_mounts(line.tree) as directory,
-            ):
-                entry = Table.read().get(linux.mount_id(target.fd))
-                place = self._state.place(line.tree)
-                if entry and entry.target == target.path and entry.root == place:
-                    # The service was killed when it had just made it again.
-                    self._ledger.made_again(line.id, self._boot, entry.id)
-                    return
-                mount = mounts.detached(directory, read_only=line.read_only)
-                try:
-                    mounts.attach(mount, target.fd)
-                    self._ledger.made_again(line.id, self._boot, linux.mount_id(mount))
-                finally:
-                    os.close(mount)
-        except (SnapdError, OSError) as error:
-            log.error(
-                "%s cannot be mounted on %s again (%s): mend that and restart the service,"
-                " or unmount it",
-                quote(line.key),
-                quote_path(line.target),
-                error,
-            )
-
 
 _TRIES = 10
 _PAUSE = 0.1
 """How often, and after how many seconds, what a client left is tried to be unmounted."""
-
-_HIDDEN = (
-    "what the service mounts would be hidden from the host: its unit has a mount name space of its"
-    " own, from a setting such as ProtectSystem=, PrivateTmp= or ReadWritePaths=, remove that"
-)
-
-_CHROOT = (
-    "what the service mounts cannot be looked up: it runs in a chroot that is no mount point,"
-    " start it outside"
-)
 
 
 def _is_read_only(record: Record, read_only: bool | None) -> bool:
