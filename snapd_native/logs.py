@@ -7,7 +7,8 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import starmap
 from pathlib import Path
 
 _JOURNAL = Path("/run/systemd/journal/socket")
@@ -15,12 +16,13 @@ _JOURNAL = Path("/run/systemd/journal/socket")
 _FIELDS = "journal_fields"
 
 
-def fields(values: Mapping[str, str]) -> Mapping[str, Mapping[str, str]]:
+def fields(values: Iterable[tuple[str, str]]) -> Mapping[str, Sequence[tuple[str, str]]]:
     """Return the ``extra`` of a record that the journal shall keep with fields of ours.
 
-    They become ``SNAPD_NATIVE_<NAME>``; see systemd.journal-fields(7).
+    They become ``SNAPD_NATIVE_<NAME>``, each as often as it is given; see
+    systemd.journal-fields(7).
     """
-    return {_FIELDS: {f"SNAPD_NATIVE_{name.upper()}": text for name, text in values.items()}}
+    return {_FIELDS: [(f"SNAPD_NATIVE_{name.upper()}", text) for name, text in values]}
 
 
 def configure(level: int) -> None:
@@ -53,15 +55,15 @@ class _JournalHandler(logging.Handler):
         self._stderr.setFormatter(_PriorityFormatter())
 
     def emit(self, record: logging.LogRecord) -> None:
-        values = {
-            "MESSAGE": self.format(record),
-            "PRIORITY": str(_priority(record)),
-            "SYSLOG_IDENTIFIER": "snapd-native",
-            "LOGGER": record.name,
-            **getattr(record, _FIELDS, {}),
-        }
+        values = [
+            ("MESSAGE", self.format(record)),
+            ("PRIORITY", str(_priority(record))),
+            ("SYSLOG_IDENTIFIER", "snapd-native"),
+            ("LOGGER", record.name),
+            *getattr(record, _FIELDS, ()),
+        ]
         try:
-            self._socket.sendto(b"".join(map(_entry, values, values.values())), str(self._path))
+            self._socket.sendto(b"".join(starmap(_entry, values)), str(self._path))
         except OSError:
             # The journal starts anew, or the entry is too large for it.
             self._stderr.emit(record)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,7 @@ mkdir -p /run/systemd/journal /run/log/journal
 exec /lib/systemd/systemd-journald
 """
 
-Entry = dict[str, str]
+Entry = dict[str, Any]
 
 
 class Journal:
@@ -141,7 +142,7 @@ def test_the_journal_has_an_entry_for_each_change(journal: Journal, tmp_path: Pa
     operations = [entry for entry in found if "SNAPD_NATIVE_OPERATION" in entry]
     assert [(e["SNAPD_NATIVE_OPERATION"], e["SNAPD_NATIVE_KEY"]) for e in operations] == [
         ("Prepare", "work"),
-        ("Commit", "work"),
+        ("Commit", ["work", "base"]),
         ("View", ODD),
         ("Remove", "missing"),
         ("Update", "base"),

@@ -105,7 +105,7 @@ def test_the_journal_s_fields_are_those_that_are_written() -> None:
         # The texts that a call begins with.
         arguments.update(names[: len(takes) - len(takes.lstrip("s"))])
     code = (ROOT / "snapd_native" / "bus" / "log.py").read_text()
-    written = set(re.findall(r'"(\w+)": ', code)) | arguments | {"job"}
+    written = set(re.findall(r'\("(\w+)", ', code)) | arguments | {"job"}
     named = set(re.findall(r"SNAPD_NATIVE_([A-Z_]+)", SERVICE))
     assert named == {name.upper() for name in written}
 

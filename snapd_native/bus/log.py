@@ -30,12 +30,12 @@ def logged(call: Call, uid: int, texts: Mapping[str, str], *, changes: bool) -> 
     """
     begun = time.monotonic()
     given = {name: text for name, text in texts.items() if text}
-    outcome, level, error = "done", logging.INFO if changes else logging.DEBUG, {}
+    outcome, level, error = "done", logging.INFO if changes else logging.DEBUG, []
     try:
         yield
     except Exception as failure:
         name, outcome = described(failure)
-        level, error = _level(failure, level), {"error": name}
+        level, error = _level(failure, level), [("error", name)]
         if not isinstance(failure, (SnapdError, DBusError)):
             raise Internal(outcome) from failure
         raise
@@ -49,16 +49,16 @@ def logged(call: Call, uid: int, texts: Mapping[str, str], *, changes: bool) -> 
             uid,
             seconds * 1000,
             extra=logs.fields(
-                {
-                    # What most calls name as their key, others do as the name of a snapshot.
-                    **({"key": given["name"]} if "name" in given else {}),
-                    **given,
-                    **error,
-                    "operation": call.member,
-                    "duration_usec": str(round(seconds * 1_000_000)),
-                    "caller_uid": str(uid),
-                    "sender": call.sender,
-                }
+                [
+                    ("operation", call.member),
+                    *given.items(),
+                    # A snapshot is looked for by its key or its name, and is found by either.
+                    *([("key", given["name"])] if "name" in given else []),
+                    *error,
+                    ("duration_usec", str(round(seconds * 1_000_000))),
+                    ("caller_uid", str(uid)),
+                    ("sender", call.sender),
+                ]
             ),
         )
 
