@@ -119,7 +119,7 @@ ODD = "a\nPRIORITY=0\nb"
 def some_calls() -> None:
     with BlockingClient() as client:
         client.prepare("work")
-        client.commit("base", "work")
+        client.commit("base", "work", progress=lambda _: None)
         client.stat("base")
         client.view(ODD, "base")
         with pytest.raises(NotFound):

@@ -29,6 +29,8 @@ def logged(call: Call, uid: int, texts: Mapping[str, str], *, changes: bool) -> 
         Internal: what is done has a bug, which is logged.
     """
     begun = time.monotonic()
+    # PrepareJob and CommitJob do the same, only that nobody waits.
+    operation = call.member.removesuffix("Job")
     given = {name: text for name, text in texts.items() if text}
     outcome, level, error = "done", logging.INFO if changes else logging.DEBUG, []
     try:
@@ -44,13 +46,13 @@ def logged(call: Call, uid: int, texts: Mapping[str, str], *, changes: bool) -> 
         log.log(
             level,
             "%s: %s (uid %d, %.1f ms)",
-            " ".join([call.member, *(f"{name}={quote(text)}" for name, text in given.items())]),
+            " ".join([operation, *(f"{name}={quote(text)}" for name, text in given.items())]),
             outcome,
             uid,
             seconds * 1000,
             extra=logs.fields(
                 [
-                    ("operation", call.member),
+                    ("operation", operation),
                     *given.items(),
                     # A snapshot is looked for by its key or its name, and is found by either.
                     *([("key", given["name"])] if "name" in given else []),
