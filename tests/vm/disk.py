@@ -1,6 +1,6 @@
 """Disks with a volatile write cache, for a machine whose power is cut.
 
-A `Disk` is an NBD server for one raw image. What is written counts as lost until it is flushed: when
+A `Disk` is an NBD server for one raw image. What is written is not safe until it is flushed: when
 QEMU goes without saying goodbye, each write since the last flush is kept, lost or torn at a sector,
 at random. That is what a disk does when its power fails; the file behind an ordinary virtual disk
 would keep all that the guest's kernel ever sent.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.vm.disk import Disk, Loss
 
+HERE = Path(__file__).parent
 CONNECT_LIMIT = 240
 """Seconds that a machine may take from power to ssh; emulation is slow."""
 
@@ -90,7 +91,10 @@ class Guest:
         end = time.monotonic() + CONNECT_LIMIT
         while True:
             self.hang_up()
-            if self.attempt("cat /proc/sys/kernel/random/boot_id").stdout.strip() not in ("", before):
+            if self.attempt("cat /proc/sys/kernel/random/boot_id").stdout.strip() not in (
+                "",
+                before,
+            ):
                 break
             assert time.monotonic() < end, "the machine does not come back"
             time.sleep(0.5)
@@ -151,8 +155,17 @@ class VolatileDisks:
         return [disk.await_loss(self._cuts) for disk in self._disks]
 
 
+INSTANCES = ("", "ext4", "xfs")
+
+
+def clear(guest: Guest, *instances: str) -> None:
+    """Remove all mounts and snapshots."""
+    names = " ".join(_quoted(instance) for instance in instances or INSTANCES)
+    guest.run(f"python3 - {names}", stdin=(HERE / "clearing.py").read_text())
+
+
 def _with_volatile_disks(description: str) -> tuple[list[Disk], str]:
-    domain = ET.fromstring(description)
+    domain = ET.fromstring(description)  # noqa: S314
     disks = []
     for element in domain.iterfind("devices/disk"):
         source = element.find("source")

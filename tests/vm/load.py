@@ -1,9 +1,9 @@
 """Runs in the guest: clients that change snapshots all the time, and tell of each call.
 
 Reads from stdin one JSON object, ``{"seed": int, "workers": int, "known": {INSTANCE: {NAME:
-{PATH: DIGEST}}}, "keys": {INSTANCE: [KEY]}}``, and prints a JSON line before each call and one after
-it, until it is killed. What a tree holds is not read back from it: the digests are of what was
-written.
+{PATH: DIGEST}}}, "keys": {INSTANCE: [KEY]}}``, and prints a JSON line before each call and one
+after it, until it is killed. What a tree holds is not read back from it: the digests are of what
+was written.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Worker:
         self._instance = instance
         self._name = name
         self._known = known
-        self._chance = random.Random(name)  # noqa: S311
+        self._chance = random.Random(name)
 
     def run(self, keys: list[str]) -> None:
         with BlockingClient(self._instance) as client:

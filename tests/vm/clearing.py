@@ -1,0 +1,31 @@
+"""Runs in the guest: removes all mounts and snapshots of the instances that are named."""
+
+from __future__ import annotations
+
+import sys
+
+from snapd_native.client import BlockingClient
+from snapd_native.errors import FailedPrecondition
+
+
+def clear(client: BlockingClient) -> None:
+    for mounted in client.list_mounts():
+        client.unmount(mounted.target)
+    left = [info.name for info in client.walk()]
+    while left:
+        children = list(left)
+        left.clear()
+        for name in reversed(children):
+            try:
+                client.remove(name)
+            except FailedPrecondition:
+                left.append(name)
+        if left == children[::-1]:
+            raise SystemExit(f"cannot remove {left}")
+    client.cleanup()
+
+
+if __name__ == "__main__":
+    for instance in sys.argv[1:]:
+        with BlockingClient(instance) as client:
+            clear(client)

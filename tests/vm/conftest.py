@@ -1,0 +1,47 @@
+"""Fixtures of a machine, which `tools/vm/run` gives by --hosts and --ssh-config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.vm.guest import Guest, clear
+
+LAST = ("test_powercut", "test_package")
+"""They restart the machine again and again, and remove the package."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cuts", type=int, default=3, help="how often the power of a machine is cut")
+    parser.addoption("--domain", default="snapd-native-test_default", help="of libvirt")
+
+
+def pytest_ignore_collect(config: pytest.Config) -> bool | None:
+    """Without a machine there is nothing to test."""
+    return None if config.getoption("--hosts", None) else True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def turn(item: pytest.Item) -> int:
+        return LAST.index(item.path.stem) if item.path.stem in LAST else -1
+
+    items.sort(key=turn)
+
+
+@pytest.fixture(scope="session")
+def machine(request: pytest.FixtureRequest) -> Iterator[Guest]:
+    """Yield the machine."""
+    ssh_config = Path(request.config.getoption("--ssh-config")).absolute()
+    guest = Guest(str(ssh_config), request.config.getoption("--domain"))
+    guest.connect()
+    yield guest
+    guest.hang_up()
+
+
+@pytest.fixture
+def guest(machine: Guest) -> Iterator[Guest]:
+    """Yield the machine, and remove all mounts and snapshots afterwards."""
+    yield machine
+    clear(machine)

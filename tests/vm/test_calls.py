@@ -1,0 +1,147 @@
+"""Calls on a whole machine: what they do to its disks and mounts."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from snapd_native.wire.names import MANAGER
+from tests.test_documents import block
+from tests.vm.guest import INSTANCES, Guest
+
+
+def call(instance: str, member: str, arguments: str) -> str:
+    name = ".".join(filter(None, ["org.snapdnative1", instance]))
+    return f"busctl call {name} /org/snapdnative1 {MANAGER} {member} {arguments}\n"
+
+
+def prepared(instance: str, key: str, parent: str = "") -> str:
+    """Return what prepares a snapshot in a shell and stands for its directory there."""
+    prepare = call(instance, "Prepare", f"'ssa{{sv}}' '{key}' '{parent}' 0").strip()
+    return f"$({prepare} | cut -d '\"' -f 4)"
+
+
+def test_the_readme_s_calls(guest: Guest) -> None:
+    calls = block("calls")
+    assert calls.startswith("busctl ")
+    mounting, unmounting = (calls.index(f" {member} ") for member in ("ListMounts", "Unmount"))
+    before, after = (calls.rindex("\n", 0, at) + 1 for at in (mounting, unmounting))
+    show = "echo; findmnt -N 1 -rno TARGET,OPTIONS /mnt || echo none\n"
+    out = guest.run(calls[:before] + show + calls[before:after] + calls[after:] + show)
+    assert 'a(ssas) 1 "bind" "/var/lib/snapd-native/snapshots/' in out
+    assert 'a(ssbsu) 1 "/mnt" "look" true "persistent" 0' in out
+    assert 'a(ssstta{ss}) 1 "look" "view" "v1"' in out
+    assert re.search(r"^/mnt ro\b", out, re.MULTILINE)
+    assert out.endswith("\nnone\n")
+
+
+@pytest.mark.parametrize(("instance", "name"), [("xfs", "commands"), ("ext4", "mounting")])
+def test_the_readme_s_commands(guest: Guest, instance: str, name: str) -> None:
+    commands = block(name)
+    assert commands.startswith("snapd-native prepare ")
+    guest.run(f"export SNAPD_NATIVE_INSTANCE={instance}\n{commands}", limit=240)
+
+
+def test_a_mount_is_the_machine_s_and_takes_along_what_is_below_it(guest: Guest) -> None:
+    out = guest.run(f"""
+        source={prepared("xfs", "tree")}
+        mkdir "$source/below" /run/test-target
+        trap 'umount -q "$source/below"; rmdir /run/test-target' EXIT
+        mount -t tmpfs below "$source/below"
+        echo content >"$source/below/file"
+        {call("xfs", "Mount", "'ssa{sv}' tree /run/test-target 0")}
+        echo mounted
+        cut -d ' ' -f 5 /proc/1/mountinfo | grep /run/test-target
+        cat /run/test-target/below/file
+        {call("xfs", "Unmount", "'sa{sv}' /run/test-target 1 lazy b true")}
+        echo unmounted
+        cut -d ' ' -f 5 /proc/1/mountinfo | grep /run/test-target || true
+        """)
+    _, mounted = out.split("mounted\n", 1)
+    assert mounted == "/run/test-target\n/run/test-target/below\ncontent\nunmounted\n"
+
+
+@pytest.mark.parametrize(("instance", "shared"), [("xfs", True), ("ext4", False)])
+def test_a_copy_shares_its_blocks_where_the_file_system_can(
+    guest: Guest, instance: str, shared: bool
+) -> None:
+    out = guest.run(f"""
+        first={prepared(instance, "first")}
+        head -c 4M /dev/urandom >"$first/file"
+        {call(instance, "Commit", "'ssa{sv}' parent first 0")}
+        second={prepared(instance, "second", "parent")}
+        sync
+        cmp "$first/file" "$second/file"
+        filefrag -v "$second/file"
+        echo change >>"$second/file"
+        ! cmp -s "$first/file" "$second/file" """)
+    extents = [line for line in out.splitlines() if re.match(r" +\d+: ", line)]
+    assert extents
+    assert all(("shared" in line) is shared for line in extents), out
+
+
+AWKWARD = """
+import os, stat, sys
+root = sys.argv[1]
+os.mknod(f"{root}/null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+os.mknod(f"{root}/disk", 0o660 | stat.S_IFBLK, os.makedev(7, 200))
+os.mknod(f"{root}/whiteout", stat.S_IFCHR, 0)
+os.mkfifo(f"{root}/fifo")
+for name, mode in (("setuid", 0o4755), ("setgid", 0o2711)):
+    with open(f"{root}/{name}", "w") as file:
+        file.write(name)
+    os.chown(f"{root}/{name}", 1000, 1000)
+    os.chmod(f"{root}/{name}", mode)
+os.mkdir(f"{root}/sticky")
+os.chmod(f"{root}/sticky", 0o1777)
+os.symlink("/etc/shadow", f"{root}/link")
+os.link(f"{root}/setuid", f"{root}/hard")
+with open(f"{root}/sparse", "w") as file:
+    file.truncate(1 << 30)
+with open(f"{root}/capable", "w") as file:
+    file.write("x")
+os.setxattr(f"{root}/sticky", "trusted.overlay.opaque", b"y")
+os.setxattr(f"{root}/setgid", "user.of", b"a")
+os.system(f"setcap cap_net_raw+ep {root}/capable; setfacl -m u:1000:rwx {root}/capable")
+"""
+
+SHOWN = """
+cd "$1"
+export LC_ALL=C
+find . -printf '%p %M %U:%G %n %T@ %l\\n' | sort
+find . '(' -type c -o -type b ')' -exec stat -c '%n %t:%T' {} + | sort
+getcap -r . | sort
+getfattr -R -h -d -m - -e hex . | grep -v '^$'
+getfacl -R -n . 2>/dev/null
+du -s --block-size=512 sparse
+"""
+
+
+@pytest.mark.parametrize("instance", INSTANCES)
+def test_whatever_a_tree_holds_is_copied(guest: Guest, instance: str) -> None:
+    out = guest.run(f"""
+        show() {{
+            {SHOWN}
+        }}
+        first={prepared(instance, "first")}
+        python3 - "$first" <<'END'
+{AWKWARD}
+END
+        {call(instance, "Commit", "'ssa{sv}' parent first 0")}
+        second={prepared(instance, "second", "parent")}
+        (show "$first") >/run/first
+        (show "$second") >/run/second
+        diff /run/first /run/second
+        echo same
+        cat /run/second
+        rm /run/first /run/second""")
+    for sign in (
+        "same",
+        "cap_net_raw=ep",
+        "./null 1:3",
+        "-rwsr-xr-x",
+        "./whiteout 0:0",
+        "trusted.",
+    ):
+        assert sign in out
