@@ -70,7 +70,23 @@ def test_a_failing_system_call_undoes_everything(
     assert "/a/path" not in str(caught.value)
     assert (directories(full), full.list()) == before
     full.prepare("new", "base")
+    full.commit("done", "new" if function == "sync" else "work")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_what_a_failed_write_may_have_cost_is_never_committed(full: Snapshotter, code: int) -> None:
+    """The kernel tells of it once, to whichever Commit comes first, and then forgets the data."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StateDirectory, "sync", fail(code))
+        with pytest.raises(SnapdError):
+            full.commit("done", "work")
+    for key in ("work", "lone"):
+        with pytest.raises(DataLoss, match="prepare it anew"):
+            full.commit("done", key)
+        full.remove(key)
+    full.prepare("work", "base")
     full.commit("done", "work")
+    assert names(full) == ["base", "done", "look"]
 
 
 @pytest.mark.parametrize("function", ["publish", "publish_commit"])

@@ -59,7 +59,7 @@ class Metastore:
                 migrate(db)
                 (used,) = db.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence").fetchone()
             undo.pop_all()
-        self._next_id = max(used + 1, first_id)
+        self._next_id: int = max(used + 1, first_id)
 
     def close(self) -> None:
         """Close the database."""
@@ -138,6 +138,11 @@ class Metastore:
         """Return what is wrong with the database and with the rules that it keeps."""
         with self._connections.reading() as db:
             return broken_rules(db)
+
+    def last_id(self) -> int:
+        """Return the highest id that was given so far."""
+        with self._connections.writing():
+            return self._next_id - 1
 
     def reserved(self) -> set[int]:
         """Return the ids of all reservations."""

@@ -112,6 +112,8 @@ class Snapshotter:
             self._check_directories()
             self._mounter = Mounter(self._state, self._store, runtime, self._stopping)
             undo.callback(self._mounter.close)
+            self._syncing = threading.Lock()
+            self._doubtful = 0
             self._syncer = Background("syncer", "a new snapshot could not be put on disk")
             undo.callback(self._syncer.close)
             self._syncer.submit(self._settle)
@@ -215,7 +217,7 @@ class Snapshotter:
             with self._mounter.frozen(key, held.id):
                 with explained(f"commit {quote(key)}"):
                     usage = self._measure(held.id, job)
-                    self._state.sync()
+                    self._sync(held.id)
                 job.conclude()
                 self._store.publish_commit(held, usage, stored)
         self._standby.look()
@@ -490,6 +492,22 @@ class Snapshotter:
         if new:
             self._state.write_back()
             self._store.settle(new)
+
+    def _sync(self, id_: int) -> None:
+        """Put an active snapshot's tree on disk.
+
+        Raises:
+            DataLoss: something was not written since the snapshot was made. The kernel tells that
+                once and not of which file, and takes what it could not write for written.
+        """
+        with self._syncing:
+            try:
+                self._state.sync()
+            except OSError:
+                self._doubtful = self._store.last_id()
+                raise
+        if id_ <= self._doubtful:
+            raise DataLoss("a write to the disk has failed since it was prepared, prepare it anew")
 
     def _measure(self, id_: int, job: Job) -> Usage:
         with self._state.open(str(id_)) as tree:
