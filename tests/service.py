@@ -31,7 +31,8 @@ NOBODY = 65534
 PATIENCE = 120
 """Seconds until something that hangs is given up."""
 
-_MARK = "SNAPD_NATIVE_TEST"
+MARK = "SNAPD_NATIVE_TEST"
+"""What is in the environment of all that a test starts, to find it by."""
 
 _T = TypeVar("_T")
 
@@ -160,7 +161,7 @@ def serving(
     The processes of one that was killed see that only when they look for it.
     """
     mark = uuid.uuid4().hex
-    with private_daemon(address, state, {**(environment or {}), _MARK: mark}) as daemon:
+    with private_daemon(address, state, {**(environment or {}), MARK: mark}) as daemon:
         service = Service(address, daemon, mark)
         yield service
         assert daemon.stop() == status
@@ -184,7 +185,7 @@ def processes(mark: str) -> list[int]:
     found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
-            if f"{_MARK}={mark}".encode() in environ.read_bytes().split(b"\0"):
+            if f"{MARK}={mark}".encode() in environ.read_bytes().split(b"\0"):
                 found.append(int(environ.parent.name))
     return found
 

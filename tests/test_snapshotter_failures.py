@@ -35,6 +35,7 @@ from tests.engines import (
     read,
 )
 from tests.filesystems import mounted
+from tests.service import MARK, await_end, processes
 
 
 @pytest.mark.parametrize(
@@ -248,7 +249,11 @@ def test_what_returned_survives_a_power_cut(
     """All but a Prepare that had no time to reach the disk, of which nothing is left."""
     with mounted(name, 512 << 20, loop_directory) as disk:
         command = [sys.executable, "-c", POWER_CUT, str(disk.root)]
-        done = subprocess.run(command, check=True, capture_output=True, cwd=PROJECT)
+        mark = {**os.environ, MARK: disk.root.name}
+        done = subprocess.run(command, check=True, capture_output=True, cwd=PROJECT, env=mark)
+        for pid in processes(disk.root.name):
+            # A worker that has not seen the end yet keeps the file system from being mounted anew.
+            await_end(pid)
         mount_again(disk.root)
         monkeypatch.setattr(linux, "boot_id", lambda: "the next boot")
         with opened(disk.root / "state") as engine:
