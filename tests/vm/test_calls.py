@@ -112,8 +112,8 @@ export LC_ALL=C
 find . -printf '%p %M %U:%G %n %T@ %l\\n' | sort
 find . '(' -type c -o -type b ')' -exec stat -c '%n %t:%T' {} + | sort
 getcap -r . | sort
-getfattr -R -h -d -m - -e hex . | grep -v '^$'
-getfacl -R -n . 2>/dev/null
+find . | sort | xargs getfattr -h -d -m - -e hex | grep -v '^$'
+find . ! -type l | sort | xargs getfacl -n
 du -s --block-size=512 sparse
 """
 

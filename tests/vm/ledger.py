@@ -1,0 +1,130 @@
+"""What a load was told, and whether the machine stands by it after a power cut."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+Files = dict[str, str]
+"""Digests by path."""
+
+
+@dataclass
+class Ledger:
+    """What one instance has promised, by the lines that have reached this side."""
+
+    committed: dict[str, Files] = field(default_factory=dict)
+    """Commit was acknowledged, and Remove not begun."""
+    perhaps: dict[str, Files] = field(default_factory=dict)
+    """Commit or Remove was begun, and nothing heard of it."""
+    active: dict[str, Files] = field(default_factory=dict)
+    """Prepare was begun; the files of its parent."""
+    acknowledged: int = 0
+    """Commits."""
+
+    def begin(self, call: dict[str, Any]) -> None:
+        key = call["key"]
+        match call["operation"]:
+            case "prepare":
+                parent = call["parent"]
+                self.active[key] = {**self.committed, **self.perhaps}.get(parent, {})
+            case "commit":
+                self.perhaps[call["name"]] = call["files"]
+            case "remove" if key in self.committed:
+                self.perhaps[key] = self.committed.pop(key)
+
+    def done(self, call: dict[str, Any]) -> None:
+        key = call["key"]
+        match call["operation"]:
+            case "commit":
+                self.acknowledged += 1
+                # Somebody else may have begun to remove it before its line was written.
+                self.committed[call["name"]] = self.perhaps.pop(call["name"])
+                self.active.pop(key)
+            case "remove":
+                self.perhaps.pop(key, None)
+                self.active.pop(key, None)
+
+    def refused(self, call: dict[str, Any]) -> None:
+        key = call["key"]
+        match call["operation"]:
+            case "prepare":
+                self.active.pop(key)
+            case "commit":
+                raise AssertionError(f"{call} was refused")
+            case "remove" if key in self.perhaps:
+                self.committed[key] = self.perhaps.pop(key)
+
+    def compare(self, found: dict[str, Any]) -> list[str]:
+        """List what is not as promised; then take what is there for granted."""
+        if "error" in found:
+            return [f"it does not answer: {found['error']}"]
+        troubles = [f"an orphan directory: {name}" for name in found["left"]]
+        there = {one["name"]: one for one in found["snapshots"]}
+        troubles += [f"{name} is lost" for name in self.committed if name not in there]
+        for name, one in there.items():
+            if one["kind"] == "active":
+                troubles += self._compare_active(name, one["files"])
+                continue
+            promised = self.committed.get(name, self.perhaps.get(name))
+            if promised is None:
+                troubles.append(f"{name} is there, and was removed or never committed")
+            elif promised != one["files"]:
+                differing = [
+                    path
+                    for path in {*promised, *one["files"]}
+                    if promised.get(path) != one["files"].get(path)
+                ]
+                troubles.append(f"{name} differs: {sorted(differing)[:5]}")
+        self.committed = {n: o["files"] for n, o in there.items() if o["kind"] == "committed"}
+        self.active = {n: o["files"] for n, o in there.items() if o["kind"] == "active"}
+        self.perhaps = {}
+        return troubles
+
+    def _compare_active(self, key: str, files: Files) -> list[str]:
+        """Only what nobody touches after Prepare is known: what was kept of the parent."""
+        if key not in self.active:
+            return [f"{key} is there, and was removed, committed or never prepared"]
+        kept = {p: d for p, d in self.active[key].items() if p.startswith("kept/")}
+        return [f"{key} lacks {path}" for path in kept if files.get(path) != kept[path]]
+
+
+class Book:
+    """The ledgers of all instances, written from the lines of one load after the other."""
+
+    def __init__(self, instances: tuple[str, ...]) -> None:
+        self.ledgers = {instance: Ledger() for instance in instances}
+        self._calls: dict[int, dict[str, Any]] = {}
+
+    def read(self, line: str) -> None:
+        told = json.loads(line)
+        if told["at"] == "begin":
+            self._calls[told["call"]] = told
+            self.ledgers[told["instance"]].begin(told)
+            return
+        call = self._calls.pop(told["call"])
+        ledger = self.ledgers[call["instance"]]
+        if told["at"] == "done":
+            ledger.done(call)
+        else:
+            ledger.refused(call)
+
+    def end(self) -> None:
+        """No more will be heard of the calls that are open."""
+        self._calls.clear()
+
+    def acknowledged(self) -> int:
+        """Tell how many commits the instance has acknowledged that has done the fewest."""
+        return min(ledger.acknowledged for ledger in self.ledgers.values())
+
+    def order(self, seed: int, workers: int) -> str:
+        """Return what a load is to be told."""
+        return json.dumps(
+            {
+                "seed": seed,
+                "workers": workers,
+                "known": {name: one.committed for name, one in self.ledgers.items()},
+                "keys": {name: list(one.active) for name, one in self.ledgers.items()},
+            }
+        )

@@ -1,0 +1,74 @@
+"""Who may call: the real bus and the real polkit of the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from snapd_native.wire.names import MANAGER
+from tests.vm.guest import Guest
+
+RULE = """
+polkit.addRule(function (action, subject) {
+    if (action.id == "org.snapdnative1.manage" && subject.user == "vagrant")
+        return polkit.Result.YES;
+});
+"""
+RULE_FILE = "/etc/polkit-1/rules.d/50-snapd-native-test.rules"
+PREPARE = f"busctl call org.snapdnative1 /org/snapdnative1 {MANAGER} Prepare 'ssa{{sv}}'"
+AS_USER = "runuser -u vagrant --"
+
+
+@pytest.fixture
+def ruled(guest: Guest) -> Iterator[Guest]:
+    """Yield a machine with a rule that lets a user manage snapshots, if he is the right one."""
+    guest.run(f"cat >{RULE_FILE}; systemctl restart polkit", stdin=RULE)
+    yield guest
+    guest.run(f"rm -f {RULE_FILE}; systemctl restart polkit")
+
+
+def denied(guest: Guest, user: str = "vagrant") -> bool:
+    outcome = guest.attempt(
+        f"export SNAPD_NATIVE_INSTANCE=; runuser -u {user} -- python3 -", stdin=ATTEMPT
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    return outcome.stdout.strip() == "AccessDenied"
+
+
+ATTEMPT = """
+from snapd_native.client import BlockingClient
+from snapd_native.errors import SnapdError
+try:
+    with BlockingClient() as client:
+        client.prepare("theirs")
+        client.remove("theirs")
+except SnapdError as error:
+    print(type(error).__name__)
+else:
+    print("allowed")
+"""
+
+
+def test_a_user_is_denied_with_an_error_that_says_so(guest: Guest) -> None:
+    outcome = guest.attempt(f"{AS_USER} {PREPARE} theirs '' 0")
+    assert outcome.returncode == 1
+    assert "org.snapdnative1.manage" in outcome.stderr
+    assert denied(guest)
+    assert guest.attempt(f"{PREPARE} mine '' 0").returncode == 0
+
+
+def test_a_rule_allows_it_and_its_end_forbids_it_again(ruled: Guest) -> None:
+    assert not denied(ruled)
+    assert denied(ruled, user="nobody")
+    ruled.run(f"rm {RULE_FILE}; systemctl restart polkit")
+    assert denied(ruled)
+
+
+def test_without_polkit_users_are_denied_and_root_is_not(guest: Guest) -> None:
+    guest.run("systemctl mask --runtime --now polkit")
+    try:
+        assert denied(guest)
+        guest.run(f"{PREPARE} mine '' 0")
+    finally:
+        guest.run("systemctl unmask --runtime polkit; systemctl start polkit")

@@ -1,0 +1,102 @@
+"""The life of the service under systemd: starts, ends, crashes, boots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from snapd_native.wire.names import MANAGER
+from tests.vm.guest import Guest
+
+BUS = f"busctl call org.snapdnative1.xfs /org/snapdnative1 {MANAGER}"
+
+
+@pytest.fixture
+def mounted(guest: Guest) -> Iterator[Guest]:
+    """Yield a machine where a view of a committed snapshot is mounted."""
+    guest.run(f"""
+        mkdir -p /var/test-target
+        source=$({BUS} Prepare 'ssa{{sv}}' first '' 0 | cut -d '"' -f 4)
+        echo content >"$source/file"
+        {BUS} Commit 'ssa{{sv}}' committed first 0
+        {BUS} View 'ssa{{sv}}' look committed 0
+        {BUS} Mount 'ssa{{sv}}' look /var/test-target 0""")
+    yield guest
+    guest.run(f"""
+        systemctl start snapd-native@xfs
+        {BUS} Unmount 'sa{{sv}}' /var/test-target 0
+        rmdir /var/test-target""")
+
+
+def shown(guest: Guest) -> list[str]:
+    return guest.run("cat /var/test-target/file; findmnt -N 1 -rno TARGET /var/test-target").split()
+
+
+STANDS = ["content", "/var/test-target"]
+
+
+def main_pid(guest: Guest, unit: str) -> str:
+    return guest.run(f"systemctl show -P MainPID {unit}").strip()
+
+
+def restarted(guest: Guest, unit: str, before: str) -> None:
+    guest.until(
+        f'[ "$(systemctl show -P ActiveState {unit})" = active ] &&'
+        f' [ "$(systemctl show -P MainPID {unit})" != {before} ]'
+    )
+
+
+def test_the_bus_starts_it(guest: Guest) -> None:
+    guest.run("systemctl stop snapd-native")
+    version = f"busctl get-property org.snapdnative1 /org/snapdnative1 {MANAGER} Version"
+    assert guest.run(f"{version}; systemctl is-active snapd-native").endswith("active\n")
+
+
+def test_a_restart_keeps_mounts(mounted: Guest) -> None:
+    mounted.run("systemctl stop snapd-native@xfs")
+    assert shown(mounted) == STANDS
+    mounted.run("systemctl start snapd-native@xfs")
+    assert shown(mounted) == STANDS
+    assert '"look" true' in mounted.run(f"{BUS} ListMounts s look")
+
+
+def test_there_is_no_reload(machine: Guest) -> None:
+    before = main_pid(machine, "snapd-native")
+    outcome = machine.attempt("systemctl reload snapd-native")
+    assert outcome.returncode != 0
+    assert "not applicable" in outcome.stderr
+    assert main_pid(machine, "snapd-native") == before
+
+
+def test_a_crash_is_followed_by_a_start_that_keeps_mounts(mounted: Guest) -> None:
+    before = main_pid(mounted, "snapd-native@xfs")
+    mounted.run("systemctl kill -s KILL --kill-whom=main snapd-native@xfs")
+    restarted(mounted, "snapd-native@xfs", before)
+    assert shown(mounted) == STANDS
+    assert mounted.run("snapd-native --instance xfs check") == ""
+
+
+def test_one_that_hangs_is_killed_by_the_watchdog(guest: Guest) -> None:
+    drop_in = "/run/systemd/system/snapd-native.service.d"
+    guest.run(f"""
+        mkdir -p {drop_in}
+        printf '[Service]\\nWatchdogSec=10\\n' >{drop_in}/test.conf
+        systemctl daemon-reload
+        systemctl restart snapd-native""")
+    try:
+        before = main_pid(guest, "snapd-native")
+        guest.run(f"kill -STOP {before}")
+        restarted(guest, "snapd-native", before)
+        out = guest.run("journalctl --sync; journalctl -b -u snapd-native _PID=1 | tail -n 40")
+        assert "Watchdog timeout" in out
+    finally:
+        guest.run(f"rm -r {drop_in}; systemctl daemon-reload; systemctl restart snapd-native")
+
+
+@pytest.mark.timeout(600)
+def test_a_boot_brings_back_data_and_mounts(mounted: Guest) -> None:
+    mounted.reboot()
+    assert shown(mounted) == STANDS
+    assert '"look" true "persistent" 0' in mounted.run(f"{BUS} ListMounts s look")
+    assert mounted.run("snapd-native --instance xfs check") == ""

@@ -1,0 +1,95 @@
+"""The package on a living machine, in this order: upgrade, removal, installation, purge."""
+
+from __future__ import annotations
+
+import pytest
+
+from snapd_native.wire.names import MANAGER
+from tests.vm.guest import Guest
+
+BUS = f"busctl call org.snapdnative1 /org/snapdnative1 {MANAGER}"
+LATEST = "$(ls -t /vagrant/dist/snapd-native_*_all.deb | head -n 1)"
+TARGET = "/var/test-target"
+
+
+@pytest.fixture(scope="module")
+def full(machine: Guest) -> Guest:
+    """Return a machine with a mounted view."""
+    machine.run(f"""
+        mkdir -p {TARGET}
+        source=$({BUS} Prepare 'ssa{{sv}}' first '' 0 | cut -d '"' -f 4)
+        echo content >"$source/file"
+        {BUS} Commit 'ssa{{sv}}' committed first 0
+        {BUS} View 'ssa{{sv}}' look committed 0
+        {BUS} Mount 'ssa{{sv}}' look {TARGET} 0""")
+    return machine
+
+
+@pytest.mark.timeout(600)
+def test_an_upgrade_restarts_the_service_and_keeps_mounts(full: Guest) -> None:
+    """The later version is this one, repacked under a later number."""
+    out = full.run(
+        f"""
+        pids() {{
+            systemctl show -P MainPID snapd-native snapd-native@ext4 snapd-native@xfs | xargs
+        }}
+        before=$(pids)
+        rm -rf /var/tmp/later
+        dpkg-deb -R {LATEST} /var/tmp/later
+        sed -i 's/^Version: .*/&+later/' /var/tmp/later/DEBIAN/control
+        dpkg-deb -b /var/tmp/later /var/tmp/later.deb >/dev/null
+        dpkg -i /var/tmp/later.deb >/dev/null
+        rm -r /var/tmp/later /var/tmp/later.deb
+        echo "$before"
+        pids
+        systemctl is-active snapd-native snapd-native@ext4 snapd-native@xfs | xargs
+        dpkg-query -W -f '${{Version}}\\n' snapd-native
+        cat {TARGET}/file
+        {BUS} ListMounts s look""",
+        limit=240,
+    )
+    before, after, active, version, content, mounts = out.splitlines()
+    assert not set(before.split()) & set(after.split())
+    assert active == "active active active"
+    assert version.endswith("+later")
+    assert content == "content"
+    assert '"look" true "persistent"' in mounts
+
+
+@pytest.mark.timeout(600)
+def test_removal_keeps_data_and_a_new_installation_finds_it(full: Guest) -> None:
+    out = full.run(
+        f"""
+        dpkg -r snapd-native >/dev/null 2>&1
+        ls -d /var/lib/snapd-native /srv/ext4/snapd-native /srv/xfs/snapd-native
+        cat {TARGET}/file
+        pgrep -fc 'snapd-native.* daemon' || true
+        dpkg -i {LATEST} >/dev/null 2>&1
+        systemctl enable --now -q snapd-native snapd-native@ext4 snapd-native@xfs
+        {BUS} Stat s committed
+        {BUS} ListMounts s look
+        snapd-native check""",
+        limit=240,
+    )
+    lines = out.splitlines()
+    assert lines[3:5] == ["content", "0"]
+    assert '"committed" "committed"' in lines[5]
+    assert '"look" true "persistent"' in lines[6]
+    assert lines[7:] == []
+
+
+@pytest.mark.timeout(600)
+def test_purge_unmounts_and_deletes(full: Guest) -> None:
+    out = full.run(
+        f"""
+        dpkg -P snapd-native >/dev/null 2>&1
+        findmnt -N 1 -rno TARGET {TARGET} || echo unmounted
+        ls -d /var/lib/snapd-native* /run/snapd-native /usr/bin/snapd-native 2>/dev/null || true
+        busctl status org.snapdnative1 2>&1 | tail -n 1
+        systemctl list-units --all --plain --no-legend 'snapd-native*' | grep -v not-found || true
+        rmdir {TARGET}""",
+        limit=240,
+    )
+    lines = out.splitlines()
+    assert lines[0] == "unmounted"
+    assert len(lines) == 2, out
