@@ -31,8 +31,7 @@ NOBODY = 65534
 PATIENCE = 120
 """Seconds until something that hangs is given up."""
 
-MARK = "SNAPD_NATIVE_TEST"
-"""What is in the environment of all that a test starts, to find it by."""
+_MARK = "SNAPD_NATIVE_TEST"
 
 _T = TypeVar("_T")
 
@@ -161,7 +160,7 @@ def serving(
     The processes of one that was killed see that only when they look for it.
     """
     mark = uuid.uuid4().hex
-    with private_daemon(address, state, {**(environment or {}), MARK: mark}) as daemon:
+    with private_daemon(address, state, {**(environment or {}), _MARK: mark}) as daemon:
         service = Service(address, daemon, mark)
         yield service
         assert daemon.stop() == status
@@ -185,7 +184,7 @@ def processes(mark: str) -> list[int]:
     found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
-            if f"{MARK}={mark}".encode() in environ.read_bytes().split(b"\0"):
+            if f"{_MARK}={mark}".encode() in environ.read_bytes().split(b"\0"):
                 found.append(int(environ.parent.name))
     return found
 

@@ -35,7 +35,7 @@ from tests.engines import (
     read,
 )
 from tests.filesystems import mounted
-from tests.service import MARK, await_end, processes
+from tests.waiting import eventually
 
 
 @pytest.mark.parametrize(
@@ -249,11 +249,7 @@ def test_what_returned_survives_a_power_cut(
     """All but a Prepare that had no time to reach the disk, of which nothing is left."""
     with mounted(name, 512 << 20, loop_directory) as disk:
         command = [sys.executable, "-c", POWER_CUT, str(disk.root)]
-        mark = {**os.environ, MARK: disk.root.name}
-        done = subprocess.run(command, check=True, capture_output=True, cwd=PROJECT, env=mark)
-        for pid in processes(disk.root.name):
-            # A worker that has not seen the end yet keeps the file system from being mounted anew.
-            await_end(pid)
+        done = subprocess.run(command, check=True, capture_output=True, cwd=PROJECT)
         mount_again(disk.root)
         monkeypatch.setattr(linux, "boot_id", lambda: "the next boot")
         with opened(disk.root / "state") as engine:
@@ -282,6 +278,18 @@ def mount_again(root: Path) -> None:
     fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:
         subprocess.run(["umount", str(root)], check=True)
+        # Workers that have not seen the end yet have clones of the mount, and keep what was cut off.
+        eventually(lambda: not _is_held(device))
         subprocess.run(["mount", device, str(root)], check=True)
     finally:
         os.close(fd)
+
+
+def _is_held(device: str) -> bool:
+    """Tell whether a file system on a block device is mounted, wherever that is."""
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        assert error.errno == errno.EBUSY
+        return True
+    return False
