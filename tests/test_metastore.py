@@ -89,7 +89,7 @@ def store(database: Path) -> Iterator[Metastore]:
 
 
 def test_every_change_is_durable_before_it_is_told(database: Path) -> None:
-    with closing(Connections(database)) as connections:
+    with closing(Connections(database, lambda: False)) as connections:
         for lend in (connections.writing, connections.reading):
             with lend() as db:
                 assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)

@@ -6,7 +6,7 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -20,9 +20,13 @@ _NO_ROOM = {sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_NOMEM}
 class Connections:
     """Opens ``metadata.db`` in WAL mode, so that readers never wait for the writer."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the database for writing; it is made if there is none, readable by its owner."""
+    def __init__(self, path: Path, make_room: Callable[[], bool]) -> None:
+        """Open the database for writing; it is made if there is none, readable by its owner.
+
+        ``make_room`` is called where there is none for a deletion, and tells whether it helped.
+        """
         self._path = path
+        self._make_room = make_room
         self._lock = threading.Lock()
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
@@ -46,6 +50,18 @@ class Connections:
         """Lend the writing connection to one thread at a time, outside any transaction."""
         with self._lock, translated():
             yield self._writer
+
+    def delete(self, db: sqlite3.Connection, statement: str, rows: Iterable[tuple[int]]) -> None:
+        """Delete rows with the connection for writing, durably, also where the disk is full."""
+        ids = [*rows]
+        try:
+            with translated(), transaction(db):
+                db.executemany(statement, ids)
+        except ResourceExhausted:
+            if not self._make_room():
+                raise
+            with transaction(db):
+                db.executemany(statement, ids)
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:

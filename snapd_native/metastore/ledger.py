@@ -83,8 +83,9 @@ class Ledger:
 
     def forget(self, ids: Iterable[int]) -> None:
         """Strike out mounts that are gone."""
-        with self._connections.writing() as db, transaction(db):
-            db.executemany("DELETE FROM mounts WHERE id = ?", ((id_,) for id_ in ids))
+        with self._connections.writing() as db:
+            rows = ((id_,) for id_ in ids)
+            self._connections.delete(db, "DELETE FROM mounts WHERE id = ?", rows)
 
 
 def turn_read_only(db: sqlite3.Connection, snapshot: int) -> None:

@@ -47,11 +47,20 @@ class Metastore:
     ``announce`` is told of each change after it is durable, in the order of the changes.
     """
 
-    def __init__(self, path: Path, announce: Callable[[Change], None], first_id: int = 1) -> None:
-        """Open or make the database; new snapshots get ids from ``first_id`` on."""
+    def __init__(
+        self,
+        path: Path,
+        announce: Callable[[Change], None],
+        first_id: int = 1,
+        make_room: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Open or make the database; new snapshots get ids from ``first_id`` on.
+
+        ``make_room`` is called where there is none for a deletion, and tells whether it helped.
+        """
         self._announce = announce
         self._reserved: dict[str, Reservation] = {}
-        self._connections = Connections(path)
+        self._connections = Connections(path, make_room)
         self.ledger = Ledger(self._connections)
         with ExitStack() as undo:
             undo.callback(self._connections.close)
@@ -342,8 +351,8 @@ class Metastore:
                     f"cannot remove {quote(key)}: it is being committed, wait for that to end"
                 )
             check(record)
-            with transaction(db):
-                db.execute("DELETE FROM snapshots WHERE id = ?", (record.id,))
+            rows = [(record.id,)]
+            self._connections.delete(db, "DELETE FROM snapshots WHERE id = ?", rows)
             self._announce(Removed(key))
         return record
 

@@ -32,6 +32,7 @@ from snapd_native.model import (
     check_labels,
     check_name,
     quote,
+    quote_path,
     standby_number,
 )
 from snapd_native.snapshotter.background import Background
@@ -88,11 +89,12 @@ class Snapshotter:
                 older than 5.12.
             FailedPrecondition: the directory belongs to somebody else.
             DataLoss: the database is damaged, gone, or was made by a newer version.
+            ResourceExhausted: the disk is full.
         """
         if not linux.has_mount_setattr():
             raise Unavailable("the kernel is too old: boot Linux 5.12 or newer")
         self._stopping = stopping or threading.Event()
-        with ExitStack() as undo:
+        with explained(f"use {quote_path(str(state))}"), ExitStack() as undo:
             self._state = StateDirectory(state)
             undo.callback(self._state.close)
             self._crew = trees.Crew()
@@ -105,7 +107,12 @@ class Snapshotter:
                     f"{self._state.database} is gone, but its snapshots are there:"
                     " restore it from a backup, or move the snapshots away"
                 )
-            self._store = Metastore(self._state.database, announce, first_id=highest + 1)
+            self._store = Metastore(
+                self._state.database,
+                announce,
+                first_id=highest + 1,
+                make_room=self._state.ballast.drop,
+            )
             undo.callback(self._store.close)
             for name in self._store.forget_unsettled(linux.boot_id()):
                 log.warning("%s is gone: it was prepared just before a power cut", quote(name))
@@ -121,6 +128,7 @@ class Snapshotter:
             undo.callback(self._reaper.close)
             self._standby = Standby(self._state, self._store, least_free)
             undo.callback(self._standby.close)
+            self._state.ballast.take()
             self._resources = undo.pop_all()
 
     def check_health(self) -> None:

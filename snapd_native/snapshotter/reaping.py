@@ -53,7 +53,7 @@ class Reaper:
             log.warning("%s is left for Cleanup: %s", quote(record.info.name), error)
             return
         if garbage is not None:
-            self._background.submit(partial(self._state.delete, garbage, self._report))
+            self._background.submit(partial(self._delete, garbage))
 
     def discard(self, id_: int) -> None:
         """Delete at once what was made for a snapshot that never was."""
@@ -92,6 +92,11 @@ class Reaper:
             wait([task], POLL_SECONDS)
             report(0, 0)
         task.result()
+
+    def _delete(self, name: str) -> None:
+        self._state.delete(name, self._report)
+        # A removal may have needed it, and has made room.
+        self._state.ballast.take()
 
     def _sweep(self, report: trees.Report) -> None:
         failure: OSError | None = None

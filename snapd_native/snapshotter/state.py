@@ -15,6 +15,7 @@ from snapd_native import linux, trees
 from snapd_native.errors import DataLoss, FailedPrecondition, Unavailable
 from snapd_native.model import Finding, Trouble, Usage, quote_path
 from snapd_native.mounts import Place, Table
+from snapd_native.snapshotter.ballast import Ballast
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _STANDBY = re.compile(r"(making|ready)-([1-9][0-9]{0,18})-([1-9][0-9]{0,18})", re.ASCII)
@@ -49,6 +50,7 @@ class StateDirectory:
                     f"{path} is in use by another snapd-native daemon: stop that one,"
                     " or choose another --state-directory"
                 ) from None
+            self.ballast = Ballast(self._fd)
             self._snapshots = _own_directory(path / "snapshots")
             undo.callback(os.close, self._snapshots)
             _close_to_others(self._snapshots)
