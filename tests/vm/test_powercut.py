@@ -54,7 +54,7 @@ class Load:
             time.sleep(0.02)
 
     def check(self) -> None:
-        """It runs until the power is cut, unless the service fails it."""
+        """Fail if it has ended: it is to run until the power is cut."""
         if self._process.poll() is not None:
             assert self._process.stderr is not None
             raise AssertionError(f"the load has ended: {self._process.stderr.read()}")
