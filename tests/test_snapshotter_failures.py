@@ -113,7 +113,7 @@ def test_a_failing_metastore_undoes_everything(full: Snapshotter, function: str)
 @pytest.mark.parametrize("scarce", ["blocks", "inodes"])
 def test_a_full_disk_undoes_everything(loop_directory: Path, scarce: str) -> None:
     with (
-        mounted("ext4", 16 << 20, loop_directory) as disk,
+        mounted("ext4", 17 << 20, loop_directory) as disk,
         opened(disk.root / "state") as engine,
     ):
         tree = Path(engine.prepare("preparing").source)
