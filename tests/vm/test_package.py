@@ -85,11 +85,9 @@ def test_purge_unmounts_and_deletes(full: Guest) -> None:
         dpkg -P snapd-native >/dev/null 2>&1
         findmnt -N 1 -rno TARGET {TARGET} || echo unmounted
         ls -d /var/lib/snapd-native* /run/snapd-native /usr/bin/snapd-native 2>/dev/null || true
-        busctl status org.snapdnative1 2>&1 | tail -n 1 || true
+        busctl status org.snapdnative1 >/dev/null 2>&1 || echo no name || true
         systemctl list-units --all --plain --no-legend 'snapd-native*' | grep -v not-found || true
         rmdir {TARGET}""",
         limit=240,
     )
-    lines = out.splitlines()
-    assert lines[0] == "unmounted"
-    assert len(lines) == 2, out
+    assert out.splitlines() == ["unmounted", "no name"]
