@@ -1,0 +1,315 @@
+"""A process that dies between two steps of a call: at each of them, if asked often enough.
+
+The service has no code for this. What changes anything is a function of `os` or of
+`snapd_native.linux`, or a statement of SQLite; here each of them is a step, and before each step is
+a point at which the process can be killed. Trees are copied by the calling thread, so that every
+system call of a copy is a step too.
+
+Run as ``python -m tests.crashing``, this is a server: it reads an `Order` a line, does it in a fork
+of itself, and prints what comes of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Self
+
+import pytest
+
+from snapd_native import linux, trees
+from snapd_native.metastore.connections import Connections
+from snapd_native.model import STANDBY_LABEL, Change, Lifetime
+from snapd_native.snapshotter import Snapshotter
+from tests import alone
+from tests.engines import PROJECT
+from tests.waiting import eventually
+
+_STEPS: dict[ModuleType, tuple[str, ...]] = {
+    os: (
+        *("chmod", "chown", "fchmod", "fchown", "setxattr", "removexattr", "utime"),
+        *("mkdir", "mknod", "symlink", "link", "open", "rename", "rmdir", "unlink"),
+        *("copy_file_range", "ftruncate", "posix_fallocate", "fsync"),
+    ),
+    linux: (*("clear_protection", "ficlone", "mount_setattr", "move_mount", "syncfs", "umount2"),),
+}
+"""What changes something, by module."""
+
+_CHANGING = ("BEGIN", "COMMIT", "INSERT", "UPDATE", "DELETE", "CREATE", "ALTER", "PRAGMA user_v")
+
+Point = tuple[str, int]
+"""A place in the course of a call: the thread's name, and the number of its next step."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something that is called, and what is there before."""
+
+    call: Callable[[Snapshotter, Path], object]
+    """Is given a directory to mount on."""
+    set_up: Callable[[Snapshotter, Path], object] = lambda *_: None
+    spoil: Callable[[Path], object] = lambda _: None
+    """Changes the state directory that no engine has open."""
+    starts: bool = False
+    """Whether it is the start that is interrupted."""
+
+
+def _wants_a_clone(engine: Snapshotter, _: Path) -> None:
+    engine.update("base", {STANDBY_LABEL: "1"}, [f"labels.{STANDBY_LABEL}"])
+    eventually(lambda: engine.standby("base") == (1, 1))
+
+
+def _take_a_clone(engine: Snapshotter, place: Path) -> None:
+    engine.prepare("new", "base")
+    eventually(lambda: engine.standby("base") == (1, 1))
+
+
+def _mount_for_a_client(engine: Snapshotter, place: Path) -> None:
+    engine.mount("work", str(place), lifetime=Lifetime.CLIENT, owner="a client")
+
+
+def _release(engine: Snapshotter, _: Path) -> None:
+    engine.release("a client")
+    eventually(lambda: not engine.owners())
+
+
+def _leave_behind(state: Path) -> None:
+    for name in ("new-71", "rm-72", "73", "making-1-74"):
+        (state / "snapshots" / name / "directory").mkdir(parents=True)
+        (state / "snapshots" / name / "directory" / "file").touch()
+
+
+CASES = {
+    "prepare nothing": Case(lambda engine, _: engine.prepare("new", labels={"of": "new"})),
+    "prepare": Case(lambda engine, _: engine.prepare("new", "base", {"of": "new"})),
+    "prepare a clone that stands by": Case(_take_a_clone, _wants_a_clone),
+    "view": Case(lambda engine, _: engine.view("new", "base", {"of": "new"})),
+    "view nothing": Case(lambda engine, _: engine.view("new")),
+    "commit": Case(lambda engine, _: engine.commit("done", "work", {"of": "done"})),
+    "commit with a parent": Case(lambda engine, _: engine.commit("done", "lone", parent="base")),
+    "commit what is mounted": Case(
+        lambda engine, _: engine.commit("done", "work"),
+        lambda engine, place: engine.mount("work", str(place)),
+    ),
+    "update": Case(lambda engine, _: engine.update("base", {"of": "another"})),
+    "remove": Case(lambda engine, _: engine.remove("lone")),
+    "remove a view": Case(lambda engine, _: engine.remove("look")),
+    "mount": Case(lambda engine, place: engine.mount("look", str(place))),
+    "mount on a directory of its own": Case(lambda engine, _: engine.mount("work")),
+    "unmount": Case(
+        lambda engine, place: engine.unmount(str(place)),
+        lambda engine, place: engine.mount("work", str(place)),
+    ),
+    "unmount lazily": Case(
+        lambda engine, place: engine.unmount(str(place), lazy=True),
+        lambda engine, place: engine.mount("work", str(place)),
+    ),
+    "release": Case(_release, _mount_for_a_client),
+    "cleanup": Case(
+        lambda engine, _: engine.cleanup(),
+        lambda engine, _: _leave_behind(engine.state_directory),
+    ),
+    "the first start": Case(
+        lambda engine, _: engine.check_health(),
+        spoil=lambda state: subprocess.run(["rm", "-r", str(state)], check=True),
+        starts=True,
+    ),
+    "a start that finds leftovers": Case(
+        lambda engine, _: engine.check_health(), spoil=_leave_behind, starts=True
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a process is to do, and when it is to die."""
+
+    case: str
+    directory: str
+    """Holds the ``state``, the directory ``run`` and a ``place`` to mount on."""
+    kill: Point | None
+    """None to die of nothing, when all is done."""
+
+
+@dataclass
+class Course:
+    """How far a process came."""
+
+    points: dict[Point, str] = field(default_factory=dict)
+    """The points that it passed, and what would have come next."""
+    answered: bool = False
+    """Whether the call had returned."""
+    status: int = 0
+
+
+class Deaths:
+    """The server's other end."""
+
+    def __enter__(self) -> Self:
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.crashing"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=PROJECT,
+            text=True,
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._server.communicate()
+
+    def follow(self, order: Order) -> Course:
+        """Have an order done, and return how far that went."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(vars(order)) + "\n")
+        self._server.stdin.flush()
+        course = Course()
+        for line in self._server.stdout:
+            match json.loads(line):
+                case ["passed", thread, number, text]:
+                    course.points[thread, number] = text
+                case ["answered"]:
+                    course.answered = True
+                case ["ended", status]:
+                    course.status = status
+                    return course
+        raise AssertionError("the server has ended")
+
+
+class _Killer:
+    """Counts the steps of each thread, from when it is armed."""
+
+    def __init__(self, kill: Point | None) -> None:
+        self._kill = kill
+        self._armed = False
+        self._count: Counter[str] = Counter()
+
+    def arm(self) -> None:
+        self._armed = True
+        self.step("begin")
+
+    def disarm(self) -> None:
+        self._armed = False
+
+    def step(self, text: str) -> None:
+        if not self._armed:
+            return
+        thread = threading.current_thread().name
+        self._count[thread] += 1
+        if self._kill == (thread, self._count[thread]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        _say("passed", thread, self._count[thread], text)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Make a step of whatever changes anything."""
+        with pytest.MonkeyPatch.context() as patch:
+            for module, names in _STEPS.items():
+                for name in names:
+                    patch.setattr(module, name, self._watched(name, getattr(module, name)))
+            patch.setattr(Connections, "_connect", self._connected(Connections._connect))
+            patch.setattr(
+                trees.Crew, "clone", lambda _, *given, **also: alone.clone(*given, **also)
+            )
+            patch.setattr(trees.Crew, "measure", lambda _, *given: alone.measure(*given))
+            yield
+
+    def _watched(self, name: str, real: Callable[..., object]) -> Callable[..., object]:
+        def watched(*given: Any, **also: Any) -> object:  # noqa: ANN401 - whatever is given
+            if name != "open" or given[1] & os.O_CREAT:
+                texts = [text for text in given if isinstance(text, str)]
+                self.step(" ".join([name, *texts]))
+            return real(*given, **also)
+
+        return watched
+
+    def _connected(
+        self, real: Callable[[Connections], sqlite3.Connection]
+    ) -> Callable[[Connections], sqlite3.Connection]:
+        def trace(statement: str) -> None:
+            if statement.lstrip().startswith(_CHANGING):
+                self.step(" ".join(statement.split())[:60])
+
+        def connected(connections: Connections) -> sqlite3.Connection:
+            db = real(connections)
+            db.set_trace_callback(trace)
+            return db
+
+        return connected
+
+
+def _alone(function: Callable[..., object]) -> Callable[..., object]:
+    """Return a method of a crew that does all in the calling thread."""
+
+    def method(_: trees.Crew, *given: Any, **also: Any) -> object:  # noqa: ANN401 - as above
+        return function(*given, **also)
+
+    return method
+
+
+def _say(*what: object) -> None:
+    # In one write, which no other thread can interrupt.
+    os.write(1, json.dumps(what).encode() + b"\n")
+
+
+def _follow(order: Order) -> None:
+    case = CASES[order.case]
+    directory = Path(order.directory)
+    killer = _Killer(order.kill)
+
+    def announce(_: Change) -> None:
+        killer.step("announce")
+
+    with killer.watching():
+        if case.starts:
+            killer.arm()
+        engine = Snapshotter(directory / "state", announce, runtime=directory / "run")
+        with closing(engine):
+            case.set_up(engine, directory / "place")
+            _settle(engine)
+            killer.arm()
+            case.call(engine, directory / "place")
+            _say("answered")
+            _settle(engine)
+            killer.step("end")
+            killer.disarm()
+
+
+def _settle(engine: Snapshotter) -> None:
+    """Wait for what goes on in the background."""
+    engine._reaper.catch_up(lambda *_: None)
+    engine._syncer.submit(lambda: None).result()
+
+
+def main() -> None:
+    """Do orders until there are no more."""
+    for line in sys.stdin:
+        order = json.loads(line)
+        kill = order["kill"] and tuple(order["kill"])
+        child = os.fork()
+        if child == 0:
+            _follow(Order(order["case"], order["directory"], kill))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        _say("ended", os.waitstatus_to_exitcode(status))
+
+
+if __name__ == "__main__":
+    main()
