@@ -26,8 +26,15 @@ def digests(root: str) -> dict[str, str]:
 
 def snapshots(client: BlockingClient) -> Iterator[dict[str, object]]:
     for info in list(client.walk()):
-        found = {"name": info.name, "kind": info.kind.value, "parent": info.parent}
-        if info.kind is Kind.COMMITTED:
+        found = {
+            "name": info.name,
+            "kind": info.kind.value,
+            "parent": info.parent,
+            "labels": dict(info.labels),
+        }
+        if info.kind is Kind.VIEW:
+            yield {**found, "source": client.mounts(info.name).source}
+        elif info.kind is Kind.COMMITTED:
             source = client.view("inspection", info.name).source
             try:
                 yield {**found, "source": source, "files": digests(source)}

@@ -9,6 +9,8 @@ from typing import Any
 Files = dict[str, str]
 """Digests by path."""
 
+Labels = dict[str, str]
+
 
 @dataclass
 class Ledger:
@@ -20,6 +22,10 @@ class Ledger:
     """Commit or Remove was begun, and nothing heard of it."""
     active: dict[str, Files] = field(default_factory=dict)
     """Prepare was begun; the files of its parent."""
+    views: dict[str, bool] = field(default_factory=dict)
+    """View was begun, and Remove not done; whether it must be there."""
+    labels: dict[str, list[Labels]] = field(default_factory=dict)
+    """What committed snapshots may have; one, unless Update was begun and nothing heard of it."""
     acknowledged: int = 0
     """Commits."""
 
@@ -31,8 +37,15 @@ class Ledger:
                 self.active[key] = {**self.committed, **self.perhaps}.get(parent, {})
             case "commit":
                 self.perhaps[call["name"]] = call["files"]
+                self.labels[call["name"]] = [{}]
+            case "view":
+                self.views[key] = False
+            case "update":
+                self.labels[key].append(call["labels"])
             case "remove" if key in self.committed:
                 self.perhaps[key] = self.committed.pop(key)
+            case "remove" if key in self.views:
+                self.views[key] = False
 
     def done(self, call: dict[str, Any]) -> None:
         key = call["key"]
@@ -42,9 +55,14 @@ class Ledger:
                 # Somebody else may have begun to remove it before its line was written.
                 self.committed[call["name"]] = self.perhaps.pop(call["name"])
                 self.active.pop(key)
+            case "view":
+                self.views[key] = True
+            case "update":
+                self.labels[key] = [call["labels"]]
             case "remove":
                 self.perhaps.pop(key, None)
                 self.active.pop(key, None)
+                self.views.pop(key, None)
 
     def refused(self, call: dict[str, Any]) -> None:
         key = call["key"]
@@ -53,6 +71,10 @@ class Ledger:
                 self.active.pop(key)
             case "commit":
                 raise AssertionError(f"{call} was refused")
+            case "view":
+                self.views.pop(key)
+            case "update":
+                self.labels[key].remove(call["labels"])
             case "remove" if key in self.perhaps:
                 self.committed[key] = self.perhaps.pop(key)
 
@@ -63,7 +85,14 @@ class Ledger:
         troubles = [f"an orphan directory: {name}" for name in found["left"]]
         there = {one["name"]: one for one in found["snapshots"]}
         troubles += [f"{name} is lost" for name in self.committed if name not in there]
+        troubles += [
+            f"{key} is lost" for key, must in self.views.items() if must and key not in there
+        ]
         for name, one in there.items():
+            if one["kind"] == "view":
+                if name not in self.views:
+                    troubles.append(f"{name} is there, and was removed or never made")
+                continue
             if one["kind"] == "active":
                 troubles += self._compare_active(name, one["files"])
                 continue
@@ -77,8 +106,12 @@ class Ledger:
                     if promised.get(path) != one["files"].get(path)
                 ]
                 troubles.append(f"{name} differs: {sorted(differing)[:5]}")
+            elif one["labels"] not in self.labels[name]:
+                troubles.append(f"{name} has the labels {one['labels']}")
         self.committed = {n: o["files"] for n, o in there.items() if o["kind"] == "committed"}
         self.active = {n: o["files"] for n, o in there.items() if o["kind"] == "active"}
+        self.views = {n: True for n, o in there.items() if o["kind"] == "view"}
+        self.labels = {n: [o["labels"]] for n, o in there.items() if o["kind"] == "committed"}
         self.perhaps = {}
         return troubles
 
@@ -125,6 +158,6 @@ class Book:
                 "seed": seed,
                 "workers": workers,
                 "known": {name: one.committed for name, one in self.ledgers.items()},
-                "keys": {name: list(one.active) for name, one in self.ledgers.items()},
+                "keys": {name: [*one.views, *one.active] for name, one in self.ledgers.items()},
             }
         )

@@ -80,8 +80,26 @@ class Worker:
         with told(self._instance, "commit", key, name=name, parent=parent, files=files):
             client.commit(name, key)
         self._known[name] = files
+        if self._chance.random() < 0.3:
+            self._look(client, name)
         if len(self._known) > KEEP:
             self._remove(client, self._chance.choice(list(self._known)))
+
+    def _look(self, client: BlockingClient, name: str) -> None:
+        """Do what changes no tree; somebody else may remove the snapshot meanwhile."""
+        key = f"{name}-view"
+        try:
+            with told(self._instance, "view", key):
+                client.view(key, name)
+            client.usage(key)
+            sum(1 for _ in client.walk([f"parent=={name}"]))
+            with told(self._instance, "update", name, labels={"of": key}):
+                client.update(name, {"of": key})
+            if self._chance.random() < 0.7:
+                with told(self._instance, "remove", key):
+                    client.remove(key)
+        except (FailedPrecondition, NotFound):
+            return
 
     def _remove(self, client: BlockingClient, name: str) -> None:
         try:
