@@ -18,6 +18,8 @@ class Operation(StrEnum):
     USAGE = "usage"
     CLEANUP = "cleanup"
     CHECK = "check"
+    REPAIR = "repair"
+    VERIFY = "verify"
 
 
 class Job:

@@ -18,6 +18,9 @@ MAX_LABEL = 4096
 STANDBY_LABEL = "snapd-native.standby"
 """The label that says how many clones of a committed snapshot are kept ready."""
 
+DIGEST_LABEL = "snapd-native.digest"
+"""The label that asks Commit for a digest of the tree, and holds it from then on."""
+
 MAX_STANDBY = 64
 """Clones of one snapshot that may be kept ready."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from snapd_native.client import BlockingClient
-from snapd_native.errors import Cancelled
+from snapd_native.errors import Cancelled, DataLoss, FailedPrecondition
 from snapd_native.jobs import Job
 from snapd_native.model import Finding, Trouble
 from snapd_native.snapshotter import Snapshotter
@@ -121,6 +121,80 @@ def test_a_view_that_is_writable(full: Snapshotter, places: Path) -> None:
     assert (kind, key) == (Trouble.MOUNT, "look")
     assert "writable" in what
     full.unmount(target)
+
+
+def test_repair_mends_what_it_can(full: Snapshotter, places: Path) -> None:
+    snapshots = full.state_directory / "snapshots"
+    for name in ("17", "new-18", "rm-19"):
+        (snapshots / name / "directory").mkdir(parents=True)
+    (snapshots / "mine").touch()
+    (full.state_directory / "metadata.db").chmod(0o644)
+    os.chown(snapshots, 7, 7)
+    target = str(place(places))
+    full.mount("look", target)
+    subprocess.run(["mount", "-o", "remount,bind,rw", target], check=True)
+    os.rename(full.mounts("lone").source, full.state_directory / "elsewhere")
+    before = full.list()
+    found = {finding.kind for finding in full.check()}
+    mended = full.repair()
+    left = full.check()
+    assert {finding.kind for finding in left} == {Trouble.FOREIGN, Trouble.TREE}
+    assert {f.kind for f in mended} == found - {Trouble.FOREIGN, Trouble.TREE}
+    assert full.repair() == []
+    assert full.check() == left
+    assert full.list() == before
+    assert (full.state_directory / "elsewhere").is_dir()
+    with pytest.raises(DataLoss):
+        full.mounts("lone")
+    full.remove("lone")
+    full.prepare("again", "base")
+    full.unmount(target)
+
+
+def test_repair_makes_again_what_is_not_mounted(state: Path, places: Path) -> None:
+    target = place(places)
+    with opened(state) as engine:
+        fill(engine)
+        engine.mount("work", str(target))
+    subprocess.run(["umount", target], check=True)
+    target.rmdir()
+    with closing(sqlite3.connect(state / "metadata.db")) as db, db:
+        db.execute("UPDATE mounts SET boot = 'another'")
+    with opened(state) as engine:
+        assert engine.repair() == []
+        target.mkdir()
+        (finding,) = engine.repair()
+        assert finding.key == "work"
+        assert engine.check() == []
+        assert [mounted.target for mounted in engine.list_mounts()] == [str(target)]
+        engine.unmount(str(target))
+
+
+def test_repair_makes_indexes_anew(left: Path) -> None:
+    with closing(sqlite3.connect(left / "metadata.db", isolation_level=None)) as db:
+        # An index that lacks what its table has, as a write that was lost leaves it.
+        db.execute("DROP INDEX children")
+        db.execute("CREATE INDEX children ON snapshots (parent) WHERE parent = 0")
+        db.execute("PRAGMA writable_schema = ON")
+        db.execute(
+            "UPDATE sqlite_schema SET sql = 'CREATE INDEX children ON snapshots (parent)"
+            " WHERE parent IS NOT NULL' WHERE name = 'children'"
+        )
+        db.execute("UPDATE sqlite_sequence SET seq = 1")
+    with opened(left) as engine:
+        before = engine.list()
+        assert {finding.kind for finding in engine.check()} == {Trouble.DATABASE}
+        assert engine.repair() != []
+        assert engine.check() == []
+        assert engine.list() == before
+        with pytest.raises(FailedPrecondition, match="children"):
+            engine.remove("base")
+
+
+def test_repair_of_what_is_well_changes_nothing(full: Snapshotter) -> None:
+    before = state_of(full)
+    assert full.repair() == []
+    assert state_of(full) == before
 
 
 BROKEN = {

@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from snapd_native.client import BlockingClient
 from tests.engines import PROJECT
 from tests.service import Service, serving
@@ -27,6 +29,7 @@ SEED = int(os.environ.get("STORM_SEED", str(random.SystemRandom().randrange(1 <<
 CLIENTS = 8
 
 
+@pytest.mark.timeout(60 + 20 * KILLS)
 def test_kills_at_any_instant(on_bus: str, scratch: Path) -> None:
     chance = random.Random(SEED)
     print(f"STORM_SEED={SEED}")

@@ -19,7 +19,13 @@ from snapd_native.errors import InvalidArgument
 from snapd_native.jobs import Job
 from snapd_native.model import Added, Change, Committed, Lifetime, Removed, Updated, quote
 from snapd_native.snapshotter import Snapshotter
-from snapd_native.wire.values import Body, info_to_wire, mount_to_wire, mounted_to_wire
+from snapd_native.wire.values import (
+    Body,
+    finding_to_wire,
+    info_to_wire,
+    mount_to_wire,
+    mounted_to_wire,
+)
 
 Options = Mapping[str, Variant]
 
@@ -68,6 +74,8 @@ class Manager:
             "Remove": Method(Action.MANAGE, Lane.CHANGE, self._remove),
             "Cleanup": Method(Action.MANAGE, Lane.TREE, self._cleanup),
             "Check": Method(Action.READ, Lane.TREE, self._check),
+            "Repair": Method(Action.MANAGE, Lane.TREE, self._repair),
+            "Verify": Method(Action.READ, Lane.TREE, self._verify),
             "Mount": Method(Action.MOUNT, Lane.MOUNT, self._mount),
             "Unmount": Method(Action.MOUNT, Lane.MOUNT, self._unmount, user=self._mounter),
             "ListMounts": Method(Action.READ, Lane.MOUNT, self._list_mounts),
@@ -93,7 +101,7 @@ class Manager:
         return [[mount_to_wire(self._snapshotter.view(key, parent, **given))]]
 
     def _commit(self, job: Job, name: str, key: str, options: Options) -> Body:
-        given = unpack(options, labels="a{ss}", parent="s")
+        given = unpack(options, labels="a{ss}", parent="s", digest="b")
         self._snapshotter.commit(name, key, **given, job=job)
         return []
 
@@ -129,8 +137,15 @@ class Manager:
 
     def _check(self, job: Job, options: Options) -> Body:
         unpack(options)
-        found = self._snapshotter.check(job)
-        return [[[finding.kind.value, finding.key, finding.what] for finding in found]]
+        return [[finding_to_wire(finding) for finding in self._snapshotter.check(job)]]
+
+    def _repair(self, job: Job, options: Options) -> Body:
+        unpack(options)
+        return [[finding_to_wire(finding) for finding in self._snapshotter.repair(job)]]
+
+    def _verify(self, job: Job, name: str, options: Options) -> Body:
+        unpack(options)
+        return [self._snapshotter.verify(name, job)]
 
     def _mount(self, caller: Caller, key: str, target: str, options: Options) -> Body:
         given = unpack(options, read_only="b", lifetime="s")

@@ -17,8 +17,8 @@ import click
 
 from snapd_native import __version__
 from snapd_native.cli.exits import FINDINGS, INTERRUPTED, status
-from snapd_native.errors import AccessDenied, InvalidArgument, NotFound, SnapdError
-from snapd_native.model import quote
+from snapd_native.errors import AccessDenied, InvalidArgument, NotFound, SnapdError, Unavailable
+from snapd_native.model import DIGEST_LABEL, quote, shown
 
 if TYPE_CHECKING:
     from snapd_native.client import BlockingClient
@@ -175,8 +175,9 @@ def view(key: str, parent: str, labels: tuple[str, ...], as_json: bool) -> None:
 @click.argument("name")
 @click.argument("key")
 @click.option("--parent", default="", help="Give a parent to a snapshot prepared without one.")
+@click.option("--digest", is_flag=True, help="Record a digest of the tree, for verify.")
 @_labels_option
-def commit(name: str, key: str, parent: str, labels: tuple[str, ...]) -> None:
+def commit(name: str, key: str, parent: str, digest: bool, labels: tuple[str, ...]) -> None:
     """Make the active snapshot KEY the committed snapshot NAME.
 
     When this returns, the snapshot survives a power cut. Labels of KEY are not inherited.
@@ -185,7 +186,7 @@ def commit(name: str, key: str, parent: str, labels: tuple[str, ...]) -> None:
 
     given = _parsed_labels(labels)
     with _client() as client, render.progress("Committing", key) as progress:
-        client.commit(name, key, given, parent, progress)
+        client.commit(name, key, given, parent, progress, digest)
 
 
 @cli.command()
@@ -325,20 +326,60 @@ def rm(keys: tuple[str, ...]) -> None:
 
 
 @cli.command()
+@click.option("--repair", is_flag=True, help="Mend first what can be mended without losing data.")
 @_json
-def check(as_json: bool) -> None:
-    """Compare records, directories and mounts; nothing is changed.
+def check(repair: bool, as_json: bool) -> None:
+    """Compare records, directories and mounts.
 
     Each line is something that is wrong, with tabs in it: what it is about, the snapshot, and a
-    sentence that says what to do. The exit status is 1 then.
+    sentence that says what to do. The exit status is 1 then. What was mended is told on the
+    standard error.
     """
     from snapd_native.cli import render
 
     with _client() as client:
+        mended = client.repair() if repair else []
         found = client.check()
+    for finding in mended:
+        about = f"{quote(finding.key)}: " if finding.key else ""
+        click.echo(f"snapd-native: mended: {about}{shown(finding.what)}", err=True)
     render.findings(found, as_json=as_json)
     if found:
         sys.exit(FINDINGS)
+
+
+@cli.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@_json
+def verify(names: tuple[str, ...], as_json: bool) -> None:
+    """Compare each committed snapshot NAME with the digest that was recorded by commit --digest.
+
+    Without a NAME all are verified that have one. All of each is read, at idle priority. The digest
+    and the name are printed of those that are as they were committed; the others are told on the
+    standard error, and the exit status is that of the first.
+    """
+    from snapd_native.cli import render
+
+    failed: list[SnapdError] = []
+    verified = []
+    with _client() as client:
+        chosen = names or [info.name for info in client.walk([f'labels."{DIGEST_LABEL}"'])]
+        for name in chosen:
+            try:
+                digest = client.verify(name)
+            except SnapdError as error:
+                failed.append(error)
+                click.echo(f"snapd-native: {error.message}", err=True)
+                if isinstance(error, Unavailable):
+                    break
+            else:
+                verified.append((name, digest))
+                if not as_json:
+                    render.verified(name, digest)
+    if as_json:
+        render.all_verified(verified)
+    if failed:
+        sys.exit(status(failed[0]))
 
 
 @cli.command()

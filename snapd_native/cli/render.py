@@ -80,6 +80,16 @@ def findings(found: Sequence[Finding], *, as_json: bool) -> None:
         print(f"{each.kind.value}\t{shown(each.key)}\t{shown(each.what)}")
 
 
+def verified(name: str, digest: str) -> None:
+    """Print that a snapshot is what was committed: its digest and its name, with a tab between."""
+    print(f"{digest}\t{shown(name)}", flush=True)
+
+
+def all_verified(found: Iterable[tuple[str, str]]) -> None:
+    """Print as JSON what `verified` prints of each."""
+    _print_json([{"name": name, "digest": digest} for name, digest in found])
+
+
 def fstab(value: Mount, target: str) -> None:
     """Print a line of a file system table that mounts the same."""
     source, where = (_FSTAB.sub(_octal, path) for path in (value.source, target))

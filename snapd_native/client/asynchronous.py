@@ -32,7 +32,6 @@ from snapd_native.model import (
     Mount,
     Mounted,
     Removed,
-    Trouble,
     Updated,
     Usage,
 )
@@ -48,7 +47,13 @@ from snapd_native.wire.names import (
     bus_name,
     error_from,
 )
-from snapd_native.wire.values import Body, info_from_wire, mount_from_wire, mounted_from_wire
+from snapd_native.wire.values import (
+    Body,
+    finding_from_wire,
+    info_from_wire,
+    mount_from_wire,
+    mounted_from_wire,
+)
 
 PAGE = 1000
 """Snapshots that `Client.walk` asks for at once; fewer, if they are too large together."""
@@ -117,14 +122,17 @@ class Client:
         labels: Mapping[str, str] | None = None,
         parent: str = "",
         progress: Callable[[Progress], None] | None = None,
+        digest: bool = False,
     ) -> None:
         """Make the active snapshot ``key`` the committed snapshot ``name``, durably.
 
-        For ``progress`` see `prepare`.
+        With ``digest`` one of its tree is recorded, for `verify`. For ``progress`` see `prepare`.
         """
         options = _labels(labels)
         if parent:
             options["parent"] = Variant("s", parent)
+        if digest:
+            options["digest"] = Variant("b", True)
         if progress is None:
             await self._call("Commit", "ssa{sv}", name, key, options)
         else:
@@ -193,7 +201,17 @@ class Client:
     async def check(self) -> Sequence[Finding]:
         """Return what is wrong with records, directories and mounts; nothing is changed."""
         (rows,) = await self._call("Check", "a{sv}", {})
-        return [Finding(Trouble(kind), key, what) for kind, key, what in rows]
+        return [finding_from_wire(row) for row in rows]
+
+    async def repair(self) -> Sequence[Finding]:
+        """Mend what can be mended without a loss or a guess; return what was wrong of that."""
+        (rows,) = await self._call("Repair", "a{sv}", {})
+        return [finding_from_wire(row) for row in rows]
+
+    async def verify(self, name: str) -> str:
+        """Compare a committed snapshot's tree with the digest that Commit recorded; return that."""
+        (digest,) = await self._call("Verify", "sa{sv}", name, {})
+        return str(digest)
 
     async def standby(self, name: str) -> Standby:
         """Return how many standby clones of a snapshot are complete, and how many it wants."""

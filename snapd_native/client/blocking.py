@@ -79,12 +79,13 @@ class BlockingClient:
         labels: Mapping[str, str] | None = None,
         parent: str = "",
         progress: Callable[[Progress], None] | None = None,
+        digest: bool = False,
     ) -> None:
         """Make the active snapshot ``key`` the committed snapshot ``name``, durably.
 
-        For ``progress`` see `prepare`.
+        With ``digest`` one of its tree is recorded, for `verify`. For ``progress`` see `prepare`.
         """
-        self._wait(self._client.commit(name, key, labels, parent, progress))
+        self._wait(self._client.commit(name, key, labels, parent, progress, digest))
 
     def mounts(self, key: str) -> Mount:
         """Return the mount of an active snapshot or a view."""
@@ -113,6 +114,14 @@ class BlockingClient:
     def check(self) -> Sequence[Finding]:
         """Return what is wrong with records, directories and mounts; nothing is changed."""
         return self._wait(self._client.check())
+
+    def repair(self) -> Sequence[Finding]:
+        """Mend what can be mended without a loss or a guess; return what was wrong of that."""
+        return self._wait(self._client.repair())
+
+    def verify(self, name: str) -> str:
+        """Compare a committed snapshot's tree with the digest that Commit recorded; return that."""
+        return self._wait(self._client.verify(name))
 
     def standby(self, name: str) -> Standby:
         """Return how many standby clones of a snapshot are complete, and how many it wants."""

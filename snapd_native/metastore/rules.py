@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 
+from snapd_native.metastore.connections import transaction
 from snapd_native.model import Finding, Trouble, shown
 
 _RULES = {
@@ -29,6 +30,26 @@ _RULES = {
     """,
 }
 """What the schema itself should keep from happening, and what finds it all the same."""
+
+
+def mend(db: sqlite3.Connection) -> None:
+    """Make anew, as a whole or not at all, what follows from the tables: indexes and the last id.
+
+    Nothing is done where nothing is wrong.
+    """
+    with transaction(db):
+        if not broken_rules(db):
+            return
+        db.execute("REINDEX")
+        db.execute(
+            "INSERT INTO sqlite_sequence (name, seq) SELECT 'snapshots', 0"
+            " WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'snapshots')"
+        )
+        db.execute(
+            "UPDATE sqlite_sequence"
+            " SET seq = max(seq, (SELECT coalesce(max(id), 0) FROM snapshots))"
+            " WHERE name = 'snapshots'"
+        )
 
 
 def broken_rules(db: sqlite3.Connection) -> Sequence[Finding]:

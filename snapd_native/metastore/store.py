@@ -19,7 +19,7 @@ from snapd_native.metastore import records
 from snapd_native.metastore.connections import Connections, transaction
 from snapd_native.metastore.ledger import Ledger, turn_read_only
 from snapd_native.metastore.records import Record, Reservation
-from snapd_native.metastore.rules import broken_rules
+from snapd_native.metastore.rules import broken_rules, mend
 from snapd_native.metastore.schema import migrate
 from snapd_native.metastore.selection import condition
 from snapd_native.model import (
@@ -147,6 +147,11 @@ class Metastore:
         """Return what is wrong with the database and with the rules that it keeps."""
         with self._connections.reading() as db:
             return broken_rules(db)
+
+    def mend(self) -> None:
+        """Make indexes anew, and see to it that no id is given again."""
+        with self._connections.writing() as db:
+            mend(db)
 
     def last_id(self) -> int:
         """Return the highest id that was given so far."""
@@ -311,8 +316,8 @@ class Metastore:
             rows = db.execute("DELETE FROM snapshots WHERE boot <> ? RETURNING name", (boot,))
             return [name for (name,) in rows.fetchall()]
 
-    def update(self, name: str, change: Callable[[Mapping[str, str]], Mapping[str, str]]) -> Info:
-        """Replace a snapshot's labels by what ``change`` makes of them, durably.
+    def update(self, name: str, change: Callable[[Info], Mapping[str, str]]) -> Info:
+        """Replace a snapshot's labels by what ``change`` makes of its record, durably.
 
         Raises:
             NotFound: there is no such snapshot.
@@ -323,7 +328,7 @@ class Metastore:
                 record = records.get(db, name)
                 db.execute(
                     "UPDATE snapshots SET labels = ?, updated = ? WHERE id = ?",
-                    (records.packed(change(record.info.labels)), _now(), record.id),
+                    (records.packed(change(record.info)), _now(), record.id),
                 )
                 updated = records.get(db, name).info
             self._announce(Updated(name))

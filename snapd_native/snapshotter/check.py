@@ -1,8 +1,9 @@
-"""Whether records, directories and mounts agree; nothing is changed."""
+"""Whether records, directories and mounts agree, and how they are brought to agree again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 from snapd_native import trees
 from snapd_native.errors import DataLoss
@@ -18,7 +19,8 @@ def check(
 ) -> list[Finding]:
     """Return all that is wrong, after the deletions that are under way are done.
 
-    What other calls do meanwhile is not taken for an error. ``report`` may end it.
+    Nothing is changed. What other calls do meanwhile is not taken for an error. ``report`` may end
+    it.
     """
     found = [*state.findings()]
     try:
@@ -28,6 +30,27 @@ def check(
         found += mounter.findings()
     except DataLoss as error:
         found.append(Finding(Trouble.DATABASE, "", error.message))
+    return found
+
+
+def repair(
+    state: StateDirectory, store: Metastore, mounter: Mounter, reaper: Reaper, report: trees.Report
+) -> list[Finding]:
+    """Mend what can be mended without a loss and without a guess; return what was wrong of that.
+
+    Files of the service are closed to others. Indexes of the database are made anew from its
+    tables. What no snapshot owns is deleted, as by Cleanup. Mounts are made what the ledger says.
+    """
+    found = check(state, store, mounter, reaper, report)
+    if found:
+        state.close_to_others()
+        with suppress(DataLoss):
+            store.mend()
+        with suppress(OSError):
+            reaper.finish(report)
+        mounter.mend()
+        left = check(state, store, mounter, reaper, report)
+        found = [finding for finding in found if finding not in left]
     return found
 
 

@@ -21,6 +21,7 @@ from snapd_native.filters import parse
 from snapd_native.jobs import Job, Operation
 from snapd_native.metastore import Metastore, Record
 from snapd_native.model import (
+    DIGEST_LABEL,
     Change,
     Finding,
     Info,
@@ -35,8 +36,10 @@ from snapd_native.model import (
     quote_path,
     standby_number,
 )
+from snapd_native.snapshotter import digests
 from snapd_native.snapshotter.background import Background
-from snapd_native.snapshotter.check import check
+from snapd_native.snapshotter.check import check, repair
+from snapd_native.snapshotter.contents import Contents
 from snapd_native.snapshotter.failures import explained
 from snapd_native.snapshotter.labels import changed, label_key
 from snapd_native.snapshotter.mounting import Mounter
@@ -97,8 +100,6 @@ class Snapshotter:
         with explained(f"use {quote_path(str(state))}"), ExitStack() as undo:
             self._state = StateDirectory(state)
             undo.callback(self._state.close)
-            self._crew = trees.Crew()
-            undo.callback(self._crew.close)
             # An id whose directory could not be deleted is never given again.
             found = self._state.listing()
             highest = max((id_ for _, _, id_ in found), default=0)
@@ -119,8 +120,8 @@ class Snapshotter:
             self._check_directories()
             self._mounter = Mounter(self._state, self._store, runtime, self._stopping)
             undo.callback(self._mounter.close)
-            self._syncing = threading.Lock()
-            self._doubtful = 0
+            self._contents = Contents(self._state, self._store)
+            undo.callback(self._contents.close)
             self._syncer = Background("syncer", "a new snapshot could not be put on disk")
             undo.callback(self._syncer.close)
             self._syncer.submit(self._settle)
@@ -196,17 +197,20 @@ class Snapshotter:
         labels: Mapping[str, str] | None = None,
         parent: str = "",
         job: Job | None = None,
+        digest: bool = False,
     ) -> None:
         """Make the active snapshot ``key`` the committed snapshot ``name``.
 
         When this returns, its data and its record survive a power cut. ``labels`` replace those
-        it had. ``parent`` gives one to a snapshot that was prepared without.
+        it had. ``parent`` gives one to a snapshot that was prepared without. With ``digest``, or
+        with the label `DIGEST_LABEL`, the digest of its tree is recorded in that label, for
+        `verify`; a label that gives a digest is what that must be.
 
         Raises:
             InvalidArgument: a name or label cannot be, or the parent is another or not committed.
             AlreadyExists: the name is taken.
             NotFound: there is no such key or parent.
-            FailedPrecondition: the key is not active.
+            FailedPrecondition: the key is not active, or has another digest than its label says.
             ResourceExhausted: no room.
             DataLoss: its tree could not be read or written.
         """
@@ -215,6 +219,7 @@ class Snapshotter:
         if parent:
             check_name(parent, "parent")
         stored = check_labels(labels or {})
+        digest = digests.wanted(stored, digest)
         job = job or Job()
         with ExitStack() as undo:
             held = self._store.reserve_commit(name, key, parent)
@@ -224,8 +229,11 @@ class Snapshotter:
             self._syncer.submit(self._state.write_back)
             with self._mounter.frozen(key, held.id):
                 with explained(f"commit {quote(key)}"):
-                    usage = self._measure(held.id, job)
-                    self._sync(held.id)
+                    usage = self._contents.measure(held.id, self._watched(job))
+                    if digest:
+                        found = self._contents.digest(held.id, self._watched(job, count=False))
+                        stored = digests.recorded(key, stored, found)
+                    self._contents.sync(held.id)
                 job.conclude()
                 self._store.publish_commit(held, usage, stored)
         self._standby.look()
@@ -310,7 +318,7 @@ class Snapshotter:
         job.begin(Operation.USAGE, key)
         try:
             with explained(f"measure {quote(key)}"):
-                usage = self._measure(record.id, job)
+                usage = self._contents.measure(record.id, self._watched(job))
         finally:
             self._check_alive(record)
         job.conclude()
@@ -443,6 +451,41 @@ class Snapshotter:
         with explained("check the state"):
             return check(self._state, self._store, self._mounter, self._reaper, self._watched(job))
 
+    def repair(self, job: Job | None = None) -> Sequence[Finding]:
+        """Mend what `check` finds, as far as nothing is lost or guessed; return what is mended."""
+        job = job or Job()
+        job.begin(Operation.REPAIR, "")
+        with explained("repair the state"):
+            return repair(self._state, self._store, self._mounter, self._reaper, self._watched(job))
+
+    def verify(self, name: str, job: Job | None = None) -> str:
+        """Compare a committed snapshot's tree with the digest that Commit has recorded.
+
+        Return that. All is read, in the time that nobody else wants the processors and the disk.
+
+        Raises:
+            InvalidArgument: the name cannot be.
+            NotFound: there is no such snapshot.
+            FailedPrecondition: it has no digest.
+            DataLoss: its tree is another than that which was committed, damaged or gone.
+        """
+        record = self._store.get(check_name(name, "name"))
+        expected = digests.of(record)
+        job = job or Job()
+        job.begin(Operation.VERIFY, name, record.usage)
+        try:
+            with explained(f"verify {quote(name)}"):
+                found = self._contents.digest(record.id, self._watched(job), idle=True)
+        finally:
+            self._check_alive(record)
+        if found != expected:
+            raise DataLoss(
+                f"{quote(name)} is not what was committed: its tree was changed or damaged,"
+                " check the disk and restore it from a backup"
+            )
+        job.conclude()
+        return record.info.labels[DIGEST_LABEL]
+
     def _create(
         self, kind: Kind, key: str, parent: str, labels: Mapping[str, str] | None, job: Job
     ) -> Mount:
@@ -485,13 +528,7 @@ class Snapshotter:
         if ready and self._state.adopt_standby(ready, id_):
             report(job.total.inodes, job.total.size)
             return True
-        name = self._state.create(id_)
-        with (
-            self._state.open(str(parent.id)) as source,
-            self._state.open(name, writable=True) as target,
-        ):
-            self._crew.clone(source, target, report, reflink=self.reflink)
-        self._state.bring_to_life(id_)
+        self._contents.copy(id_, parent.id, report)
         return False
 
     def _settle(self) -> None:
@@ -500,26 +537,6 @@ class Snapshotter:
         if new:
             self._state.write_back()
             self._store.settle(new)
-
-    def _sync(self, id_: int) -> None:
-        """Put an active snapshot's tree on disk.
-
-        Raises:
-            DataLoss: something was not written since the snapshot was made. The kernel tells that
-                once and not of which file, and takes what it could not write for written.
-        """
-        with self._syncing:
-            try:
-                self._state.sync()
-            except OSError:
-                self._doubtful = self._store.last_id()
-                raise
-        if id_ <= self._doubtful:
-            raise DataLoss("a write to the disk has failed since it was prepared, prepare it anew")
-
-    def _measure(self, id_: int, job: Job) -> Usage:
-        with self._state.open(str(id_)) as tree:
-            return self._crew.measure(tree, self._watched(job))
 
     def _mount(self, kind: Kind, tree: int) -> Mount:
         options = ("rbind", "ro" if kind is Kind.VIEW else "rw")
@@ -531,12 +548,15 @@ class Snapshotter:
         if self._store.get(key).id != record.id:
             raise NotFound(f"the snapshot {quote(key)} was removed meanwhile: try again")
 
-    def _watched(self, job: Job) -> trees.Report:
-        """Return what is told of progress, and stops the work when that is to be."""
+    def _watched(self, job: Job, *, count: bool = True) -> trees.Report:
+        """Return what is told of progress, and stops the work when that is to be.
+
+        What is gone through for the second time does not ``count``.
+        """
 
         def report(inodes: int, size: int) -> None:
             self._check_stopping()
-            job.report(inodes, size)
+            job.report(inodes * count, size * count)
 
         return report
 

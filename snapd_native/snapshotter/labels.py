@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from snapd_native.errors import InvalidArgument
-from snapd_native.model import check_labels, quote
+from snapd_native.model import DIGEST_LABEL, Info, check_labels, quote
+from snapd_native.snapshotter import digests
 
 
 def label_key(path: str) -> str | None:
@@ -21,10 +22,10 @@ def label_key(path: str) -> str | None:
 
 
 def changed(
-    old: Mapping[str, str], *, given: Mapping[str, str], keys: Sequence[str | None]
+    old: Info, *, given: Mapping[str, str], keys: Sequence[str | None]
 ) -> Mapping[str, str]:
-    """Return what is stored in place of ``old`` when the labels ``keys`` of ``given`` are set."""
-    labels = dict(old)
+    """Return what labels are stored when ``keys`` of those that are ``given`` are set."""
+    labels = dict(old.labels)
     for key in keys:
         if key is None:
             labels = dict(given)
@@ -32,4 +33,4 @@ def changed(
             labels[key] = given[key]
         else:
             labels.pop(key, None)
-    return check_labels(labels)
+    return check_labels(digests.kept(old, labels, named=DIGEST_LABEL in keys))

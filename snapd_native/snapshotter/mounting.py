@@ -127,6 +127,11 @@ class Mounter:
         with self._lock:
             return self._standing.findings()
 
+    def mend(self) -> None:
+        """Make mounts what the ledger says of them."""
+        with self._lock:
+            self._standing.mend()
+
     @contextmanager
     def unmounted(self) -> Iterator[Callable[[Record], None]]:
         """Keep all from being mounted, and yield what raises if a snapshot is."""

@@ -41,8 +41,7 @@ class Standing:
             self.blind = _CHROOT
         if self.blind:
             log.warning("%s", self.blind)
-        else:
-            self._recover()
+        self.mend()
 
     def of(self, lines: Sequence[Line]) -> list[tuple[Line, Entry]]:
         """Return what still stands, and forget what is gone."""
@@ -129,7 +128,10 @@ class Standing:
         for directory in (self.own.parent, self.own, path):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def _recover(self) -> None:
+    def mend(self) -> None:
+        """Make what stands what the ledger says, and again what stood before a restart."""
+        if self.blind:
+            return
         lines = self._ledger.lines()
         standing = self.of(lines)
         for line, entry in standing:

@@ -247,18 +247,34 @@ class StateDirectory:
 
     def findings(self) -> Iterator[Finding]:
         """Yield what others may reach, and what among the directories is not the service's."""
-        for name in (".", "snapshots", "metadata.db", "metadata.db-wal", "metadata.db-shm"):
-            with suppress(FileNotFoundError):
-                found = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
-                path = quote_path(os.path.normpath(self.path / name))
-                if found.st_uid != os.geteuid() or found.st_mode & 0o077:
-                    what = f"others may reach {path}: chown it to uid {os.geteuid()}, chmod go= it"
-                    yield Finding(Trouble.MODE, "", what)
+        for name in self._open_to_others():
+            path = quote_path(os.path.normpath(self.path / name))
+            what = f"others may reach {path}: chown it to uid {os.geteuid()}, chmod go= it"
+            yield Finding(Trouble.MODE, "", what)
         for name in self._names():
             ours = _OURS.fullmatch(name) or _STANDBY.fullmatch(name)
             if not (ours and (self._is_directory(name) or not self._is_there(name))):
                 what = f"{quote_path(name)} is not the service's: move it out of snapshots/"
                 yield Finding(Trouble.FOREIGN, "", what)
+
+    def close_to_others(self) -> None:
+        """See to it that nobody else may reach what is the service's."""
+        for name in self._open_to_others():
+            # By an fd, so that no other file can come in between.
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._fd)
+            try:
+                os.fchown(fd, os.geteuid(), -1)
+                os.fchmod(fd, os.fstat(fd).st_mode & 0o700)
+            finally:
+                os.close(fd)
+
+    def _open_to_others(self) -> Iterator[str]:
+        """Yield what of the service's belongs to others, or may be reached by them."""
+        for name in (".", "snapshots", "metadata.db", "metadata.db-wal", "metadata.db-shm"):
+            with suppress(FileNotFoundError):
+                found = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+                if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+                    yield name
 
     def _names(self) -> list[str]:
         # By a descriptor of its own: all that read a directory by one share their place in it.

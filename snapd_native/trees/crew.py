@@ -102,6 +102,19 @@ class Crew:
             total.merge(Tally.unpack(tally))
         return total.usage
 
+    def digest(self, root: int, report: Report) -> str:
+        """Return the SHA-256, in hexadecimal, of a canonical listing of the tree at ``root``.
+
+        See `Digester` for what that is made of. One worker goes through the tree; files are hashed
+        by as many threads as there are processors. What is reported adds up to what `measure`
+        finds.
+
+        Raises:
+            OSError: as `clone`; ESTALE if directories are moved meanwhile.
+        """
+        (found,) = self._run(Operation.DIGEST, [root], report, most=1)
+        return found.decode()
+
     def _run(
         self,
         operation: Operation,
@@ -110,10 +123,11 @@ class Crew:
         also: Sequence[int] = (),
         *,
         reflink: bool = False,
+        most: int = MAX_WORKERS,
     ) -> list[bytes]:
         """Have a job done that begins with ``task``; return what each worker found out."""
         with ExitStack() as stack:
-            workers = stack.enter_context(self._workers())
+            workers = stack.enter_context(self._workers(most))
             page_fd = Page.create()
             stack.callback(os.close, page_fd)
             page = Page(page_fd)
@@ -140,12 +154,12 @@ class Crew:
                 raise
 
     @contextmanager
-    def _workers(self) -> Iterator[list[_Worker]]:
-        """Lend workers to one job; one that has died is not kept."""
+    def _workers(self, most: int) -> Iterator[list[_Worker]]:
+        """Lend up to ``most`` workers to one job; one that has died is not kept."""
         with self._lock:
             self._jobs += 1
             # Where many jobs go on, their number keeps the processors busy.
-            wanted = max(1, self._hands // self._jobs)
+            wanted = min(most, max(1, self._hands // self._jobs))
             workers: list[_Worker] = []
             while self._idle and len(workers) < wanted:
                 worker = self._idle.pop()

@@ -48,6 +48,8 @@ class Operation(IntEnum):
     """Fill the second directory with a copy of the first."""
     MEASURE = 2
     """Count what is in the directory."""
+    DIGEST = 3
+    """Hash the directory and what is in it."""
 
 
 class Channels(NamedTuple):

@@ -14,6 +14,7 @@ import sys
 from contextlib import ExitStack, suppress
 
 from snapd_native.trees.clone import Cloner
+from snapd_native.trees.digest import Digester
 from snapd_native.trees.links import Links
 from snapd_native.trees.measure import Counter
 from snapd_native.trees.relay import IDLE, ORDER, Channels, Operation, Page, receive, send_finding
@@ -58,6 +59,10 @@ def _serve(crew: socket.socket, parent: int, order: bytes, fds: list[int]) -> by
                 counter = Counter(share.progress, share)
                 share.perform(counter)
                 return counter.tally.pack()
+            case Operation.DIGEST:
+                digester = Digester(share.progress)
+                share.perform(digester)
+                return digester.digest
 
 
 if __name__ == "__main__":

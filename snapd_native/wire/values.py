@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from snapd_native.model import Info, Kind, Lifetime, Mount, Mounted
+from snapd_native.model import Finding, Info, Kind, Lifetime, Mount, Mounted, Trouble
 
 Body = list[Any]
 """The arguments of a message, in dbus-next's types."""
@@ -31,6 +31,17 @@ def mounted_from_wire(value: Sequence[Any]) -> Mounted:
     """Unpack a mount of the service from ``(ssbsu)``."""
     target, key, read_only, lifetime, uid = value
     return Mounted(target, key, read_only, Lifetime(lifetime), uid)
+
+
+def finding_to_wire(finding: Finding) -> Body:
+    """Pack a finding as ``(sss)``."""
+    return [finding.kind.value, finding.key, finding.what]
+
+
+def finding_from_wire(value: Sequence[Any]) -> Finding:
+    """Unpack a finding from ``(sss)``."""
+    kind, key, what = value
+    return Finding(Trouble(kind), key, what)
 
 
 def info_to_wire(info: Info) -> Body:

@@ -1,0 +1,64 @@
+"""What snapshots hold: copied, measured, hashed, and put on disk."""
+
+from __future__ import annotations
+
+import threading
+
+from snapd_native import trees
+from snapd_native.errors import DataLoss
+from snapd_native.metastore import Metastore
+from snapd_native.model import Usage
+from snapd_native.snapshotter.state import StateDirectory
+
+
+class Contents:
+    """The trees of one state directory; reports are told of progress, and may end the work."""
+
+    def __init__(self, state: StateDirectory, store: Metastore) -> None:
+        self._state = state
+        self._store = store
+        self._crew = trees.Crew()
+        self._idle_crew = trees.Crew(idle=True)
+        self._syncing = threading.Lock()
+        self._doubtful = 0
+
+    def close(self) -> None:
+        """End all workers; nothing may be going on."""
+        self._crew.close()
+        self._idle_crew.close()
+
+    def copy(self, id_: int, parent: int, report: trees.Report) -> None:
+        """Make the tree of a new snapshot, a copy of its parent's."""
+        name = self._state.create(id_)
+        with (
+            self._state.open(str(parent)) as source,
+            self._state.open(name, writable=True) as target,
+        ):
+            self._crew.clone(source, target, report, reflink=self._state.reflink)
+        self._state.bring_to_life(id_)
+
+    def measure(self, id_: int, report: trees.Report) -> Usage:
+        """Add up what a tree takes."""
+        with self._state.open(str(id_)) as tree:
+            return self._crew.measure(tree, report)
+
+    def digest(self, id_: int, report: trees.Report, *, idle: bool = False) -> str:
+        """Hash a tree, if ``idle`` in the time that nobody else wants; see `trees.Crew.digest`."""
+        with self._state.open(str(id_)) as tree:
+            return (self._idle_crew if idle else self._crew).digest(tree, report)
+
+    def sync(self, id_: int) -> None:
+        """Put an active snapshot's tree on disk.
+
+        Raises:
+            DataLoss: something was not written since the snapshot was made. The kernel tells that
+                once and not of which file, and takes what it could not write for written.
+        """
+        with self._syncing:
+            try:
+                self._state.sync()
+            except OSError:
+                self._doubtful = self._store.last_id()
+                raise
+        if id_ <= self._doubtful:
+            raise DataLoss("a write to the disk has failed since it was prepared, prepare it anew")

@@ -1,0 +1,77 @@
+"""The digest that a snapshot is committed with, and may be verified by."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from snapd_native.errors import FailedPrecondition, InvalidArgument
+from snapd_native.metastore import Record
+from snapd_native.model import DIGEST_LABEL, Info, Kind, quote
+
+_ALGORITHM = "sha256:"
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
+
+
+def wanted(labels: Mapping[str, str], asked: bool) -> bool:
+    """Tell whether a Commit with ``labels`` is to record a digest.
+
+    Raises:
+        InvalidArgument: the label begins like a digest, and is none.
+    """
+    text = labels.get(DIGEST_LABEL, "")
+    if text.startswith(_ALGORITHM) and not _DIGEST.fullmatch(text):
+        raise InvalidArgument(
+            f"the label {DIGEST_LABEL} cannot be {quote(text)}: give sha256: and 64 hexadecimal"
+            " digits, or any other text to have it recorded"
+        )
+    return asked or bool(text)
+
+
+def recorded(key: str, labels: Mapping[str, str], found: str) -> dict[str, str]:
+    """Return the labels that ``key`` is committed with.
+
+    Raises:
+        FailedPrecondition: they expect another digest.
+    """
+    digest = _ALGORITHM + found
+    expected = labels.get(DIGEST_LABEL, "")
+    if expected.startswith(_ALGORITHM) and expected != digest:
+        raise FailedPrecondition(
+            f"cannot commit {quote(key)}: its digest is {digest}, not {expected}: mend its tree,"
+            " or commit it with another label"
+        )
+    return {**labels, DIGEST_LABEL: digest}
+
+
+def of(record: Record) -> str:
+    """Return the digest that a snapshot was committed with.
+
+    Raises:
+        FailedPrecondition: there is none.
+    """
+    text = record.info.labels.get(DIGEST_LABEL, "")
+    if record.info.kind is not Kind.COMMITTED or not _DIGEST.fullmatch(text):
+        raise FailedPrecondition(
+            f"cannot verify {quote(record.info.name)}: no digest was recorded when it was"
+            " committed, commit the next one with the option digest"
+        )
+    return text.removeprefix(_ALGORITHM)
+
+
+def kept(info: Info, labels: Mapping[str, str], *, named: bool) -> Mapping[str, str]:
+    """Return the ``labels`` that Update wants to give, with the digest that a snapshot has.
+
+    Raises:
+        InvalidArgument: they say something else of it, or were to delete it, being ``named``.
+    """
+    if info.kind is not Kind.COMMITTED:
+        return labels
+    digest = info.labels.get(DIGEST_LABEL, "")
+    text = labels.get(DIGEST_LABEL, "")
+    if text != digest and (text or named):
+        raise InvalidArgument(
+            f"the label {DIGEST_LABEL} of {quote(info.name)} cannot be changed: only Commit"
+            " records a digest"
+        )
+    return {**labels, DIGEST_LABEL: digest} if digest else labels

@@ -1,0 +1,248 @@
+"""One number for all that a tree holds."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from typing import TypeAlias
+
+from snapd_native.trees.descent import Descent
+from snapd_native.trees.walk import Report, allocated
+
+ALONE = 1 << 16
+"""Bytes of a file that are hashed at once: to hand it to another thread would take longer."""
+
+AHEAD = 64
+"""Files that may be open while their hashes are waited for."""
+
+MOST_COMING = 4096
+"""Entries that may be kept while the hash of one before them is waited for."""
+
+_Hashing: TypeAlias = tuple[list[bytes], Future[bytes]]
+"""An entry whose last field is to come."""
+
+BLOCK = 1 << 20
+"""Bytes of a file that are hashed on their own, or left out where all of them are zero."""
+
+_ZEROS = bytes(BLOCK)
+_PATIENCE = 0.1
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_LETTERS = {
+    stat.S_IFREG: b"f",
+    stat.S_IFDIR: b"d",
+    stat.S_IFLNK: b"l",
+    stat.S_IFCHR: b"c",
+    stat.S_IFBLK: b"b",
+    stat.S_IFIFO: b"p",
+    stat.S_IFSOCK: b"s",
+}
+
+
+class _EndOfData(Exception):
+    """There is nothing but a hole from here on."""
+
+
+class Digester:
+    r"""Hashes a canonical listing of a tree, while threads hash the contents of its large files.
+
+    The listing goes depth first, and in a directory by the bytes of names. Every part of it is a
+    netstring, ``LENGTH:BYTES,``. An entry is a netstring of netstrings: the name, empty for the
+    root; a letter for the type; the permissions in octal; uid; gid; the time of modification in
+    nanoseconds; the extended attributes, as netstrings of names and values by turns, by name; and
+    for a file its size and the SHA-256 of a list of its blocks, for a symbolic link its target, for
+    a device ``MAJOR:MINOR``. One more name of a file that was listed before is the name, ``h``, and
+    that file's number among those with several names. An empty netstring ends a directory.
+
+    The list of blocks has a line, with ``\n`` at its end, for each `BLOCK` of the file that is not
+    all zeros: the offset, a space, and the block's SHA-256. So it takes no time to go through a
+    hole, and whether zeros are a hole is of no account. Numbers are decimal, hashes hexadecimal.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._listing = hashlib.sha256()
+        self._coming: deque[bytes | _Hashing] = deque()
+        self._hashing = 0
+        self._hashed: deque[int] = deque()
+        self._linked: dict[int, tuple[int, int]] = {}
+        self._numbers = 0
+
+    @property
+    def digest(self) -> bytes:
+        """What was found: the hash in hexadecimal."""
+        return self._listing.hexdigest().encode()
+
+    def directory(self, root: int) -> None:
+        """Take in the whole tree."""
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, Descent(root) as here:
+            self._add_directory("", root)
+            levels = [_names(root)]
+            while levels:
+                if not levels[-1]:
+                    self._add(_END)
+                    levels.pop()
+                    if levels:
+                        here.up()
+                    continue
+                name = levels[-1].pop()
+                status = os.stat(name, dir_fd=here.fd, follow_symlinks=False)
+                number = self._number(status)
+                if stat.S_ISDIR(status.st_mode):
+                    here.down(name)
+                    self._add_directory(name, here.fd)
+                    levels.append(_names(here.fd))
+                elif number is not None:
+                    self._add(_listed([os.fsencode(name), b"h", b"%d" % number]))
+                    self._report(0, 0)
+                elif stat.S_ISREG(status.st_mode):
+                    self._add_file(pool, name, here.fd)
+                else:
+                    self._add_special(name, here.fd, status)
+            self._drain(0)
+
+    def names(self, names: Sequence[str], directory: int) -> None:
+        """Never asked for: the listing has one order, so no part of it is given away."""
+        raise NotImplementedError
+
+    def _add_directory(self, name: str, directory: int) -> None:
+        status = os.fstat(directory)
+        self._add(_listed(_head(name, status, directory)))
+        self._report(1, allocated(status))
+
+    def _add_special(self, name: str, directory: int, status: os.stat_result) -> None:
+        # The *xattrat calls need Linux 6.13: the directory's fd is reached as a path instead.
+        fields = _head(name, status, f"/proc/self/fd/{directory}/{name}")
+        if stat.S_ISLNK(status.st_mode):
+            fields.append(os.fsencode(os.readlink(name, dir_fd=directory)))
+        elif stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
+            fields.append(b"%d:%d" % (os.major(status.st_rdev), os.minor(status.st_rdev)))
+        self._add(_listed(fields))
+        self._report(1, allocated(status))
+
+    def _add_file(self, pool: ThreadPoolExecutor, name: str, directory: int) -> None:
+        fd = os.open(name, _READ, dir_fd=directory)
+        try:
+            status = os.fstat(fd)
+            fields = [*_head(name, status, fd), b"%d" % status.st_size]
+            if status.st_size > ALONE:
+                content = pool.submit(self._hash, fd, allocated(status))
+                self._hashing += 1
+                fd = -1
+                self._add((fields, content))
+            else:
+                self._add(_listed([*fields, self._hash(os.dup(fd), allocated(status))]))
+        finally:
+            if fd >= 0:
+                os.close(fd)
+        self._report(1, self._progress())
+
+    def _hash(self, fd: int, size: int) -> bytes:
+        """Hash what is in a file, which takes ``size`` bytes of the disk, and close it."""
+        blocks = hashlib.sha256()
+        offset = 0
+        with open(fd, "rb", buffering=0) as file, suppress(_EndOfData):
+            while True:
+                offset = _data(fd, offset) // BLOCK * BLOCK
+                file.seek(offset)
+                block = file.read(BLOCK)
+                while block and len(block) < BLOCK and (more := file.read(BLOCK - len(block))):
+                    block += more
+                if block != _ZEROS[: len(block)]:
+                    blocks.update(b"%d %b\n" % (offset, hashlib.sha256(block).hexdigest().encode()))
+                self._hashed.append(min(len(block), size))
+                size -= min(len(block), size)
+                offset += BLOCK
+        self._hashed.append(size)
+        return blocks.hexdigest().encode()
+
+    def _number(self, status: os.stat_result) -> int | None:
+        """Return the number of a file that was listed by another name; None if it was not."""
+        if status.st_nlink == 1 or stat.S_ISDIR(status.st_mode):
+            return None
+        if status.st_ino not in self._linked:
+            self._numbers += 1
+            self._linked[status.st_ino] = (self._numbers, status.st_nlink - 1)
+            return None
+        number, left = self._linked.pop(status.st_ino)
+        # A file leaves with its last name, so that not all files are kept in mind.
+        if left > 1:
+            self._linked[status.st_ino] = (number, left - 1)
+        return number
+
+    def _add(self, part: bytes | _Hashing) -> None:
+        self._coming.append(part)
+        self._drain(MOST_COMING)
+
+    def _drain(self, most: int) -> None:
+        """Hash of the listing what is complete, and wait where too much is not."""
+        while self._coming:
+            part = self._coming[0]
+            if not isinstance(part, bytes):
+                fields, content = part
+                must = len(self._coming) > most or self._hashing > AHEAD
+                while must and not content.done():
+                    wait([content], _PATIENCE)
+                    self._report(0, self._progress())
+                if not content.done():
+                    return
+                self._hashing -= 1
+                part = _listed([*fields, content.result()])
+            self._listing.update(part)
+            self._coming.popleft()
+
+    def _progress(self) -> int:
+        """Return how many bytes were hashed since this was last asked."""
+        size = 0
+        while self._hashed:
+            size += self._hashed.popleft()
+        return size
+
+
+def _data(fd: int, offset: int) -> int:
+    """Return where the next data of a file is."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        raise _EndOfData from None
+
+
+def _netstring(data: bytes) -> bytes:
+    return b"%d:%b," % (len(data), data)
+
+
+_END = _netstring(b"")
+
+
+def _listed(fields: Sequence[bytes]) -> bytes:
+    return _netstring(b"".join(map(_netstring, fields)))
+
+
+def _head(name: str, status: os.stat_result, target: int | str) -> list[bytes]:
+    """Return what is listed of everything; ``target`` is an fd or a path that leads to it."""
+    attributes = b""
+    follow = isinstance(target, int)
+    for attribute in sorted(os.listxattr(target, follow_symlinks=follow)):
+        value = os.getxattr(target, attribute, follow_symlinks=follow)
+        attributes += _netstring(os.fsencode(attribute)) + _netstring(value)
+    return [
+        os.fsencode(name),
+        _LETTERS[stat.S_IFMT(status.st_mode)],
+        b"%o" % stat.S_IMODE(status.st_mode),
+        b"%d" % status.st_uid,
+        b"%d" % status.st_gid,
+        b"%d" % status.st_mtime_ns,
+        attributes,
+    ]
+
+
+def _names(directory: int) -> list[str]:
+    """Return the names in a directory, the first one last."""
+    return sorted(os.listdir(directory), key=os.fsencode, reverse=True)

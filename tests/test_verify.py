@@ -1,0 +1,155 @@
+"""Digests at Commit, and what finds that a committed tree has changed since."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from snapd_native.client import BlockingClient
+from snapd_native.errors import (
+    Cancelled,
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    SnapdError,
+)
+from snapd_native.jobs import Job
+from snapd_native.model import DIGEST_LABEL, Usage
+from snapd_native.snapshotter import Snapshotter
+from tests.engines import state_of, write
+from tests.service import Service, request
+
+LABEL = f"labels.{DIGEST_LABEL}"
+
+
+def digest_of(engine: Snapshotter, name: str) -> str:
+    return engine.stat(name).labels[DIGEST_LABEL]
+
+
+@contextmanager
+def unchanged(engine: Snapshotter, error: type[SnapdError], says: str) -> Iterator[None]:
+    before = state_of(engine)
+    with pytest.raises(error, match=says):
+        yield
+    assert state_of(engine) == before
+
+
+@pytest.fixture
+def sealed(full: Snapshotter) -> Snapshotter:
+    write(full.mounts("work"), more="more")
+    full.commit("done", "work", {"of": "done"}, digest=True)
+    return full
+
+
+def test_commit_records_it_when_asked(sealed: Snapshotter) -> None:
+    assert re.fullmatch("sha256:[0-9a-f]{64}", digest_of(sealed, "done"))
+    assert sealed.stat("done").labels["of"] == "done"
+    assert sealed.verify("done") == digest_of(sealed, "done")
+    assert DIGEST_LABEL not in sealed.stat("base").labels
+
+
+@pytest.mark.parametrize("text", ["sha256", "yes", "SHA256:12"])
+def test_a_label_asks_for_it_too(full: Snapshotter, text: str) -> None:
+    full.prepare("copy", "base")
+    full.commit("done", "work", {DIGEST_LABEL: text})
+    full.commit("same", "copy", digest=True)
+    assert digest_of(full, "done") == digest_of(full, "same") == full.verify("done")
+
+
+def test_a_label_may_say_what_it_must_be(full: Snapshotter) -> None:
+    full.prepare("copy", "base")
+    full.prepare("other", "base")
+    full.commit("done", "work", digest=True)
+    full.commit("same", "copy", {DIGEST_LABEL: digest_of(full, "done")})
+    assert digest_of(full, "same") == digest_of(full, "done")
+    write(full.mounts("other"), other="other")
+    with unchanged(full, FailedPrecondition, "its digest is sha256:"):
+        full.commit("another", "other", {DIGEST_LABEL: digest_of(full, "done")})
+    full.commit("another", "other")
+
+
+@pytest.mark.parametrize("text", ["sha256:", "sha256:" + "0" * 63, "sha256:" + "G" * 64])
+def test_what_begins_like_a_digest_must_be_one(full: Snapshotter, text: str) -> None:
+    with unchanged(full, InvalidArgument, "64 hexadecimal digits"):
+        full.commit("done", "work", {DIGEST_LABEL: text})
+
+
+def test_update_keeps_it(sealed: Snapshotter) -> None:
+    digest = digest_of(sealed, "done")
+    assert sealed.update("done", {"of": "new"}).labels == {"of": "new", DIGEST_LABEL: digest}
+    assert sealed.update("done", {DIGEST_LABEL: digest}).labels == {DIGEST_LABEL: digest}
+    sealed.update("done", {DIGEST_LABEL: digest}, [LABEL])
+    for name, labels, paths in (
+        ("done", {}, [LABEL]),
+        ("done", {DIGEST_LABEL: "sha256:" + "0" * 64}, [LABEL]),
+        ("done", {DIGEST_LABEL: "no"}, []),
+        ("base", {DIGEST_LABEL: digest}, [LABEL]),
+    ):
+        with unchanged(sealed, InvalidArgument, "only Commit"):
+            sealed.update(name, labels, paths)
+    assert sealed.update("base", {}, [LABEL]).labels == {"of": "base"}
+    # On what is not committed it is a label like any other.
+    sealed.update("lone", {DIGEST_LABEL: "sha256:1"})
+    sealed.update("lone", {}, [LABEL])
+
+
+def test_what_was_changed_behind_its_back_is_found(sealed: Snapshotter) -> None:
+    (source,) = (p for p in snapshots(sealed) if (p / "more").exists())
+    times = (source / "more").stat()
+    (source / "more").write_text("mere")
+    os.utime(source / "more", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with unchanged(sealed, DataLoss, '"done" is not what was committed'):
+        sealed.verify("done")
+    (source / "more").write_text("more")
+    os.utime(source / "more", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert sealed.verify("done") == digest_of(sealed, "done")
+
+
+def test_what_is_gone(sealed: Snapshotter) -> None:
+    (source,) = (p for p in snapshots(sealed) if (p / "more").exists())
+    source.rename(sealed.state_directory / "elsewhere")
+    with pytest.raises(DataLoss, match="gone"):
+        sealed.verify("done")
+
+
+def test_what_has_none_cannot_be_verified(full: Snapshotter) -> None:
+    for name in ("base", "work", "look"):
+        with unchanged(full, FailedPrecondition, "no digest was recorded"):
+            full.verify(name)
+    with pytest.raises(NotFound):
+        full.verify("nothing")
+    with pytest.raises(InvalidArgument):
+        full.verify("")
+
+
+def test_it_shows_how_far_it_is_and_can_be_cancelled(sealed: Snapshotter) -> None:
+    job = Job()
+    sealed.verify("done", job)
+    assert job.done == job.total != Usage(0, 0)
+    job = Job()
+    job.cancel()
+    with unchanged(sealed, Cancelled, "verify"):
+        sealed.verify("done", job)
+
+
+def snapshots(engine: Snapshotter) -> list[Path]:
+    return [path for path in (engine.state_directory / "snapshots").iterdir() if path.is_dir()]
+
+
+def test_over_the_bus(shared: Service, shared_client: BlockingClient) -> None:
+    source = Path(shared_client.prepare("key").source)
+    (source / "file").write_text("text")
+    shared_client.commit("name", "key", digest=True)
+    digest = shared_client.verify("name")
+    assert shared_client.stat("name").labels == {DIGEST_LABEL: digest}
+    assert request("Verify", "sa{sv}", "name", {}) == [digest]
+    assert shared_client.repair() == []
+    (source / "file").write_text("next")
+    with pytest.raises(DataLoss):
+        shared_client.verify("name")
