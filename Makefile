@@ -4,7 +4,7 @@ PYTHON ?= /usr/bin/python3
 bin := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check storm vm-test vm-powercut deb bench bench-metastore clean runtime development benchmark
+.PHONY: help demo test lint types check storm fuzz vm-test vm-powercut deb bench bench-metastore clean runtime development benchmark
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ check: development ## the tests alone (root)
 
 storm: development ## kill the service 500 times under load (root, 12 minutes)
 	@STORM_KILLS=250 $(bin)/pytest -s tests/test_storm.py
+
+fuzz: development ## call the service 50,000 times as nobody would (root, 10 minutes)
+	@FUZZ_CALLS=50000 $(bin)/pytest -s tests/test_fuzz.py
 
 vm-test: development ## prove the service in a virtual machine (root, 20 minutes)
 	@$(bin)/python tools/vm/run test

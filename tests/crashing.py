@@ -84,10 +84,21 @@ def _release(engine: Snapshotter, _: Path) -> None:
     eventually(lambda: not engine.owners())
 
 
-def _leave_behind(state: Path) -> None:
-    for name in ("new-71", "rm-72", "73", "making-1-74"):
-        (state / "snapshots" / name / "directory").mkdir(parents=True)
-        (state / "snapshots" / name / "directory" / "file").touch()
+def _leave_orphans(state: Path) -> None:
+    for name in ("new-71", "rm-72", "73"):
+        _leave(state, name)
+
+
+def _leave_all(state: Path) -> None:
+    _leave_orphans(state)
+    # Only a start finds one that nobody makes.
+    _leave(state, "making-1-74")
+
+
+def _leave(state: Path, name: str) -> None:
+    directory = state / "snapshots" / name / "directory"
+    directory.mkdir(parents=True)
+    (directory / "file").touch()
 
 
 CASES = {
@@ -118,7 +129,7 @@ CASES = {
     "release": Case(_release, _mount_for_a_client),
     "cleanup": Case(
         lambda engine, _: engine.cleanup(),
-        lambda engine, _: _leave_behind(engine.state_directory),
+        lambda engine, _: _leave_orphans(engine.state_directory),
     ),
     "the first start": Case(
         lambda engine, _: engine.check_health(),
@@ -126,7 +137,7 @@ CASES = {
         starts=True,
     ),
     "a start that finds leftovers": Case(
-        lambda engine, _: engine.check_health(), spoil=_leave_behind, starts=True
+        lambda engine, _: engine.check_health(), spoil=_leave_all, starts=True
     ),
 }
 
@@ -255,15 +266,6 @@ class _Killer:
         return connected
 
 
-def _alone(function: Callable[..., object]) -> Callable[..., object]:
-    """Return a method of a crew that does all in the calling thread."""
-
-    def method(_: trees.Crew, *given: Any, **also: Any) -> object:  # noqa: ANN401 - as above
-        return function(*given, **also)
-
-    return method
-
-
 def _say(*what: object) -> None:
     # In one write, which no other thread can interrupt.
     os.write(1, json.dumps(what).encode() + b"\n")
@@ -296,6 +298,7 @@ def _settle(engine: Snapshotter) -> None:
     """Wait for what goes on in the background."""
     engine._reaper.catch_up(lambda *_: None)
     engine._syncer.submit(lambda: None).result()
+    eventually(lambda: all(complete for *_, complete in engine._state.standbys()))
 
 
 def main() -> None:
