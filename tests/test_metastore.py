@@ -117,9 +117,10 @@ def test_the_database_is_private(database: Path, umask: int) -> None:
             modes = {path.name: path.stat().st_mode for path in database.parent.iterdir()}
     finally:
         os.umask(before)
-    assert set(modes) == {"metadata.db", "metadata.db-wal", "metadata.db-shm"}
+    kept = {"metadata.db", "metadata.db.changes"}
+    assert set(modes) == {*kept, "metadata.db-wal", "metadata.db-shm"}
     assert {stat.S_IMODE(mode) for mode in modes.values()} == {0o600}
-    assert [path.name for path in database.parent.iterdir()] == ["metadata.db"]
+    assert {path.name for path in database.parent.iterdir()} == kept
 
 
 def test_a_symbolic_link_is_not_followed(database: Path) -> None:

@@ -7,10 +7,11 @@ import queue
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from snapd_native.errors import DataLoss, Internal, ResourceExhausted, SnapdError
+from snapd_native.metastore.changes import Changes
 
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR}
 _FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM}
@@ -29,6 +30,7 @@ class Connections:
         self._make_room = make_room
         self._lock = threading.Lock()
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
+        self._counted: int | None = None
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         with translated(), ExitStack() as undo:
             self._writer = self._connect()
@@ -36,6 +38,7 @@ class Connections:
             self._writer.execute("PRAGMA journal_mode = WAL").fetchone()
             # FULL makes every COMMIT durable before it returns; NORMAL would lose the last ones.
             self._writer.execute("PRAGMA synchronous = FULL")
+            self._changes = Changes(path.with_name(path.name + ".changes"))
             undo.pop_all()
 
     def close(self) -> None:
@@ -44,12 +47,26 @@ class Connections:
             while not self._readers.empty():
                 self._readers.get().close()
             self._writer.close()
+            self._changes.close()
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """Lend the writing connection to one thread at a time, outside any transaction."""
         with self._lock, translated():
-            yield self._writer
+            try:
+                yield self._writer
+            finally:
+                self._count()
+
+    def lost_changes(self) -> int:
+        """Return how many of the changes that were once durable the database does not have."""
+        with self._lock, translated():
+            return max(self._changes.read() - _changes(self._writer), 0)
+
+    def count_changes(self) -> None:
+        """Take for all that there is what the database has, and count on from there."""
+        with self._lock, translated():
+            self._note()
 
     def delete(self, db: sqlite3.Connection, statement: str, rows: Iterable[tuple[int]]) -> None:
         """Delete rows with the connection for writing, durably, also where the disk is full."""
@@ -77,6 +94,15 @@ class Connections:
             finally:
                 self._readers.put(db)
 
+    def _count(self) -> None:
+        if self._counted not in (None, self._writer.total_changes):
+            with suppress(sqlite3.Error):
+                self._note()
+
+    def _note(self) -> None:
+        self._counted = self._writer.total_changes
+        self._changes.write(_changes(self._writer))
+
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA foreign_keys = ON")
@@ -86,14 +112,22 @@ class Connections:
 @contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
     """Make what follows durable as a whole, or undo it."""
+    before = db.total_changes
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
+        if db.total_changes != before:
+            db.execute("UPDATE changes SET count = count + 1 WHERE id = 1")
         db.execute("COMMIT")
     except BaseException:
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
+
+
+def _changes(db: sqlite3.Connection) -> int:
+    (count,) = db.execute("SELECT count FROM changes WHERE id = 1").fetchone()
+    return int(count)
 
 
 @contextmanager

@@ -68,6 +68,11 @@ MIGRATIONS = (
     ) STRICT;
     CREATE INDEX mounted ON mounts (snapshot);
     """,
+    """
+    -- How many transactions there were; see `Changes`.
+    CREATE TABLE changes (id INTEGER PRIMARY KEY CHECK (id = 1), count INTEGER NOT NULL) STRICT;
+    INSERT INTO changes VALUES (1, 0);
+    """,
 )
 """Scripts in order; ``user_version`` counts those that a database has been through."""
 

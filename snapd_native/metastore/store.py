@@ -10,6 +10,7 @@ from pathlib import Path
 
 from snapd_native.errors import (
     AlreadyExists,
+    DataLoss,
     FailedPrecondition,
     InvalidArgument,
     ResourceExhausted,
@@ -31,6 +32,7 @@ from snapd_native.model import (
     Info,
     Kind,
     Removed,
+    Trouble,
     Updated,
     Usage,
     quote,
@@ -67,6 +69,7 @@ class Metastore:
             with self._connections.writing() as db:
                 migrate(db)
                 (used,) = db.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence").fetchone()
+            self.lost_changes = self._connections.lost_changes()
             undo.pop_all()
         self._next_id: int = max(used + 1, first_id)
 
@@ -145,8 +148,27 @@ class Metastore:
 
     def findings(self) -> Sequence[Finding]:
         """Return what is wrong with the database and with the rules that it keeps."""
+        lost = self.lost_changes
+        found = []
+        if lost:
+            what = f"metadata.db has lost {lost} changes: restore it from a newer backup"
+            found.append(Finding(Trouble.DATABASE, "", what))
         with self._connections.reading() as db:
-            return broken_rules(db)
+            return [*found, *broken_rules(db)]
+
+    def is_whole(self) -> bool:
+        """Tell whether what the database does not know of never was, or is gone for good."""
+        try:
+            return not self.findings()
+        except DataLoss:
+            return False
+
+    def count_changes(self) -> None:
+        """From now on, be able to tell at the next start how many changes were lost.
+
+        Until then it is remembered what this start has found.
+        """
+        self._connections.count_changes()
 
     def mend(self) -> None:
         """Make indexes anew, and see to it that no id is given again."""

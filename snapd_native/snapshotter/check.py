@@ -27,6 +27,7 @@ def check(
         found += store.findings()
         found += _lost(state, store)
         found += _left(mounter, reaper, report)
+        found += _found(state)
         found += mounter.findings()
     except DataLoss as error:
         found.append(Finding(Trouble.DATABASE, "", error.message))
@@ -78,3 +79,14 @@ def _left(mounter: Mounter, reaper: Reaper, report: trees.Report) -> Iterator[Fi
             yield Finding(Trouble.LEFTOVER, "", what)
         else:
             yield Finding(Trouble.ORPHAN, "", f"{name} is no snapshot's: call Cleanup")
+
+
+def _found(state: StateDirectory) -> Iterator[Finding]:
+    """Yield the trees that were set aside."""
+    for name, prefix, _ in state.listing():
+        if prefix == "found-":
+            what = (
+                f"{name} is a tree whose record was lost: restore a metadata.db that has it and"
+                " restart the service, or move the tree away"
+            )
+            yield Finding(Trouble.ORPHAN, "", what)

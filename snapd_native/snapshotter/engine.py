@@ -55,7 +55,6 @@ DEFAULT_LIMIT = 1000
 MAX_LIMIT = 10000
 """Snapshots in a page of `Snapshotter.list` at most."""
 
-
 LEAST_FREE = 0.1
 """The part of a file system's space and inodes that standby clones leave free."""
 
@@ -102,7 +101,6 @@ class Snapshotter:
             undo.callback(self._state.close)
             # An id whose directory could not be deleted is never given again.
             found = self._state.listing()
-            highest = max((id_ for _, _, id_ in found), default=0)
             if any(not prefix for _, prefix, _ in found) and not self._state.has_database():
                 raise DataLoss(
                     f"{self._state.database} is gone, but its snapshots are there:"
@@ -111,7 +109,7 @@ class Snapshotter:
             self._store = Metastore(
                 self._state.database,
                 announce,
-                first_id=highest + 1,
+                first_id=self._state.highest_id() + 1,
                 make_room=self._state.ballast.drop,
             )
             undo.callback(self._store.close)
@@ -127,6 +125,7 @@ class Snapshotter:
             self._syncer.submit(self._settle)
             self._reaper = Reaper(self._state, self._store, self._check_stopping)
             undo.callback(self._reaper.close)
+            self._store.count_changes()
             self._standby = Standby(self._state, self._store, least_free)
             undo.callback(self._standby.close)
             self._state.ballast.take()

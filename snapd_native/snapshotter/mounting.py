@@ -50,6 +50,7 @@ class Mounter:
         self._stopping = stopping
         self._lock = Lock()
         self._loose: list[tuple[int, Entry]] = []
+        self._frozen: set[int] = set()
         self._owners = {line.owner for line in self._ledger.lines() if line.owner}
         self._releaser = Background("releaser", "what a client has left stays mounted")
 
@@ -130,7 +131,7 @@ class Mounter:
     def mend(self) -> None:
         """Make mounts what the ledger says of them."""
         with self._lock:
-            self._standing.mend()
+            self._standing.mend(self._frozen)
 
     @contextmanager
     def unmounted(self) -> Iterator[Callable[[Record], None]]:
@@ -161,6 +162,8 @@ class Mounter:
                 done.append(entry)
             if failed:
                 _thaw(done)
+            else:
+                self._frozen.add(tree)
         if failed:
             raise not_frozen(key, *failed)
         try:
@@ -169,6 +172,9 @@ class Mounter:
             with self._lock:
                 _thaw(done)
             raise
+        finally:
+            with self._lock:
+                self._frozen.discard(tree)
 
     def _mount_on_own(
         self, key: str, read_only: bool | None, lifetime: Lifetime, uid: int, owner: str

@@ -31,6 +31,7 @@ class Reaper:
             "reaper", "what was removed is not all deleted, Cleanup tries again"
         )
         try:
+            self._take_back()
             self._sweep(report)
         except OSError as error:
             log.warning("something orphaned could not be deleted yet: %s", error)
@@ -83,7 +84,8 @@ class Reaper:
         return [
             name
             for name, prefix, id_ in found
-            if prefix == "rm-" or not (id_ in reserved or (not prefix and id_ in owned))
+            if prefix == "rm-"
+            or (prefix != "found-" and id_ not in reserved and (prefix or id_ not in owned))
         ]
 
     def _await(self, task: Future[None], report: trees.Report) -> None:
@@ -98,11 +100,28 @@ class Reaper:
         # A removal may have needed it, and has made room.
         self._state.ballast.take()
 
+    def _take_back(self) -> None:
+        """Give what was set aside to the records that are there again."""
+        found = self._state.listing()
+        there = {id_ for _, prefix, id_ in found if not prefix}
+        for id_ in self._store.directories().keys() - there:
+            if any(name == f"found-{id_}" for name, _, _ in found):
+                self._state.take_back(id_)
+
     def _sweep(self, report: trees.Report) -> None:
         failure: OSError | None = None
-        for name in self.orphans():
+        orphans = self.orphans()
+        # A tree that is whole, but for a record, may be all that is left of a snapshot.
+        kept = [name for name in orphans if name.isdigit()]
+        if kept and self._store.is_whole():
+            kept = []
+        for name in orphans:
             try:
-                self._state.delete(name, report)
+                if name in kept:
+                    found = self._state.set_aside(int(name))
+                    log.error("%s is a tree whose record the database has lost: see Check", found)
+                else:
+                    self._state.delete(name, report)
             except OSError as error:
                 failure = error
         if failure is not None:

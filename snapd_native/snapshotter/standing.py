@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -128,13 +128,15 @@ class Standing:
         for directory in (self.own.parent, self.own, path):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def mend(self) -> None:
-        """Make what stands what the ledger says, and again what stood before a restart."""
+    def mend(self, frozen: Collection[int] = ()) -> None:
+        """Make what stands what the ledger says, and again what stood before a restart.
+
+        Mounts of trees that are ``frozen`` are left alone: they are being committed.
+        """
         if self.blind:
             return
-        lines = self._ledger.lines()
-        standing = self.of(lines)
-        for line, entry in standing:
+        lines = [line for line in self._ledger.lines() if line.tree not in frozen]
+        for line, entry in self.of(lines):
             try:
                 mounts.restore(entry, read_only=line.read_only)
             except OSError as error:

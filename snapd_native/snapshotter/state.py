@@ -19,15 +19,15 @@ from snapd_native.snapshotter.ballast import Ballast
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _STANDBY = re.compile(r"(making|ready)-([1-9][0-9]{0,18})-([1-9][0-9]{0,18})", re.ASCII)
-_OURS = re.compile(r"(new-|rm-)?([1-9][0-9]{0,18})", re.ASCII)
+_OURS = re.compile(r"(new-|rm-|found-)?([1-9][0-9]{0,18})", re.ASCII)
 
 
 class StateDirectory:
     """One service's state: ``metadata.db`` and ``snapshots/`` with a directory a snapshot.
 
     A snapshot's directory is named by its id: ``new-<id>`` while it is made, ``<id>`` while it
-    lives, ``rm-<id>`` while it is deleted. A standby clone's is ``making-<parent>-<number>``, and
-    ``ready-<parent>-<number>`` as long as it is complete.
+    lives, ``rm-<id>`` while it is deleted, ``found-<id>`` if its record was lost. A standby clone's
+    is ``making-<parent>-<number>``, and ``ready-<parent>-<number>`` as long as it is complete.
     """
 
     def __init__(self, path: Path) -> None:
@@ -237,8 +237,24 @@ class StateDirectory:
         for name in (f"new-{id_}", str(id_)):
             self.delete(name, lambda *_: None)
 
+    def set_aside(self, id_: int) -> str:
+        """Rename a snapshot's directory to what is never deleted, on disk; return that name."""
+        name = f"found-{id_}"
+        os.rename(str(id_), name, src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
+        os.fsync(self._snapshots)
+        return name
+
+    def take_back(self, id_: int) -> None:
+        """Undo `set_aside`."""
+        os.rename(f"found-{id_}", str(id_), src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
+
+    def highest_id(self) -> int:
+        """Return the highest id that anything here is named by; 0 without one."""
+        matches = map(_OURS.fullmatch, self._names())
+        return max((int(match[2]) for match in matches if match), default=0)
+
     def listing(self) -> Sequence[tuple[str, str, int]]:
-        """Return all directories of snapshots: name, prefix (``new-``, ``rm-``, none), id.
+        """Return all directories of snapshots: name, prefix as in ``rm-`` or none, id.
 
         What the service would not have made itself is left out, and so never touched.
         """

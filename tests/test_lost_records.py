@@ -1,0 +1,113 @@
+"""A database that has lost records takes no tree with it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import threading
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from snapd_native.errors import FailedPrecondition
+from snapd_native.model import Kind, Trouble
+from snapd_native.snapshotter import Snapshotter
+from tests.engines import BEFORE, directories, gated, identity, names, opened, read, write
+from tests.mounting import place
+
+
+def troubles(engine: Snapshotter) -> set[Trouble]:
+    return {finding.kind for finding in engine.check()}
+
+
+def commit(engine: Snapshotter, name: str) -> str:
+    """Commit a snapshot with a file, and return the name of its directory."""
+    write(engine.prepare(f"{name} in the making"), file=name)
+    engine.commit(name, f"{name} in the making")
+    return identity(engine, name)
+
+
+def test_an_older_database(left: Path, tmp_path: Path) -> None:
+    database = left / "metadata.db"
+    shutil.copy2(database, tmp_path / "old")
+    with opened(left) as engine:
+        new = commit(engine, "new")
+        engine.prepare("newer", "new")
+        engine.remove("lone")
+    shutil.copy2(database, tmp_path / "new")
+    shutil.copy2(tmp_path / "old", database)
+    with opened(left) as engine:
+        assert names(engine) == BEFORE
+        assert f"found-{new}" in directories(engine)
+        assert troubles(engine) == {Trouble.DATABASE, Trouble.ORPHAN, Trouble.TREE}
+        engine.cleanup()
+        engine.repair()
+        # Its id is not given again.
+        another = commit(engine, "another")
+        assert int(another) > int(new)
+    with opened(left) as engine:
+        assert f"found-{new}" in directories(engine)
+    for name in os.listdir(left / "snapshots"):
+        if name == another:
+            shutil.rmtree(left / "snapshots" / name)
+    shutil.copy2(tmp_path / "new", database)
+    with opened(left) as engine:
+        assert names(engine) == ["base", "look", "new", "newer", "work"]
+        assert read(engine.mounts("newer")) == {"file": "new"}
+        assert engine.check() == []
+
+
+@pytest.mark.parametrize("how", ["gone", "cut off"])
+def test_a_log_that_is_lost(left: Path, tmp_path: Path, how: str) -> None:
+    """As after a kill, with the database's log gone: nothing has reached the database itself."""
+    copy = tmp_path / "state"
+    with opened(left) as engine:
+        new = commit(engine, "new")
+        subprocess.run(["cp", "-a", left, copy], check=True)
+    wal = copy / "metadata.db-wal"
+    if how == "gone":
+        wal.unlink()
+    else:
+        os.truncate(wal, wal.stat().st_size // 3)
+    with opened(copy) as engine:
+        assert names(engine) == BEFORE
+        assert (copy / "snapshots" / f"found-{new}" / "file").read_text() == "new"
+        assert Trouble.DATABASE in troubles(engine)
+
+
+def test_a_damaged_database_takes_no_tree_with_it(left: Path) -> None:
+    with opened(left) as engine:
+        lone = identity(engine, "lone")
+    with closing(sqlite3.connect(left / "metadata.db")) as db, db:
+        db.execute("DELETE FROM snapshots WHERE name = 'lone'")
+        db.execute("UPDATE sqlite_sequence SET seq = 1")
+    with opened(left) as engine:
+        assert f"found-{lone}" in directories(engine)
+        (left / "snapshots" / "99").mkdir()
+        engine.cleanup()
+        assert {f"found-{lone}", "found-99"} <= directories(engine)
+        assert Trouble.ORPHAN in troubles(engine)
+
+
+def test_repair_leaves_alone_what_is_being_committed(full: Snapshotter, places: Path) -> None:
+    target = place(places)
+    full.mount("work", str(target))
+    (full.state_directory / "snapshots" / "17").mkdir()
+    with gated("measure") as gate:
+        thread = threading.Thread(target=full.commit, args=["done", "work"])
+        thread.start()
+        gate.wait_until_reached()
+        assert [finding.kind for finding in full.repair()] == [Trouble.ORPHAN]
+        with pytest.raises(OSError, match="Read-only"):
+            (target / "file").write_text("too late")
+        gate.open()
+        thread.join()
+    assert full.stat("done").kind is Kind.COMMITTED
+    with pytest.raises(OSError, match="Read-only"):
+        (target / "file").write_text("too late")
+    full.unmount(str(target))
+    with pytest.raises(FailedPrecondition):
+        full.mounts("done")
