@@ -20,7 +20,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -29,6 +29,8 @@ from typing import Any, Self
 import pytest
 
 from snapd_native import linux, trees
+from snapd_native.errors import Cancelled
+from snapd_native.jobs import Job
 from snapd_native.metastore.connections import Connections
 from snapd_native.model import STANDBY_LABEL, Change, Lifetime
 from snapd_native.snapshotter import Snapshotter
@@ -46,7 +48,10 @@ _STEPS: dict[ModuleType, tuple[str, ...]] = {
 }
 """What changes something, by module."""
 
-_CHANGING = ("BEGIN", "COMMIT", "INSERT", "UPDATE", "DELETE", "CREATE", "ALTER", "PRAGMA user_v")
+_CHANGING = (
+    *("BEGIN", "COMMIT", "ROLLBACK", "INSERT", "UPDATE", "DELETE"),
+    *("CREATE", "ALTER", "REINDEX", "PRAGMA user_v"),
+)
 
 Point = tuple[str, int]
 """A place in the course of a call: the thread's name, and the number of its next step."""
@@ -75,6 +80,32 @@ def _take_a_clone(engine: Snapshotter, place: Path) -> None:
     eventually(lambda: engine.standby("base") == (1, 1))
 
 
+def _wants_no_clone(engine: Snapshotter, _: Path) -> None:
+    engine.update("base", {}, [f"labels.{STANDBY_LABEL}"])
+    eventually(lambda: not engine._state.standbys())
+
+
+def _wants_a_clone_alone(engine: Snapshotter, place: Path) -> None:
+    _wants_a_clone(engine, place)
+    for key in ("work", "look"):
+        engine.remove(key)
+
+
+def _remove_base(engine: Snapshotter, _: Path) -> None:
+    engine.remove("base")
+    eventually(lambda: not engine._state.standbys())
+
+
+def _cancel_a_prepare(engine: Snapshotter, _: Path) -> None:
+    class Cancels(Job):
+        def report(self, inodes: int, size: int) -> None:
+            self.cancel()
+            super().report(inodes, size)
+
+    with suppress(Cancelled):
+        engine.prepare("new", "base", job=Cancels())
+
+
 def _mount_for_a_client(engine: Snapshotter, place: Path) -> None:
     engine.mount("work", str(place), lifetime=Lifetime.CLIENT, owner="a client")
 
@@ -101,6 +132,12 @@ def _leave(state: Path, name: str) -> None:
     (directory / "file").touch()
 
 
+def _cut_off(state: Path) -> None:
+    """Have a snapshot that had no time to reach the disk at another boot."""
+    with closing(sqlite3.connect(state / "metadata.db")) as db, db:
+        db.execute("UPDATE snapshots SET boot = 'another' WHERE name = 'lone'")
+
+
 CASES = {
     "prepare nothing": Case(lambda engine, _: engine.prepare("new", labels={"of": "new"})),
     "prepare": Case(lambda engine, _: engine.prepare("new", "base", {"of": "new"})),
@@ -108,6 +145,7 @@ CASES = {
     "view": Case(lambda engine, _: engine.view("new", "base", {"of": "new"})),
     "view nothing": Case(lambda engine, _: engine.view("new")),
     "commit": Case(lambda engine, _: engine.commit("done", "work", {"of": "done"})),
+    "commit with a digest": Case(lambda engine, _: engine.commit("done", "work", digest=True)),
     "commit with a parent": Case(lambda engine, _: engine.commit("done", "lone", parent="base")),
     "commit what is mounted": Case(
         lambda engine, _: engine.commit("done", "work"),
@@ -116,11 +154,19 @@ CASES = {
     "update": Case(lambda engine, _: engine.update("base", {"of": "another"})),
     "remove": Case(lambda engine, _: engine.remove("lone")),
     "remove a view": Case(lambda engine, _: engine.remove("look")),
+    "remove what clones stand by of": Case(_remove_base, _wants_a_clone_alone),
+    "make a clone that stands by": Case(_wants_a_clone),
+    "drop a clone that stands by": Case(_wants_no_clone, _wants_a_clone),
+    "a prepare that is cancelled": Case(_cancel_a_prepare),
     "mount": Case(lambda engine, place: engine.mount("look", str(place))),
     "mount on a directory of its own": Case(lambda engine, _: engine.mount("work")),
     "unmount": Case(
         lambda engine, place: engine.unmount(str(place)),
         lambda engine, place: engine.mount("work", str(place)),
+    ),
+    "unmount from a directory of its own": Case(
+        lambda engine, _: engine.unmount(engine.list_mounts()[0].target),
+        lambda engine, _: engine.mount("work"),
     ),
     "unmount lazily": Case(
         lambda engine, place: engine.unmount(str(place), lazy=True),
@@ -131,6 +177,10 @@ CASES = {
         lambda engine, _: engine.cleanup(),
         lambda engine, _: _leave_orphans(engine.state_directory),
     ),
+    "repair": Case(
+        lambda engine, _: engine.repair(),
+        lambda engine, _: _leave_orphans(engine.state_directory),
+    ),
     "the first start": Case(
         lambda engine, _: engine.check_health(),
         spoil=lambda state: subprocess.run(["rm", "-r", str(state)], check=True),
@@ -138,6 +188,9 @@ CASES = {
     ),
     "a start that finds leftovers": Case(
         lambda engine, _: engine.check_health(), spoil=_leave_all, starts=True
+    ),
+    "a start after a power cut": Case(
+        lambda engine, _: engine.check_health(), spoil=_cut_off, starts=True
     ),
 }
 

@@ -231,6 +231,27 @@ def test_too_many_long_calls_are_refused(shared: Service, shared_client: Blockin
     run(scenario)
 
 
+def test_who_verifies_keeps_nobody_from_copying(
+    shared: Service, shared_client: BlockingClient
+) -> None:
+    root = Path(shared_client.prepare("making").source)
+    for number in range(500):
+        (root / str(number)).write_bytes(os.urandom(20_000))
+    shared_client.commit("base", "making", digest=True)
+
+    async def scenario(client: Client) -> None:
+        verifying = [asyncio.ensure_future(client.verify("base")) for _ in range(80)]
+        async with Client() as other:
+            while not any(task.done() for task in verifying):
+                await other.stat("base")
+            await other.prepare("copy", "base")
+        outcomes = await asyncio.gather(*verifying, return_exceptions=True)
+        refused = [one for one in outcomes if isinstance(one, BaseException)]
+        assert [type(one) for one in refused] == [ResourceExhausted] * 16
+
+    run(scenario)
+
+
 def test_refused_calls_change_nothing(shared: Service, shared_client: BlockingClient) -> None:
     shared_client.prepare("key")
     before = everything(shared_client, shared)

@@ -151,7 +151,7 @@ class Dispatcher:
         if self._stopping:
             raise Unavailable(f"{call.member} cannot be called: the service is stopping")
         _, returns = self._shape.methods[call.member]
-        if method.lane is Lane.TREE:
+        if method.lane.may_take_long:
             return result(call, returns, await self._work(call, method, caller), serial)
         extra = [caller] if method.lane is Lane.MOUNT else []
 

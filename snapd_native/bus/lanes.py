@@ -28,10 +28,17 @@ class Lane(Enum):
     """One change of the host's mounts, or an answer from them."""
     TREE = (64, 64)
     """Copies, measures or waits: minutes perhaps, so nobody queues behind another."""
+    VERIFY = (2, 64)
+    """Reads whole trees in the time that nobody else wants: that takes as long as it takes."""
 
     def __init__(self, threads: int, bound: int) -> None:
         self.threads = threads
         self.bound = bound
+
+    @property
+    def may_take_long(self) -> bool:
+        """Whether what is in it can be a job."""
+        return self in (Lane.TREE, Lane.VERIFY)
 
 
 class Lanes:

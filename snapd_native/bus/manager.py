@@ -48,8 +48,8 @@ class Method:
     action: Action
     lane: Lane
     run: Callable[..., Body]
-    """Takes the call's arguments; in the lane of trees a job before them, in that of mounts the
-    caller."""
+    """Takes the call's arguments; in a lane that may take long a job before them, in that of mounts
+    the caller."""
     returns_job: bool = False
     """Whether the caller gets the job's path as soon as that has begun."""
     user: Callable[..., int | None] | None = None
@@ -75,7 +75,7 @@ class Manager:
             "Cleanup": Method(Action.MANAGE, Lane.TREE, self._cleanup),
             "Check": Method(Action.READ, Lane.TREE, self._check),
             "Repair": Method(Action.MANAGE, Lane.TREE, self._repair),
-            "Verify": Method(Action.READ, Lane.TREE, self._verify),
+            "Verify": Method(Action.READ, Lane.VERIFY, self._verify),
             "Mount": Method(Action.MOUNT, Lane.MOUNT, self._mount),
             "Unmount": Method(Action.MOUNT, Lane.MOUNT, self._unmount, user=self._mounter),
             "ListMounts": Method(Action.READ, Lane.MOUNT, self._list_mounts),
