@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 
 from snapd_native.bus.lanes import Lane
 from snapd_native.client import BlockingClient
+from snapd_native.model import DIGEST_LABEL, STANDBY_LABEL
 from snapd_native.wire.names import JOB, JOB_PATH, PEER
 from tests.fuzzing import ANSWERED, CALLS, LAST_JOB, REFUSED, RETURNS
 from tests.mounting import below
@@ -100,8 +102,8 @@ class Fuzzed:
     """Calls, by what they came to."""
     memory: int = 0
     """Bytes that the service has had after the first calls."""
-    descriptors: list[str] = field(default_factory=list)
-    """What it had open then."""
+    descriptors: Counter[str] = field(default_factory=Counter)
+    """What it had open then, of each kind."""
 
     def __enter__(self) -> Self:
         places = self.scratch / "places"
@@ -131,7 +133,8 @@ class Fuzzed:
         with BlockingClient() as client:
             self._clear(client)
             if self.memory == 0 and self.seen.total() > NUMBER // 100:
-                self.descriptors = self.service.descriptors()
+                self._employ(client)
+                self.descriptors = self._descriptors()
                 self.memory = self._memory()
             committed(client, "base", files={"file": "text", "other": "more"})
 
@@ -181,10 +184,23 @@ class Fuzzed:
     def _check_leaks(self, client: BlockingClient) -> None:
         # Calls of those who have left may still go on.
         eventually(lambda: not client.jobs())
-        eventually(lambda: self.service.descriptors() == self.descriptors)
+        eventually(lambda: self._descriptors() == self.descriptors)
         assert int(self._status("Threads")) <= THREADS
         print(f"{self.memory >> 10} KiB, and {self._memory() - self.memory >> 10} KiB more")
         assert self._memory() - self.memory < MEMORY
+
+    def _employ(self, client: BlockingClient) -> None:
+        """Have the service hire all workers that it keeps."""
+        client.prepare("employing")
+        labels = {STANDBY_LABEL: "1", DIGEST_LABEL: "any"}
+        client.commit("employed", "employing", labels)
+        client.verify("employed")
+        eventually(lambda: client.standby("employed").ready == 1)
+        self._clear(client)
+
+    def _descriptors(self) -> Counter[str]:
+        """Count what the service has open, of each kind."""
+        return Counter(re.sub("[0-9]+", "", path) for path in self.service.descriptors())
 
     def _memory(self) -> int:
         """Return what the service has in memory, in bytes."""
