@@ -6,7 +6,8 @@ import os
 import sqlite3
 import subprocess
 import threading
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,14 @@ import pytest
 from snapd_native.client import BlockingClient
 from snapd_native.errors import Cancelled, DataLoss, FailedPrecondition
 from snapd_native.jobs import Job
+from snapd_native.metastore import Record
 from snapd_native.model import Finding, Trouble
 from snapd_native.snapshotter import Snapshotter
-from tests.engines import fill, gated, opened, state_of
+from snapd_native.snapshotter.mounting import Mounter
+from snapd_native.snapshotter.reaping import Reaper
+from snapd_native.snapshotter.state import StateDirectory
+from snapd_native.trees import Report
+from tests.engines import WAIT, fill, gated, opened, state_of
 from tests.mounting import place
 from tests.service import Service, committed
 from tests.waiting import eventually
@@ -279,6 +285,42 @@ def test_it_waits_for_what_is_being_deleted(full: Snapshotter) -> None:
         gate.open()
         thread.join()
     assert done == [[]]
+
+
+def test_a_removal_that_is_half_way_is_no_finding(
+    full: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory has its new name, and the reaper knows nothing of it yet, when Check looks."""
+    asks, waits = threading.Event(), threading.Event()
+    unmounted, catch_up, retire = Mounter.unmounted, Reaper.catch_up, StateDirectory.retire
+    found: list[Sequence[Finding]] = []
+    checking = threading.Thread(target=lambda: found.append(full.check()))
+
+    def ask(mounter: Mounter) -> AbstractContextManager[Callable[[Record], None]]:
+        if threading.current_thread() is checking:
+            asks.set()
+        return unmounted(mounter)
+
+    def wait(reaper: Reaper, report: Report) -> None:
+        waits.set()
+        catch_up(reaper, report)
+
+    def retire_slowly(state: StateDirectory, id_: int) -> str | None:
+        name = retire(state, id_)
+        checking.start()
+        assert asks.wait(WAIT)
+        waits.clear()
+        return name
+
+    monkeypatch.setattr(Mounter, "unmounted", ask)
+    monkeypatch.setattr(Reaper, "catch_up", wait)
+    monkeypatch.setattr(StateDirectory, "retire", retire_slowly)
+    with gated("delete") as gate:
+        full.remove("lone")
+        eventually(lambda: waits.is_set() or not checking.is_alive())
+        gate.open()
+        checking.join()
+    assert found == [[]]
 
 
 def test_it_can_be_cancelled(full: Snapshotter) -> None:

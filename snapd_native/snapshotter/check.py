@@ -68,12 +68,11 @@ def _lost(state: StateDirectory, store: Metastore) -> Iterator[Finding]:
 
 def _left(mounter: Mounter, reaper: Reaper, report: trees.Report) -> Iterator[Finding]:
     """Yield the directories without a snapshot."""
-    before = set(reaper.orphans())
-    reaper.catch_up(report)
-    # No Remove is half-way between the record and its directory.
+    # No Remove is half-way between the record, its directory and the reaper.
     with mounter.unmounted():
-        left = before.intersection(reaper.orphans())
-    for name in sorted(left):
+        before = set(reaper.orphans())
+    reaper.catch_up(report)
+    for name in sorted(before.intersection(reaper.orphans())):
         if name.startswith("rm-"):
             what = f"{name} was removed and is not deleted: call Cleanup, which says why"
             yield Finding(Trouble.LEFTOVER, "", what)
