@@ -2,9 +2,10 @@
 
 PYTHON ?= /usr/bin/python3
 bin := .venv/bin
+SOAK_MINUTES ?= 30
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check storm fuzz vm-test vm-powercut deb bench bench-metastore clean runtime development benchmark
+.PHONY: help demo test lint types check storm fuzz soak vm-test vm-powercut deb bench bench-metastore clean runtime development benchmark
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +30,9 @@ storm: development ## kill the service 500 times under load (root, 12 minutes)
 
 fuzz: development ## call the service 50,000 times as nobody would (root, 10 minutes)
 	@FUZZ_CALLS=50000 $(bin)/pytest -s tests/test_fuzz.py
+
+soak: development ## load the service with 32 clients for 30 minutes (root)
+	@SOAK_MINUTES=$(SOAK_MINUTES) $(bin)/pytest -s tests/test_soak.py
 
 vm-test: development ## prove the service in a virtual machine (root, 20 minutes)
 	@$(bin)/python tools/vm/run test
