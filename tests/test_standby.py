@@ -259,6 +259,12 @@ def test_what_nobody_wants_anymore_is_dropped_at_start(state: Path, how: str) ->
         eventually(lambda: directories(engine) == left)
 
 
+def test_nothing_is_remembered_of_what_is_gone(engine: Snapshotter) -> None:
+    based(engine, 1)
+    engine.remove("base")
+    eventually(lambda: not directories(engine) and not engine._standby._ready)
+
+
 def test_only_the_standby_worker_has_idle_priority(engine: Snapshotter) -> None:
     based(engine, 1)
     standby = idle_worker(engine)

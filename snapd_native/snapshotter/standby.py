@@ -126,9 +126,11 @@ class Standby:
     def _take_surplus(self, wanted: Wanted) -> str | None:
         """Return the directory of a clone that is one too many; None without one."""
         with self._lock:
-            for parent, ready in self._ready.items():
+            for parent, ready in [*self._ready.items()]:
                 if len(ready) > wanted.get(parent, _NONE)[0]:
                     return ready.pop()
+                if not ready:
+                    del self._ready[parent]
         return None
 
     def _make(self, parent: int) -> None:
