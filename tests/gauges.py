@@ -19,8 +19,8 @@ MIB = 1 << 20
 SLACK = 6 * MIB
 """By how much the daemon's memory may differ between two rests without any leak.
 
-The allocator gives memory back by the page, and each thread that has worked keeps some. Over
-50,000 calls a daemon grew by 3 to 4 MiB, ever more slowly: nothing from the 40,000th call on.
+The allocator gives memory back by the page, and each thread that has worked keeps some. From the
+first quarter of 70,000 calls to their end a daemon grew by 2 to 4 MiB, ever more slowly.
 """
 
 LEAK = 64
