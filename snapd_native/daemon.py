@@ -159,9 +159,11 @@ class _Daemon:
             snapshotter.stop()
             await dispatcher.finish(None)
         if dispatcher.connection.connected:
-            # Its answer comes after everything else that was sent has left.
-            with suppress(SnapdError):
-                await dispatcher.connection.ask_driver("ReleaseName", "s", [self._name])
+            # Its answer comes after everything else that was sent has left, or never, where nobody
+            # reads that.
+            releasing = dispatcher.connection.ask_driver("ReleaseName", "s", [self._name])
+            with suppress(SnapdError, TimeoutError):
+                await asyncio.wait_for(releasing, GRACE)
 
     @asynccontextmanager
     async def _watchdog(self, lanes: Lanes, snapshotter: Snapshotter) -> AsyncIterator[None]:
@@ -179,8 +181,8 @@ class _Daemon:
         while period:
             # A worker that hangs holds up the next ping, and so brings the watchdog.
             try:
-                await lanes.run(Lane.READ, snapshotter.check_health)
-                await lanes.run(Lane.CHANGE, snapshotter.check_health)
+                await lanes.run(Lane.READ, os.geteuid(), snapshotter.check_health)
+                await lanes.run(Lane.CHANGE, os.geteuid(), snapshotter.check_health)
             except SnapdError as error:
                 log.error("the service is not well: %s", error)
             else:

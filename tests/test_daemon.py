@@ -182,9 +182,11 @@ def test_a_worker_that_hangs_stops_the_pings(
         )
         for _ in range(3):
             assert await loop.sock_recv(notifications.socket, 100) == b"WATCHDOG=1"
-        hung = [asyncio.ensure_future(lanes.run(lane, release.wait)) for _ in range(lane.threads)]
+        hung = [
+            asyncio.ensure_future(lanes.run(lane, 0, release.wait)) for _ in range(lane.threads)
+        ]
         # One more than those that hang: the check of the watchdog itself, which waits.
-        while lanes._admitted[lane] <= lane.threads:
+        while lanes._admitted[lane, True] <= lane.threads:
             await asyncio.sleep(0)
         while True:
             try:

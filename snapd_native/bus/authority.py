@@ -23,6 +23,10 @@ MAX_QUESTIONS = 16
 """Questions to polkit about one uid that may be open at once; a person may take his time."""
 
 
+MAX_UNKNOWN = 256
+"""Calls of one connection that may wait until the bus has said whose it is."""
+
+
 class Action(StrEnum):
     """What a caller must be allowed to do; the value is the polkit action's name."""
 
@@ -45,6 +49,7 @@ class Authority:
         self._bus = bus
         self._polkit = Polkit(bus)
         self._uids: dict[str, asyncio.Future[Body]] = {}
+        self._unknown: Counter[str] = Counter()
         self._questions: defaultdict[str, set[asyncio.Task[Verdict]]] = defaultdict(set)
         self._open: Counter[int] = Counter()
         self._closed = False
@@ -98,6 +103,7 @@ class Authority:
 
         Raises:
             AccessDenied: it is gone.
+            ResourceExhausted: too many of its calls ask that at once.
         """
         # What is kept is the question: one that is asked at once again waits for the same answer,
         # and a connection that leaves meanwhile is forgotten all the same.
@@ -105,11 +111,20 @@ class Authority:
         if asked is None:
             question = self._bus.ask_driver("GetConnectionUnixUser", "s", [sender])
             asked = self._uids[sender] = asyncio.ensure_future(question)
+        if not asked.done() and self._unknown[sender] >= MAX_UNKNOWN:
+            raise ResourceExhausted(
+                f"{MAX_UNKNOWN} calls wait until their caller is known: let some end first"
+            )
+        self._unknown[sender] += 1
         try:
             (uid,) = await asyncio.shield(asked)
         except SnapdError:
             self.forget(sender)
             raise AccessDenied("the caller cannot be identified: call again") from None
+        finally:
+            self._unknown[sender] -= 1
+            if not self._unknown[sender]:
+                del self._unknown[sender]
         return int(uid)
 
     async def _ask(

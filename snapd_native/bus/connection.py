@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable, Sequence
 
 from dbus_next.message import Message
@@ -11,15 +12,37 @@ from dbus_next.message import Message
 from snapd_native.bus.incoming import Call, Ignored, Reader
 from snapd_native.wire.connection import Connection
 
+AT_ONCE = 32
+"""Messages that are read before everything else has its turn."""
+
+MOST_WAITING = 16 << 20
+"""Bytes of answers that the bus has not taken, beyond which no more calls are read."""
+
+MOST_PASSING = 256
+"""File descriptors that may go with them."""
+
 
 class ServiceConnection(Connection):
-    """Hands every method call to ``on_call``, none to dbus-next's own dispatch."""
+    """Hands every method call to ``on_call``, none to dbus-next's own dispatch.
+
+    The bus takes nothing while too much of what it has taken waits for those who read nothing. No
+    calls are read then, and `has_room` is not set: memory does not grow with what they ask for.
+    """
 
     def __init__(self, on_call: Callable[[Call], None]) -> None:
         """Open the socket; raises as `Connection`."""
         super().__init__()
         self._on_call = on_call
         self._passing: dict[asyncio.Future[None], Sequence[int]] = {}
+        self._reading_on = False
+        self._leaving = False
+        self.has_room = threading.Event()
+        self.has_room.set()
+
+    def leave(self) -> None:
+        """Wait for room no more: calls are only refused from now on."""
+        self._leaving = True
+        self._on_written()
 
     def send_marshalled(self, message: bytes, fds: Sequence[int] = ()) -> None:
         """Send a message that was marshalled elsewhere; it is dropped when the bus is gone.
@@ -33,18 +56,53 @@ class ServiceConnection(Connection):
         if sent:
             self._passing[sent] = fds
             sent.add_done_callback(self._close_passed)
-        self._writer.messages.put_nowait((message, [*fds], sent))
+        self._writer.put(message, fds, sent)
         self._writer.schedule_write()
+        is_full = self._writer.waiting > MOST_WAITING or len(self._passing) > MOST_PASSING
+        if is_full and not self._leaving:
+            self.has_room.clear()
 
     def _close_passed(self, sent: asyncio.Future[None]) -> None:
         close(self._passing.pop(sent, ()))
         if not sent.cancelled():
             sent.exception()
 
+    def _on_written(self) -> None:
+        if not self.has_room.is_set():
+            self.has_room.set()
+            self._loop.add_reader(self._fd, self._message_reader)
+            self._message_reader()
+
     def _finalize(self, err: Exception | None = None) -> None:
         super()._finalize(err)
+        self.has_room.set()
         for sent in list(self._passing):
             close(self._passing.pop(sent))
+
+    def _message_reader(self) -> None:
+        if not self._reading_on:
+            self._read_on()
+
+    def _read_on(self) -> None:
+        # dbus-next reads as long as anything comes: in a flood nothing else would ever be done.
+        self._reading_on = False
+        if self._disconnected:
+            return
+        if not self.has_room.is_set():
+            self._loop.remove_reader(self._fd)
+            return
+        try:
+            for _ in range(AT_ONCE):
+                if not self._unmarshaller.unmarshall():
+                    return
+                self._on_message(self._unmarshaller.message)
+                self._unmarshaller = self._create_unmarshaller()
+        except Exception as error:
+            self._finalize(error)
+            return
+        # What is in the stream's buffer already, the loop does not know of.
+        self._reading_on = True
+        self._loop.call_soon(self._read_on)
 
     def _create_unmarshaller(self) -> Reader:
         # Without room for them, the kernel drops file descriptors that strangers send.

@@ -28,7 +28,7 @@ from snapd_native.bus.manager import Caller, Manager, Method, signal
 from snapd_native.bus.replies import ERROR, Answer, check_signature, failure, marshalled, result
 from snapd_native.errors import Unavailable
 from snapd_native.jobs import Job
-from snapd_native.model import Change
+from snapd_native.model import Change, quote
 from snapd_native.snapshotter import Snapshotter
 from snapd_native.wire import names
 from snapd_native.wire.names import (
@@ -91,6 +91,7 @@ class Dispatcher:
         """From now on, answer every call with Unavailable, and wait for no person."""
         self._stopping = True
         self._authority.close()
+        self.connection.leave()
 
     async def finish(self, seconds: float | None) -> bool:
         """Wait until all calls are answered, or ``seconds`` are over; tell whether they are."""
@@ -156,12 +157,15 @@ class Dispatcher:
         extra = [caller] if method.lane is Lane.MOUNT else []
 
         def run() -> Answer:
+            if method.lane is Lane.LIST:
+                # Pages are large; all other answers are not.
+                self.connection.has_room.wait()
             try:
                 return result(call, returns, self._perform(call, method, caller, *extra), serial)
             except Exception as error:
                 return failure(call, error, serial)
 
-        answer = await self._lanes.run(method.lane, run)
+        answer = await self._lanes.run(method.lane, caller.uid, run)
         if extra and not self._authority.knows(call.sender):
             # It has left since; nobody else will think of what was mounted for it.
             self._snapshotter.release(caller.owner)
@@ -178,7 +182,8 @@ class Dispatcher:
             return Caller(uid, owner)
         texts = self._texts(call)
         if texts and method.user is not None:
-            user = await self._lanes.run(Lane.USER, partial(method.user, *texts.values()))
+            mounter = partial(method.user, *texts.values())
+            user = await self._lanes.run(Lane.USER, uid, mounter)
             if uid == user:
                 return Caller(uid, owner, only_own=True)
         details = {name: text[:MAX_TEXT] for name, text in texts.items()}
@@ -207,8 +212,8 @@ class Dispatcher:
         loop = asyncio.get_running_loop()
         begun = asyncio.Event()
         job = Job(partial(loop.call_soon_threadsafe, begun.set))
-        lane = self._lanes.run(method.lane, partial(self._perform, call, method, caller, job))
-        work = loop.create_task(lane)
+        doing = partial(self._perform, call, method, caller, job)
+        work = loop.create_task(self._lanes.run(method.lane, caller.uid, doing))
         self._track(work)
         beginning = loop.create_task(begun.wait())
         await asyncio.wait({work, beginning}, return_when=asyncio.FIRST_COMPLETED)
@@ -231,19 +236,20 @@ class Dispatcher:
             interfaces |= {PROPERTIES: _PROPERTIES, JOB: _JOB}
         elif document(call.path, self._jobs.ids()) is None:
             raise DBusError(
-                f"{ERROR}UnknownObject", f"there is no object {call.path}: use {OBJECT_PATH}"
+                f"{ERROR}UnknownObject", f"there is no object {quote(call.path)}: use {OBJECT_PATH}"
             )
         if not call.interface:
             for name, members in interfaces.items():
                 if call.member in members:
                     return name
             raise DBusError(
-                f"{ERROR}UnknownMethod", f"{call.path} has no method {call.member}: introspect it"
+                f"{ERROR}UnknownMethod",
+                f"{quote(call.path)} has no method {call.member}: introspect it",
             )
         if call.interface not in interfaces:
             raise DBusError(
                 f"{ERROR}UnknownInterface",
-                f"{call.path} has no interface {call.interface}: introspect it",
+                f"{quote(call.path)} has no interface {call.interface}: introspect it",
             )
         return call.interface
 
@@ -264,13 +270,17 @@ class Dispatcher:
         if self._jobs.may_be_at(call.path):
             own, properties = JOB, self._jobs.get(call.path).properties()
         if asked not in (own, PEER, INTROSPECTABLE, PROPERTIES, ""):
-            raise DBusError(f"{ERROR}UnknownInterface", f"{call.path} has no interface {asked}")
+            raise DBusError(
+                f"{ERROR}UnknownInterface", f"{quote(call.path)} has no interface {quote(asked)}"
+            )
         values: Mapping[str, Variant] = properties if asked in (own, "") else {}
         if call.member == "GetAll":
             return "a{sv}", [values]
         name = rest[0]
         if name not in values:
-            raise DBusError(f"{ERROR}UnknownProperty", f"{asked or own} has no property {name}")
+            raise DBusError(
+                f"{ERROR}UnknownProperty", f"{asked or own} has no property {quote(name)}"
+            )
         if call.member == "Set":
             raise DBusError(f"{ERROR}PropertyReadOnly", f"{name} cannot be set")
         return "v", [values[name]]

@@ -82,7 +82,7 @@ class Jobs:
             NotFound: the job has ended, or there never was one.
         """
         if path not in self._shown:
-            number = path.rpartition("/")[2]
+            number = path.rpartition("/")[2][:20]
             raise NotFound(f"there is no job {number}: it has ended, or never was")
         return self._shown[path]
 

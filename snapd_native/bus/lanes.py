@@ -42,30 +42,32 @@ class Lane(Enum):
 
 
 class Lanes:
-    """The worker threads of all lanes."""
+    """The worker threads of all lanes: each is there for root, and once more for all others."""
 
     def __init__(self) -> None:
         self._pools = {
-            lane: ThreadPoolExecutor(lane.threads, thread_name_prefix=lane.name.lower())
+            (lane, root): ThreadPoolExecutor(lane.threads, thread_name_prefix=lane.name.lower())
             for lane in Lane
+            for root in (True, False)
         }
-        self._admitted = dict.fromkeys(Lane, 0)
+        self._admitted = dict.fromkeys(self._pools, 0)
 
-    async def run(self, lane: Lane, work: Callable[[], _T]) -> _T:
-        """Run ``work`` in a thread of ``lane`` and return its result.
+    async def run(self, lane: Lane, uid: int, work: Callable[[], _T]) -> _T:
+        """Run ``work`` for ``uid`` in a thread of ``lane`` and return its result.
 
         Raises:
             ResourceExhausted: the lane is full.
         """
-        if self._admitted[lane] >= lane.bound:
+        way = lane, uid == 0
+        if self._admitted[way] >= lane.bound:
             raise ResourceExhausted(
                 f"{lane.bound} operations of this kind are running: try again when some are done"
             )
-        self._admitted[lane] += 1
+        self._admitted[way] += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pools[lane], work)
+            return await asyncio.get_running_loop().run_in_executor(self._pools[way], work)
         finally:
-            self._admitted[lane] -= 1
+            self._admitted[way] -= 1
 
     def close(self) -> None:
         """Wait for all threads to end."""

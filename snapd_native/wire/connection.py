@@ -6,7 +6,7 @@ import array
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from dbus_next.aio.message_bus import MessageBus, _MessageWriter
@@ -26,6 +26,8 @@ CONNECT_SECONDS = 10.0
 
 class Connection(MessageBus):
     """dbus-next's connection to the system bus, or to ``DBUS_SYSTEM_BUS_ADDRESS``."""
+
+    _writer: _Writer
 
     def __init__(self) -> None:
         """Open the socket.
@@ -178,6 +180,9 @@ class Connection(MessageBus):
         self._unmarshaller.unix_fds = []
         super()._on_message(message)
 
+    def _on_written(self) -> None:
+        """Do what is to be done when the bus has taken all that was sent."""
+
     def _finalize(self, err: Exception | None = None) -> None:
         if self._disconnected:
             return
@@ -226,11 +231,26 @@ class _Writer(_MessageWriter):
     dbus-next's own ends the connection when the socket is full between two messages.
     """
 
+    def __init__(self, bus: Connection) -> None:
+        super().__init__(bus)
+        self.waiting = 0
+        """Bytes of the messages that the bus has not begun to take."""
+
+    def put(self, data: bytes, fds: Sequence[int], sent: asyncio.Future[None] | None) -> None:
+        """Queue a message, and say when it is sent."""
+        self.waiting += len(data)
+        self.messages.put_nowait((data, [*fds], sent))
+
+    def buffer_message(self, msg: Message, future: asyncio.Future[None] | None = None) -> None:
+        data = bytes(msg._marshall(negotiate_unix_fd=self.negotiate_unix_fd))
+        self.put(data, msg.unix_fds, future)
+
     def write_callback(self) -> None:
         try:
             while buf := self.buf or self._take():
                 self._send(buf)
             self.loop.remove_writer(self.fd)
+            self.bus._on_written()
         except BlockingIOError:
             return  # The loop calls again when there is room.
         except Exception as error:
@@ -242,6 +262,7 @@ class _Writer(_MessageWriter):
         if self.messages.empty():
             return None
         data, self.unix_fds, self.fut = self.messages.get_nowait()
+        self.waiting -= len(data)
         self.buf, self.offset = memoryview(data), 0
         return self.buf
 
