@@ -45,7 +45,7 @@ from snapd_native.snapshotter.labels import changed, label_key
 from snapd_native.snapshotter.mounting import Mounter
 from snapd_native.snapshotter.reaping import Reaper
 from snapd_native.snapshotter.standby import Standby
-from snapd_native.snapshotter.state import StateDirectory
+from snapd_native.snapshotter.state import StateDirectory, close_runtime
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +116,7 @@ class Snapshotter:
             for name in self._store.forget_unsettled(linux.boot_id()):
                 log.warning("%s is gone: it was prepared just before a power cut", quote(name))
             self._check_directories()
+            close_runtime(runtime)
             self._mounter = Mounter(self._state, self._store, runtime, self._stopping)
             undo.callback(self._mounter.close)
             self._contents = Contents(self._state, self._store)

@@ -7,7 +7,7 @@ import fcntl
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class StateDirectory:
         with ExitStack() as undo:
             self._fd = _own_directory(path)
             undo.callback(os.close, self._fd)
-            _check_not_shared(path, self._fd)
+            _check_not_shared(path, self._fd, {"snapshots", "metadata.db"})
             _close_to_others(self._fd)
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -315,17 +315,35 @@ class StateDirectory:
         return stat.S_ISDIR(found.st_mode)
 
 
+def close_runtime(path: Path) -> None:
+    """See to it that nobody else reaches what is mounted in the run directory, if there is one.
+
+    Raises:
+        FailedPrecondition: it belongs to somebody else, or is shared with others.
+    """
+    for directory, ours in ((path, {"mounts"}), (path / "mounts", None)):
+        if not os.path.lexists(directory):
+            return
+        fd = _own_directory(directory)
+        try:
+            if ours is not None:
+                _check_not_shared(directory, fd, ours)
+            _close_to_others(fd)
+        finally:
+            os.close(fd)
+
+
 def _lost() -> DataLoss:
     return DataLoss("the snapshot's directory is gone, restore it from a backup")
 
 
-def _check_not_shared(path: Path, fd: int) -> None:
-    """Refuse a directory that others may enter and that holds what is not the service's."""
-    held = set(os.listdir(fd))
-    is_ours = not held or held & {"snapshots", "metadata.db"}
+def _check_not_shared(path: Path, fd: int, ours: Collection[str]) -> None:
+    """Refuse a directory that others may enter and that holds none of what is the service's."""
+    held = os.listdir(fd)
+    is_ours = not held or not set(ours).isdisjoint(held)
     if stat.S_IMODE(os.fstat(fd).st_mode) & 0o077 and not is_ours:
         raise FailedPrecondition(
-            f"{path} is not empty and open to others: choose a --state-directory of its own,"
+            f"{path} is not empty and open to others: choose one of its own for the service,"
             f" or chmod 700 {path}"
         )
 
@@ -344,13 +362,13 @@ def _own_directory(path: Path) -> int:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (FileExistsError, NotADirectoryError):
         raise FailedPrecondition(
-            f"{path} is not a directory: remove it, or choose another --state-directory"
+            f"{path} is not a directory: remove it, or choose another for the service"
         ) from None
     owner = os.fstat(fd).st_uid
     if owner != os.geteuid():
         os.close(fd)
         raise FailedPrecondition(
             f"{path} belongs to uid {owner}: give it to uid {os.geteuid()},"
-            " or choose another --state-directory"
+            " or choose another directory for the service"
         )
     return fd
