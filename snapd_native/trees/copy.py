@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 from snapd_native import linux
-from snapd_native.trees.walk import Report, allocated
+from snapd_native.trees.walk import Report, allocated, changed, link_target
 
 CHUNK = 16 << 20
 """Bytes copied by one call at most, so that a copy can be stopped soon inside a large file."""
@@ -40,7 +40,7 @@ class Copier:
         if kind == stat.S_IFREG:
             return self._copy_file(source, target, name, status)
         if kind == stat.S_IFLNK:
-            os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
+            os.symlink(link_target(source, name), name, dir_fd=target)
         else:
             device = status.st_rdev if kind in (stat.S_IFCHR, stat.S_IFBLK) else 0
             os.mknod(name, kind | 0o600, device, dir_fd=target)
@@ -68,6 +68,10 @@ class Copier:
                 self._copy_attributes(reader, writer, status)
             finally:
                 os.close(writer)
+        except OSError:
+            if not stat.S_ISREG(os.fstat(reader).st_mode):
+                raise changed() from None
+            raise
         finally:
             os.close(reader)
         return rest
@@ -111,7 +115,7 @@ class Copier:
         while start < end:
             copied = os.copy_file_range(reader, writer, min(end - start, CHUNK), start, start)
             if copied == 0:
-                raise OSError(errno.EIO, "a file became shorter while it was copied")
+                raise changed()  # It has become shorter.
             start += copied
             if start < end:
                 more = min(copied, most - reported)

@@ -7,9 +7,9 @@ import os
 import stat
 
 from snapd_native import linux
-from snapd_native.trees.descent import Descent, Scan
+from snapd_native.trees.descent import GONE, Descent, Scan
 from snapd_native.trees.opened import open_tree
-from snapd_native.trees.walk import Report
+from snapd_native.trees.walk import Report, changed
 
 _ROUNDS = 100
 """How often a directory that fills again while it is emptied is read anew."""
@@ -24,7 +24,8 @@ def delete(parent: int, name: str, report: Report = lambda *_: None) -> None:
 
     Raises:
         OSError: with EBUSY where something is mounted inside the tree, with EPERM where something
-            is immutable or append-only; everything that could be deleted is gone then.
+            is immutable or append-only, with ESTALE where it is filled faster than it is emptied;
+            everything that could be deleted is gone then.
     """
     for rounds in range(_ROUNDS + 1):
         with open_tree(parent, name, writable=True) as root:
@@ -35,8 +36,10 @@ def delete(parent: int, name: str, report: Report = lambda *_: None) -> None:
             _remove(parent, name, directory=True)
             return
         except OSError as error:
-            if error.errno != errno.ENOTEMPTY or rounds == _ROUNDS:
+            if error.errno != errno.ENOTEMPTY:
                 raise
+            if rounds == _ROUNDS:
+                raise changed() from None
 
 
 def _empty(root: int, report: Report) -> OSError | None:
@@ -50,14 +53,15 @@ def _empty(root: int, report: Report) -> OSError | None:
                 report(1, 0)
                 try:
                     _remove(here.fd, name, directory=False)
-                except FileNotFoundError:
-                    continue
                 except IsADirectoryError:
-                    here.down(name)
+                    if not here.enter(name):
+                        continue
                     levels.append((name, rounds, names))
                     names, rounds = here.scan(), 0
                     break
                 except OSError as error:
+                    if error.errno in GONE:
+                        continue
                     if error.errno not in (errno.EBUSY, errno.EPERM):
                         raise
                     stuck = error
@@ -70,13 +74,14 @@ def _empty(root: int, report: Report) -> OSError | None:
                     os.rmdir(name, dir_fd=here.fd)
                 except OSError as error:
                     if error.errno == errno.ENOTEMPTY and stuck is None and rounds < _ROUNDS:
-                        here.down(name)
-                        levels.append((name, outer_rounds, outer_names))
-                        names, rounds = here.scan(), rounds + 1
-                        continue
-                    if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
+                        if here.enter(name):
+                            levels.append((name, outer_rounds, outer_names))
+                            names, rounds = here.scan(), rounds + 1
+                            continue
+                    elif error.errno in (errno.EBUSY, errno.ENOTEMPTY):
+                        stuck = stuck or (error if error.errno == errno.EBUSY else changed())
+                    elif error.errno not in GONE:
                         raise
-                    stuck = stuck or error
                 names, rounds = outer_names, outer_rounds
 
 

@@ -12,6 +12,9 @@ MAX_OPEN = 64
 AT_ONCE = 1024
 """Entries of a directory that are read, and put in order, at once."""
 
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+"""What the kernel says where a directory was removed or replaced."""
+
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -54,6 +57,16 @@ class Descent:
             status = os.fstat(outermost)
             self._above.append((status.st_dev, status.st_ino))
             os.close(outermost)
+
+    def enter(self, name: str) -> bool:
+        """Enter the subdirectory ``name``; False if there is none by now."""
+        try:
+            self.down(name)
+        except OSError as error:
+            if error.errno in GONE:
+                return False
+            raise
+        return True
 
     def up(self) -> None:
         """Go back to the directory above."""

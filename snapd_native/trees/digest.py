@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import TypeAlias
 
 from snapd_native.trees.descent import Descent
-from snapd_native.trees.walk import Report, allocated
+from snapd_native.trees.walk import Report, allocated, changed, link_target
 
 ALONE = 1 << 16
 """Bytes of a file that are hashed at once: to hand it to another thread would take longer."""
@@ -119,7 +119,7 @@ class Digester:
         # The *xattrat calls need Linux 6.13: the directory's fd is reached as a path instead.
         fields = _head(name, status, f"/proc/self/fd/{directory}/{name}")
         if stat.S_ISLNK(status.st_mode):
-            fields.append(os.fsencode(os.readlink(name, dir_fd=directory)))
+            fields.append(os.fsencode(link_target(directory, name)))
         elif stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
             fields.append(b"%d:%d" % (os.major(status.st_rdev), os.minor(status.st_rdev)))
         self._add(_listed(fields))
@@ -129,29 +129,34 @@ class Digester:
         fd = os.open(name, _READ, dir_fd=directory)
         try:
             status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise changed()
             fields = [*_head(name, status, fd), b"%d" % status.st_size]
             if status.st_size > ALONE:
-                content = pool.submit(self._hash, fd, allocated(status))
+                content = pool.submit(self._hash, fd, status)
                 self._hashing += 1
                 fd = -1
                 self._add((fields, content))
             else:
-                self._add(_listed([*fields, self._hash(os.dup(fd), allocated(status))]))
+                self._add(_listed([*fields, self._hash(os.dup(fd), status)]))
         finally:
             if fd >= 0:
                 os.close(fd)
         self._report(1, self._progress())
 
-    def _hash(self, fd: int, size: int) -> bytes:
-        """Hash what is in a file, which takes ``size`` bytes of the disk, and close it."""
+    def _hash(self, fd: int, status: os.stat_result) -> bytes:
+        """Hash what is in a file, as long as ``status`` says, and close it."""
         blocks = hashlib.sha256()
+        size = allocated(status)
         offset = 0
         with open(fd, "rb", buffering=0) as file, suppress(_EndOfData):
-            while True:
+            while offset < status.st_size:
                 offset = _data(fd, offset) // BLOCK * BLOCK
                 file.seek(offset)
-                block = file.read(BLOCK)
-                while block and len(block) < BLOCK and (more := file.read(BLOCK - len(block))):
+                # The kernel refuses to read on where no file can go on.
+                most = min(BLOCK, status.st_size - offset)
+                block = file.read(most)
+                while block and len(block) < most and (more := file.read(most - len(block))):
                     block += more
                 if block != _ZEROS[: len(block)]:
                     blocks.update(b"%d %b\n" % (offset, hashlib.sha256(block).hexdigest().encode()))

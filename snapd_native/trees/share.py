@@ -15,6 +15,19 @@ from snapd_native.trees.relay import ANNOUNCED, DONE, FAILED, REPORT, Channels, 
 _WATCH = 256
 """Reports of progress after which a worker looks whether its crew is still there."""
 
+_CHANGED = {
+    errno.EACCES,  # a device, which cannot be opened here
+    errno.EEXIST,  # a name that was listed twice
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENODATA,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENXIO,
+    errno.ESPIPE,
+}
+"""What the kernel says when something in a tree is not what it was a moment ago."""
+
 
 class Share:
     """What one worker does of a job, and its `Peers` in it."""
@@ -74,7 +87,8 @@ class Share:
     def perform(self, work: Work) -> None:
         """Do tasks until the crew says that there are no more, reporting each.
 
-        The first that fails is reported by its errno and ends the job.
+        The first that fails is reported by its errno, or by ESTALE if that was because the tree has
+        changed meanwhile, and ends the job.
         """
         self._work = work
         try:
@@ -82,7 +96,8 @@ class Share:
                 if not self._take_directory() and not self._take_names():
                     self._idle()
         except OSError as error:
-            self._report(FAILED, error.errno or errno.EIO)
+            code = error.errno or errno.EIO
+            self._report(FAILED, errno.ESTALE if code in _CHANGED else code)
 
     def _give(self, channel: socket.socket, message: bytes, fds: Sequence[int]) -> bool:
         self._report(ANNOUNCED)

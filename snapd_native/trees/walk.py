@@ -23,6 +23,21 @@ def allocated(status: os.stat_result) -> int:
     return status.st_blocks * 512
 
 
+def link_target(directory: int, name: str) -> str:
+    """Return where a symbolic link leads; raises `OSError` with ESTALE if it is none by now."""
+    try:
+        return os.readlink(name, dir_fd=directory)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise changed() from None
+        raise
+
+
+def changed() -> OSError:
+    """Return the error that tells that a tree was changed while it was read."""
+    return OSError(errno.ESTALE, "the tree was changed while it was read")
+
+
 class Step(Enum):
     """What a visit is about."""
 
@@ -82,7 +97,7 @@ class Walk:
                     if not stat.S_ISDIR(status.st_mode):
                         yield Visit(Step.ENTRY, here.fd, name, status)
                         continue
-                    if not _enter(here, name):
+                    if not here.enter(name):
                         continue
                     yield Visit(Step.ENTER, here.fd, name, status)
                     if self._skipped:
@@ -98,13 +113,3 @@ class Walk:
                     name, status, names = levels.pop()
                     yield Visit(Step.LEAVE, here.fd, name, status)
                     here.up()
-
-
-def _enter(here: Descent, name: str) -> bool:
-    try:
-        here.down(name)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            return False
-        raise
-    return True
