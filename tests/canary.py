@@ -1,0 +1,62 @@
+"""What lies outside of trees, and tells if anybody comes near it; see inotify(7)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SECRET = b"nothing of this may be in any tree\n"
+
+_IN_ALL_EVENTS = 0x00000FFF
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@contextmanager
+def canary(path: Path) -> Iterator[Path]:
+    """Lend a directory with a file, a directory and a FIFO, which nobody may open or change."""
+    (path / "directory").mkdir(parents=True)
+    for file in (path / "secret", path / "directory" / "secret"):
+        file.write_bytes(SECRET)
+    os.mkfifo(path / "fifo")
+    watch = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    assert watch >= 0
+    try:
+        for place in (path, path / "directory"):
+            assert _libc.inotify_add_watch(watch, os.fsencode(place), _IN_ALL_EVENTS) >= 0
+        yield path
+        try:
+            events = os.read(watch, 1 << 16)
+        except BlockingIOError:
+            events = b""
+        assert _described(events) == []
+    finally:
+        os.close(watch)
+
+
+def _described(events: bytes) -> list[str]:
+    """Return what was done, as a mask, and to what."""
+    found = []
+    while events:
+        _, mask, _, length = struct.unpack_from("iIII", events)
+        found.append(f"{mask:x} {events[16 : 16 + length].rstrip(bytes(1)).decode()}")
+        events = events[16 + length :]
+    return found
+
+
+def holds_secret(tree: Path) -> bool:
+    """Tell whether any file in a tree has what only the outside has."""
+    for top, _, names in os.walk(tree):
+        for name in names:
+            fd = os.open(f"{top}/{name}", os.O_PATH | os.O_NOFOLLOW)
+            try:
+                if os.fstat(fd).st_mode & 0o170000 == 0o100000:
+                    with open(f"/proc/self/fd/{fd}", "rb") as file:
+                        if SECRET in file.read(1 << 20):
+                            return True
+            finally:
+                os.close(fd)
+    return False

@@ -1,0 +1,155 @@
+"""Mounts in trees that lead back into themselves, into the state, or everywhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from snapd_native.errors import FailedPrecondition
+from snapd_native.snapshotter import Snapshotter
+from tests.engines import gated, identity
+from tests.filesystems import on_ext4
+from tests.mounting import below, place
+from tests.plots import run
+
+pytestmark = on_ext4
+
+KEPT = "nothing of this is copied or deleted\n"
+
+
+@pytest.fixture
+def outside(scratch: Path) -> Path:
+    """Make what nobody may change."""
+    path = scratch / "outside"
+    path.mkdir()
+    (path / "secret").write_text(KEPT)
+    return path
+
+
+@pytest.fixture
+def tree(engine: Snapshotter, places: Path) -> Path:
+    """Make the active snapshot `work`: a file and three directories."""
+    assert places.is_dir()
+    root = Path(engine.prepare("work").source)
+    (root / "file").write_text("file\n")
+    for name in "abc":
+        (root / name).mkdir()
+        (root / name / "hidden").write_text("hidden\n")
+    return root
+
+
+def into_itself(tree: Path, _: Path) -> None:
+    run("mount", "--bind", str(tree), str(tree / "a"))
+    run("mount", "--bind", str(tree), str(tree / "a" / "b"))
+
+
+def into_itself_again_and_again(tree: Path, _: Path) -> None:
+    for name in "abcabc":
+        run("mount", "--rbind", str(tree), str(tree / name))
+
+
+def the_state(tree: Path, _: Path) -> None:
+    run("mount", "--bind", str(tree.parents[1]), str(tree / "a"))
+    run("mount", "--bind", str(tree.parents[1] / "snapshots"), str(tree / "b"))
+
+
+def everything(tree: Path, _: Path) -> None:
+    run("mount", "--bind", "/", str(tree / "a"))
+    run("mount", "--make-private", str(tree / "a"))
+    run("mount", "--rbind", "/proc", str(tree / "b"))
+
+
+def what_is_outside(tree: Path, outside: Path) -> None:
+    run("mount", "--bind", str(outside), str(tree / "a"))
+    run("mount", "--bind", str(outside / "secret"), str(tree / "file"))
+
+
+LOOPS = [into_itself, into_itself_again_and_again, the_state, everything, what_is_outside]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_what_is_mounted_in_a_tree_is_no_part_of_it(
+    engine: Snapshotter, tree: Path, outside: Path, loop: Callable[[Path, Path], None]
+) -> None:
+    usage = engine.usage("work")
+    loop(tree, outside)
+    assert len(below(tree)) >= 2
+    assert engine.usage("work") == usage
+    with pytest.raises(FailedPrecondition, match="mounted"):
+        engine.remove("work")
+    if loop is into_itself_again_and_again:
+        # Some are hidden by others, and cannot be made read-only.
+        with pytest.raises(FailedPrecondition, match="mounted"):
+            engine.commit("done", "work", digest=True)
+        unmount(tree)
+    engine.commit("done", "work", digest=True)
+    assert engine.usage("done") == usage
+    engine.verify("done")
+    copy = Path(engine.prepare("copy", "done").source)
+    assert engine.usage("copy").inodes == usage.inodes
+    assert sorted(os.listdir(copy)) == ["a", "b", "c", "file"]
+    assert [os.listdir(copy / name) for name in "abc"] == [["hidden"]] * 3
+    engine.remove("copy")
+    engine.cleanup()
+    if below(tree):
+        with pytest.raises(FailedPrecondition, match="mounted"):
+            engine.remove("done")
+    unmount(tree)
+    engine.remove("done")
+    engine.cleanup()
+    assert (outside / "secret").read_text() == KEPT
+    assert engine.check() == []
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_what_is_mounted_in_a_tree_that_goes_is_spared(
+    engine: Snapshotter, tree: Path, outside: Path, loop: Callable[[Path, Path], None]
+) -> None:
+    """It is mounted when the snapshot is gone already, and its directory is about to be."""
+    engine.prepare("other")
+    gone = tree.parent / f"rm-{identity(engine, 'work')}"
+    with gated("delete") as gate:
+        engine.remove("work")
+        gate.wait_until_reached()
+        loop(gone, outside)
+        gate.open()
+        with pytest.raises(FailedPrecondition, match="mounted in it"):
+            engine.cleanup()
+    assert (outside / "secret").read_text() == KEPT
+    assert engine.mounts("other")
+    unmount(gone)
+    engine.cleanup()
+    assert not gone.exists()
+    assert engine.check() == []
+    assert (outside / "secret").read_text() == KEPT
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_tree_with_loops_can_be_mounted(
+    engine: Snapshotter,
+    tree: Path,
+    places: Path,
+    outside: Path,
+    loop: Callable[[Path, Path], None],
+) -> None:
+    here = str(place(places))
+    loop(tree, outside)
+    engine.mount("work", here, read_only=True)
+    with pytest.raises(OSError, match="Read-only"):
+        (places / "here" / "a" / "new").touch()
+    os.close(engine.open_tree("work"))
+    engine.unmount(here, lazy=True)
+    assert below(places) == []
+    unmount(tree)
+    engine.remove("work")
+    engine.cleanup()
+
+
+def unmount(tree: Path) -> None:
+    """Take away all that is mounted in a tree."""
+    for target in reversed(below(tree)):
+        run("umount", "--lazy", target)
+    assert below(tree) == []
