@@ -19,8 +19,8 @@ from snapd_native.errors import DataLoss, FailedPrecondition, SnapdError
 from snapd_native.model import DIGEST_LABEL
 from snapd_native.snapshotter import Snapshotter
 from tests.canary import canary, holds_secret
-from tests.engines import PROJECT, directories
-from tests.filesystems import mounted
+from tests.engines import PROJECT, directories, opened
+from tests.filesystems import FileSystem, mounted, scratch_on
 from tests.hostile import peak
 from tests.plots import directory, make_deep, run
 from tests.service import serving
@@ -263,3 +263,20 @@ def test_a_wide_directory(
                     f" daemon {peak(service.pid) >> 20} MiB, worker {memory >> 20} MiB,"
                     f" with digest {digesting >> 20} MiB"
                 )
+
+
+def test_more_attributes_than_the_kernel_lists(xfs: FileSystem) -> None:
+    """They can be made on xfs, but not be copied: whoever made them has to remove some."""
+    with scratch_on(xfs) as scratch, opened(scratch / "state") as engine:
+        path = Path(engine.prepare("making").source) / "file"
+        path.touch()
+        for number in range(300):
+            os.setxattr(path, f"user.{number:03}{'n' * 240}", b"")
+        with pytest.raises(FailedPrecondition, match="extended attributes"):
+            engine.commit("base", "making", digest=True)
+        engine.commit("base", "making")
+        with pytest.raises(FailedPrecondition, match="extended attributes"):
+            engine.prepare("key", "base")
+        engine.remove("base")
+        engine.cleanup()
+        assert directories(engine) == set()

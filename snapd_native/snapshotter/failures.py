@@ -55,6 +55,11 @@ def _meaning(error: OSError, what: str) -> SnapdError:
         return DataLoss(f"{what}: {reason}, check the disk and the kernel's log")
     if code == errno.ESTALE:
         return FailedPrecondition(f"{what}: its tree was being changed, try again when it rests")
+    if code == errno.E2BIG:
+        return FailedPrecondition(
+            f"{what}: something in it has more extended attributes than the kernel lists,"
+            " remove some"
+        )
     if code == errno.EBUSY:
         return FailedPrecondition(f"{what}: something is mounted in it, unmount that first")
     log.error("%s: %s", what, error, exc_info=error)
