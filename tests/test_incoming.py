@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from dbus_next.constants import MessageType
@@ -14,8 +16,10 @@ from dbus_next.signature import SignatureTree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from snapd_native.bus.connection import AT_ONCE, ServiceConnection
 from snapd_native.bus.incoming import MAX_SIGNATURES, Call, Ignored, Reader
 from snapd_native.wire.names import DRIVER
+from tests.service import PATIENCE
 
 CALL = 1
 PATH, INTERFACE, MEMBER, ERROR_NAME, REPLY, DESTINATION, SENDER, SIGNATURE, FDS = range(1, 10)
@@ -273,3 +277,27 @@ def test_signatures_of_callers_are_forgotten(wire: Wire) -> None:
         assert call.arguments() == [signature]
         SignatureTree._get(signature)
     assert len(SignatureTree._cache) <= MAX_SIGNATURES + 2
+
+
+def test_messages_are_read_by_and_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that have arrived already, of which the loop does not know."""
+    messages = 1000
+    heard: list[Call] = []
+    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={tmp_path}/socket")
+
+    async def scenario(far: socket.socket) -> None:
+        reading = ServiceConnection(heard.append)
+        bus, _ = far.accept()
+        with bus:
+            bus.sendall(packed() * messages)
+            asyncio.get_running_loop().add_reader(reading._fd, reading._message_reader)
+            while len(heard) < messages:
+                before = len(heard)
+                await asyncio.sleep(0)
+                assert len(heard) - before <= AT_ONCE
+        reading.disconnect()
+
+    with socket.socket(socket.AF_UNIX) as far:
+        far.bind(f"{tmp_path}/socket")
+        far.listen()
+        asyncio.run(asyncio.wait_for(scenario(far), PATIENCE))

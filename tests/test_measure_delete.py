@@ -161,6 +161,32 @@ def test_delete_outlasts_a_writer_that_is_about_to_end(scratch: Path, where: str
     assert os.listdir(scratch) == []
 
 
+@pytest.mark.parametrize("instead", ["nothing", "symlink", "file", "directory"])
+def test_delete_of_a_directory_that_becomes_something_else(scratch: Path, instead: str) -> None:
+    """It was entered already; what is outside by then loses no more than what it brought along."""
+    tree, outside = scratch / "tree", scratch / "outside"
+    (tree / "inner").mkdir(parents=True)
+    (tree / "inner" / "file").touch()
+    outside.mkdir()
+    (outside / "kept").touch()
+    reports: list[int] = []
+
+    def move(*_: int) -> None:
+        reports.append(0)
+        if len(reports) == 2:
+            (tree / "inner").rename(outside / "moved")
+            if instead == "symlink":
+                (tree / "inner").symlink_to(outside)
+            elif instead == "file":
+                (tree / "inner").touch()
+            elif instead == "directory":
+                (tree / "inner" / "below").mkdir(parents=True)
+
+    delete(tree, move)
+    assert sorted(os.listdir(scratch)) == ["outside"]
+    assert sorted(os.listdir(outside)) == ["kept", "moved"]
+
+
 def test_delete_follows_no_symbolic_link(scratch: Path) -> None:
     outside = scratch / "outside"
     outside.mkdir()
