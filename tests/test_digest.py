@@ -16,6 +16,7 @@ from snapd_native import trees
 from snapd_native.model import Usage
 from snapd_native.trees.digest import AHEAD, ALONE, BLOCK, Digester
 from tests import torture
+from tests.filesystems import mounted
 
 
 @pytest.fixture
@@ -63,17 +64,18 @@ def blocks(path: Path) -> str:
 
 def expected(root: Path) -> str:
     """Hash the listing as the documentation describes it, written in another way."""
-    numbers: dict[int, int] = {}
+    numbers: dict[tuple[int, int], int] = {}
 
     def listed(path: Path, name: bytes) -> bytes:
         status = path.lstat()
         fields = [name]
         linked = not stat.S_ISDIR(status.st_mode) and status.st_nlink > 1
-        if linked and status.st_ino in numbers:
-            fields += [b"h", str(numbers[status.st_ino]).encode()]
+        file = (status.st_dev, status.st_ino)
+        if linked and file in numbers:
+            fields += [b"h", str(numbers[file]).encode()]
             return netstring(b"".join(map(netstring, fields)))
         if linked:
-            numbers[status.st_ino] = len(numbers) + 1
+            numbers[file] = len(numbers) + 1
         kind = stat.filemode(status.st_mode)[0].replace("-", "f")
         attributes = b""
         for attribute in sorted(os.listxattr(path, follow_symlinks=False)):
@@ -147,6 +149,30 @@ def test_any_tree_has_one(crew: trees.Crew, scratch: Path) -> None:
     root.mkdir()
     torture.build(root)
     assert digest(crew, root) == expected(root)
+
+
+def test_equal_inode_numbers_of_several_devices(
+    crew: trees.Crew, loop_directory: Path, tmp_path: Path
+) -> None:
+    with (
+        mounted("ext4", 16 << 20, loop_directory) as one,
+        mounted("ext4", 16 << 20, loop_directory) as two,
+    ):
+        for name, root in (("1", one.root), ("2", two.root)):
+            tree = root / "lower" / "tree"
+            for directory in "ab":
+                (tree / directory).mkdir(parents=True)
+            (tree / "a" / name).write_text(name)
+            os.link(tree / "a" / name, tree / "b" / name)
+        source, copy = tmp_path / "tree", one.root / "copy"
+        options = f"lowerdir={one.root}/lower:{two.root}/lower,xino=off"
+        subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", tmp_path], check=True)
+        try:
+            assert len({(source / "a" / name).stat().st_ino for name in "12"}) == 1
+            subprocess.run(["cp", "-a", source, copy], check=True)
+            assert digest(crew, source) == digest(crew, copy) == expected(copy)
+        finally:
+            subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_zeros_are_as_good_as_a_hole(crew: trees.Crew, tree: Path) -> None:

@@ -70,7 +70,7 @@ class Digester:
         self._coming: deque[bytes | _Hashing] = deque()
         self._hashing = 0
         self._hashed: deque[int] = deque()
-        self._linked: dict[int, tuple[int, int]] = {}
+        self._linked: dict[tuple[int, int], tuple[int, int]] = {}
         self._numbers = 0
 
     @property
@@ -170,14 +170,16 @@ class Digester:
         """Return the number of a file that was listed by another name; None if it was not."""
         if status.st_nlink == 1 or stat.S_ISDIR(status.st_mode):
             return None
-        if status.st_ino not in self._linked:
+        # Subvolumes of btrfs have devices of their own, and inode numbers in common.
+        file = (status.st_dev, status.st_ino)
+        if file not in self._linked:
             self._numbers += 1
-            self._linked[status.st_ino] = (self._numbers, status.st_nlink - 1)
+            self._linked[file] = (self._numbers, status.st_nlink - 1)
             return None
-        number, left = self._linked.pop(status.st_ino)
+        number, left = self._linked.pop(file)
         # A file leaves with its last name, so that not all files are kept in mind.
         if left > 1:
-            self._linked[status.st_ino] = (number, left - 1)
+            self._linked[file] = (number, left - 1)
         return number
 
     def _add(self, part: bytes | _Hashing) -> None:
