@@ -195,19 +195,38 @@ def check_name(name: str, what: str = "key") -> str:
     return name
 
 
+def is_text(text: object, most: int | None = None) -> bool:
+    """Tell whether this is a text of at most ``most`` bytes that a message may carry."""
+    if not isinstance(text, str) or "\0" in text:
+        return False
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return False
+    return most is None or size <= most
+
+
+def is_name(name: object) -> bool:
+    """Tell whether this can name a snapshot; see `check_name`."""
+    return bool(name) and is_text(name, MAX_NAME)
+
+
 def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
     """Return the labels that would be stored: a label with an empty value is as good as none.
 
     That rule is containerd's ``boltutil.WriteLabels``.
 
     Raises:
-        InvalidArgument: a label's key is empty, a size is over `MAX_LABEL` or `MAX_LABELS`, or
-            `STANDBY_LABEL` is no number up to `MAX_STANDBY`.
+        InvalidArgument: a label's key is empty, a label is no text that a message may carry, a size
+            is over `MAX_LABEL` or `MAX_LABELS`, or `STANDBY_LABEL` is no number up to
+            `MAX_STANDBY`.
     """
     total = 0
     for key, value in labels.items():
         if not key:
             raise InvalidArgument("a label has an empty key: name it")
+        if "\0" in key + value:
+            raise InvalidArgument(f"the label {quote(key)} contains a NUL character: leave it out")
         try:
             size = len(key.encode()) + len(value.encode())
         except UnicodeEncodeError:

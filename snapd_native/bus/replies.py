@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from dbus_next.constants import MessageType
 from dbus_next.errors import DBusError
 from dbus_next.message import Message
+from dbus_next.signature import Variant
 
 from snapd_native.bus.incoming import Call
 from snapd_native.errors import Internal, InvalidArgument, SnapdError
@@ -96,6 +97,22 @@ def described(error: BaseException) -> tuple[str, str]:
 
 
 def marshalled(message: Message, serial: int) -> bytes:
-    """Return a message as bytes."""
+    """Return a message as bytes.
+
+    Raises:
+        ValueError: a text of it has a NUL, for which the bus would hang up on the service.
+    """
+    if _has_nul(message.body):
+        raise ValueError(f"a NUL is in a message of the type ({message.signature})")
     message.serial = serial
     return bytes(message._marshall(negotiate_unix_fd=True))
+
+
+def _has_nul(value: object) -> bool:
+    if isinstance(value, str):
+        return "\0" in value
+    if isinstance(value, Variant):
+        return _has_nul(value.value)
+    if isinstance(value, Mapping):
+        return any(_has_nul(key) or _has_nul(each) for key, each in value.items())
+    return isinstance(value, (list, tuple)) and any(map(_has_nul, value))

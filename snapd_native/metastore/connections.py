@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import sqlite3
+import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
-from snapd_native.errors import DataLoss, Internal, ResourceExhausted, SnapdError
+from snapd_native.errors import (
+    DataLoss,
+    FailedPrecondition,
+    Internal,
+    ResourceExhausted,
+    SnapdError,
+)
 from snapd_native.metastore.changes import Changes
 
-_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR}
+_DAMAGED = {
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_IOERR,
+    # What a header may forbid that is not understood.
+    sqlite3.SQLITE_READONLY,
+}
+_NOT_UNDERSTOOD = ("unsupported file format", "malformed JSON", "Could not decode")
 _FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM}
 _NO_ROOM = {sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_NOMEM}
 
@@ -31,13 +47,16 @@ class Connections:
         self._lock = threading.Lock()
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
         self._counted: int | None = None
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        _make(path)
         with translated(), ExitStack() as undo:
             self._writer = self._connect()
             undo.callback(self._writer.close)
             self._writer.execute("PRAGMA journal_mode = WAL").fetchone()
             # FULL makes every COMMIT durable before it returns; NORMAL would lose the last ones.
             self._writer.execute("PRAGMA synchronous = FULL")
+            # Whatever is read first has SQLite open all files.
+            self._writer.execute("PRAGMA schema_version").fetchone()
+            self._files = _identities(path)
             self._changes = Changes(path.with_name(path.name + ".changes"))
             undo.pop_all()
 
@@ -49,10 +68,33 @@ class Connections:
             self._writer.close()
             self._changes.close()
 
+    def check_in_place(self) -> None:
+        """Make sure that the paths of the database still lead to what SQLite has open.
+
+        Raises:
+            DataLoss: they do not, so that nothing that is written outlasts the service.
+        """
+        if _identities(self._path) != self._files:
+            raise DataLoss(
+                "metadata.db was moved or replaced while the service runs: restore it from a"
+                " backup and restart the service"
+            )
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Keep all others from writing."""
+        with self._lock:
+            yield
+
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """Lend the writing connection to one thread at a time, outside any transaction."""
+        """Lend the writing connection to one thread at a time, outside any transaction.
+
+        Raises:
+            DataLoss: as `check_in_place`.
+        """
         with self._lock, translated():
+            self.check_in_place()
             try:
                 yield self._writer
             finally:
@@ -105,8 +147,45 @@ class Connections:
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        # What is no UTF-8 anymore is one record's damage, not that of all that are read with it.
+        db.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
         db.execute("PRAGMA foreign_keys = ON")
         return db
+
+
+def _make(path: Path) -> None:
+    """Make the file if there is none.
+
+    Raises:
+        FailedPrecondition: there is something else.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        fd = os.open(path, flags, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
+            raise
+        is_file = False
+    else:
+        is_file = stat.S_ISREG(os.fstat(fd).st_mode)
+        os.close(fd)
+    if not is_file:
+        raise FailedPrecondition(
+            f"{path} is no file: move it away and restore metadata.db from a backup"
+        )
+
+
+def _identities(path: Path) -> Sequence[tuple[int, int] | None]:
+    """Return device and inode of the database and of its WAL file."""
+    found: list[tuple[int, int] | None] = []
+    for name in (path, f"{path}-wal"):
+        try:
+            status = os.stat(name)
+        except FileNotFoundError:
+            found.append(None)
+        else:
+            found.append((status.st_dev, status.st_ino))
+    return found
 
 
 @contextmanager
@@ -126,8 +205,9 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 
 def _changes(db: sqlite3.Connection) -> int:
-    (count,) = db.execute("SELECT count FROM changes WHERE id = 1").fetchone()
-    return int(count)
+    row = db.execute("SELECT count FROM changes WHERE id = 1").fetchone()
+    # Where the disk has lost the count, all changes are taken for lost.
+    return row[0] if row and isinstance(row[0], int) else 0
 
 
 @contextmanager
@@ -143,9 +223,10 @@ def _meaning(error: sqlite3.Error) -> SnapdError:
     # The primary result code is the low byte of the extended one.
     extended = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
     code = extended & 0xFF
+    text = str(error)
     if code in _FULL or extended in _NO_ROOM:
         return ResourceExhausted("no room is left for the metadata: free some and try again")
-    # SQLite has no code of its own for a header that it does not understand.
-    if code in _DAMAGED or str(error) == "unsupported file format":
+    # SQLite has no codes of their own for what it does not understand.
+    if code in _DAMAGED or text.startswith(_NOT_UNDERSTOOD):
         return DataLoss(f"metadata.db cannot be used ({error}): restore it from a backup")
     return Internal(f"the metadata could not be used ({error}): see the service's log")

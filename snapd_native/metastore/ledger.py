@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from snapd_native.metastore.connections import Connections, transaction
-from snapd_native.model import Lifetime
+from snapd_native.model import Lifetime, is_name, is_text
 
 _COLUMNS = """
     m.id, m.snapshot, iif(s.kind = 'view', coalesce(s.parent, s.id), s.id), s.name, m.target,
@@ -45,15 +46,12 @@ class Ledger:
         self._connections = connections
 
     def lines(self, snapshot: int | None = None) -> Sequence[Line]:
-        """Return all mounts, or those of one snapshot, in the order in which they were made."""
-        which = "" if snapshot is None else "WHERE m.snapshot = ?"
+        """Return all mounts, or those of one snapshot, in the order in which they were made.
+
+        What is damaged of them is left out; see `damaged`.
+        """
         with self._connections.reading() as db:
-            rows = db.execute(
-                f"SELECT {_COLUMNS} FROM mounts AS m"  # noqa: S608 - constants
-                f" JOIN snapshots AS s ON s.id = m.snapshot {which} ORDER BY m.id",
-                () if snapshot is None else (snapshot,),
-            )
-            return [_line(row) for row in rows]
+            return [_line(row) for row in _rows(db, snapshot) if not _is_damaged(row)]
 
     def add(
         self,
@@ -93,6 +91,35 @@ def turn_read_only(db: sqlite3.Connection, snapshot: int) -> None:
     db.execute("UPDATE mounts SET read_only = 1 WHERE snapshot = ?", (snapshot,))
 
 
-def _line(row: sqlite3.Row) -> Line:
+def damaged(db: sqlite3.Connection) -> Iterator[object]:
+    """Yield the names of snapshots of which a mount is recorded that cannot be read."""
+    for row in _rows(db, None):
+        if _is_damaged(row):
+            yield row[3]
+
+
+def _rows(db: sqlite3.Connection, snapshot: int | None) -> sqlite3.Cursor:
+    which = "" if snapshot is None else "WHERE m.snapshot = ?"
+    return db.execute(
+        f"SELECT {_COLUMNS} FROM mounts AS m"  # noqa: S608 - constants
+        f" JOIN snapshots AS s ON s.id = m.snapshot {which} ORDER BY m.id",
+        () if snapshot is None else (snapshot,),
+    )
+
+
+def _is_damaged(row: Sequence[Any]) -> bool:
+    id_, snapshot, tree, key, target, read_only, lifetime, uid, owner, boot, mount = row
+    return not (
+        is_name(key)
+        and all(is_text(text) for text in (target, owner, boot))
+        and all(isinstance(number, int) for number in (id_, snapshot, tree, mount))
+        and isinstance(uid, int)
+        and 0 <= uid < 1 << 32
+        and read_only in (0, 1)
+        and lifetime in {each.value for each in Lifetime}
+    )
+
+
+def _line(row: Sequence[Any]) -> Line:
     id_, snapshot, tree, key, target, read_only, lifetime, *rest = row
     return Line(id_, snapshot, tree, key, target, bool(read_only), Lifetime(lifetime), *rest)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-from snapd_native.errors import InvalidArgument, NotFound
-from snapd_native.model import Info, Kind, Usage, quote
+from snapd_native.errors import DataLoss, InvalidArgument, NotFound
+from snapd_native.model import Info, Kind, Usage, is_name, is_text, quote
 
 COLUMNS = """
     s.id, s.name, s.kind, s.parent, coalesce(p.name, ''), s.created, s.updated, s.labels,
@@ -16,8 +17,10 @@ COLUMNS = """
     FROM snapshots AS s LEFT JOIN snapshots AS p ON p.id = s.parent
 """
 
+Row: TypeAlias = Sequence[Any]
+"""A row of `COLUMNS`, in which a damaged disk may have put anything."""
 
-DESCRIPTIONS = {
+_DESCRIPTIONS: Mapping[str, str] = {
     Kind.VIEW: "a view",
     Kind.ACTIVE: "an active snapshot",
     Kind.COMMITTED: "a committed snapshot",
@@ -61,16 +64,64 @@ def packed(labels: Mapping[str, str]) -> str:
     return json.dumps(dict(labels), ensure_ascii=False, separators=(",", ":"))
 
 
-def record_of(row: Iterable[object]) -> Record:
-    """Return the record in a row of `COLUMNS`."""
+def fault(row: Row) -> str:
+    """Say what of a row cannot be; nothing if all can."""
+    _, name, kind, parent_id, parent, created, updated, labels, size, inodes = row
+    faults = {
+        "name": not is_name(name),
+        "kind": kind not in _DESCRIPTIONS,
+        "parent": not (
+            parent_id is None or (isinstance(parent_id, int) and (parent == "" or is_name(parent)))
+        ),
+        "times": not (_is_count(created) and _is_count(updated)),
+        "labels": _unpacked(labels) is None,
+        "usage": not (
+            _is_count(size) and _is_count(inodes)
+            if kind == Kind.COMMITTED
+            else size is None and inodes is None
+        ),
+    }
+    return ", ".join(what for what, is_one in faults.items() if is_one)
+
+
+def record_of(row: Row) -> Record:
+    """Return the record in a row.
+
+    Raises:
+        DataLoss: it is damaged.
+    """
+    if what := fault(row):
+        raise DataLoss(
+            f"the record of {quote(str(row[1]))} is damaged ({what}):"
+            " restore metadata.db from a backup, or remove the snapshot"
+        )
     id_, name, kind, parent_id, parent, created, updated, labels, size, inodes = row
-    info = Info(name, Kind(kind), parent, created, updated, json.loads(labels))  # type: ignore[arg-type]
-    return Record(id_, parent_id, info, None if size is None else Usage(size, inodes))  # type: ignore[arg-type]
+    info = Info(name, Kind(kind), parent, created, updated, json.loads(labels))
+    return Record(id_, parent_id, info, None if size is None else Usage(size, inodes))
+
+
+def readable(row: Row) -> Record | None:
+    """Return the record in a row; None if it is damaged."""
+    return None if fault(row) else record_of(row)
+
+
+def doomed(db: sqlite3.Connection, key: str) -> Record:
+    """Return what of a record it takes to remove it, whatever has become of the rest.
+
+    Raises:
+        NotFound: there is none.
+    """
+    row = _find(db, key)
+    if row is None:
+        raise _missing(key)
+    id_, _, kind, parent_id, *_ = row
+    known = Kind(kind) if kind in _DESCRIPTIONS else Kind.ACTIVE
+    return Record(id_, parent_id, Info(key, known, "", 0, 0, {}), None)
 
 
 def find(db: sqlite3.Connection, name: str) -> Record | None:
-    """Return the record of a snapshot, if there is one."""
-    row = db.execute(f"SELECT {COLUMNS} WHERE s.name = ?", (name,)).fetchone()
+    """Return the record of a snapshot, if there is one; DataLoss if it is damaged."""
+    row = _find(db, name)
     return record_of(row) if row else None
 
 
@@ -79,10 +130,11 @@ def get(db: sqlite3.Connection, key: str) -> Record:
 
     Raises:
         NotFound: there is none.
+        DataLoss: it is damaged.
     """
     record = find(db, key)
     if record is None:
-        raise NotFound(f"there is no snapshot {quote(key)}: list them to see which there are")
+        raise _missing(key)
     return record
 
 
@@ -92,17 +144,68 @@ def committed_parent(db: sqlite3.Connection, parent: str) -> Record:
     Raises:
         NotFound: there is none.
         InvalidArgument: it is not committed.
+        DataLoss: it is damaged.
     """
     record = find(db, parent)
     if record is None:
         raise NotFound(f"there is no parent {quote(parent)}: commit it first")
     if record.info.kind is not Kind.COMMITTED:
+        kind = described(record.info.kind)
         raise InvalidArgument(
-            f"the parent {quote(parent)} is {described(record)}, not committed: commit it first"
+            f"the parent {quote(parent)} is {kind}, not committed: commit it first"
         )
     return record
 
 
-def described(record: Record) -> str:
-    """Say what a snapshot is."""
-    return DESCRIPTIONS[record.info.kind]
+def described(kind: str) -> str:
+    """Say what a snapshot of a kind is."""
+    return _DESCRIPTIONS.get(kind, "a damaged record")
+
+
+def check_parent(db: sqlite3.Connection, record: Record) -> None:
+    """Make sure that the parent that a record tells of is there.
+
+    Raises:
+        DataLoss: it is not, or is not committed.
+    """
+    if record.parent_id is None:
+        return
+    kind = db.execute("SELECT kind FROM snapshots WHERE id = ?", (record.parent_id,)).fetchone()
+    if kind != (Kind.COMMITTED,):
+        raise DataLoss(
+            f"the parent of {quote(record.info.name)} is not there, or not committed:"
+            " restore metadata.db from a backup"
+        )
+
+
+def last_id(db: sqlite3.Connection) -> int:
+    """Return the highest id that was given, also where the count of them was lost."""
+    (last,) = db.execute(
+        "SELECT max((SELECT coalesce(max(seq), 0) FROM sqlite_sequence),"
+        " (SELECT coalesce(max(id), 0) FROM snapshots))"
+    ).fetchone()
+    return int(last)
+
+
+def _find(db: sqlite3.Connection, name: str) -> Row | None:
+    row: Row | None = db.execute(f"SELECT {COLUMNS} WHERE s.name = ?", (name,)).fetchone()
+    return row
+
+
+def _missing(key: str) -> NotFound:
+    return NotFound(f"there is no snapshot {quote(key)}: list them to see which there are")
+
+
+def _is_count(number: object) -> bool:
+    return isinstance(number, int) and number >= 0
+
+
+def _unpacked(labels: object) -> Mapping[str, str] | None:
+    """Return labels as `packed` packed them; None if it did not."""
+    try:
+        found = json.loads(labels) if isinstance(labels, str) else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    return found if all(is_text(text) for pair in found.items() for text in pair) else None

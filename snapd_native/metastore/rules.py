@@ -2,70 +2,173 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import NamedTuple, TypeAlias
 
-from snapd_native.metastore.connections import transaction
-from snapd_native.model import Finding, Trouble, shown
+from snapd_native.errors import DataLoss
+from snapd_native.metastore import ledger, records
+from snapd_native.metastore.connections import transaction, translated
+from snapd_native.metastore.schema import missing
+from snapd_native.model import Finding, Trouble, is_name, quote, quote_path, shown
 
-_RULES = {
-    "its parent is not there, or not committed": """
+Mend: TypeAlias = tuple[str, ...]
+"""Statements that mend something without a loss and without a guess; none if it takes a backup."""
+
+
+class Broken(NamedTuple):
+    """A finding, and what mends it."""
+
+    finding: Finding
+    mend: Mend = ()
+
+
+def broken_rules(db: sqlite3.Connection) -> Sequence[Broken]:
+    """Return what is wrong with a database and with the rules that it keeps."""
+    found: list[Broken] = []
+    for part in _PARTS:
+        try:
+            with translated():
+                found.extend(part(db))
+        except DataLoss as error:
+            # What this part does not find any more, others may.
+            found.append(Broken(Finding(Trouble.DATABASE, "", error.message)))
+    return [*dict.fromkeys(found)]
+
+
+def mend(db: sqlite3.Connection, broken: Sequence[Broken]) -> None:
+    """Mend what can be, each thing as a whole or not at all."""
+    for statements in dict.fromkeys(each.mend for each in broken if each.mend):
+        # What cannot be mended after all stays a finding.
+        with (
+            suppress(DataLoss),
+            translated(),
+            suppress(sqlite3.IntegrityError),
+            transaction(db),
+        ):
+            for statement in statements:
+                db.execute(statement)
+
+
+def _damage(db: sqlite3.Connection) -> Iterator[Broken]:
+    """Find what SQLite itself takes for damage."""
+    told = _integrity(db)
+    # An index is made anew from its table, if all of both can be read and it may be made at all.
+    whole = not any("page" in what for what in told) and not _doubles(db)
+    for what in told:
+        index = re.search(r" index (\w+)$", what)
+        if whole and index and not what.startswith("non-unique"):
+            yield _broken("", f"metadata.db is damaged ({what})", (f"REINDEX {index[1]}",))
+        else:
+            yield _broken("", f"metadata.db is damaged ({what})")
+
+
+def _integrity(db: sqlite3.Connection) -> Sequence[str]:
+    try:
+        rows = db.execute("PRAGMA integrity_check").fetchall()
+    except sqlite3.OperationalError:
+        # A CHECK has met what it cannot read; that record is found by itself.
+        db.execute("PRAGMA ignore_check_constraints = ON")
+        try:
+            rows = db.execute("PRAGMA integrity_check").fetchall()
+        finally:
+            db.execute("PRAGMA ignore_check_constraints = OFF")
+    return [what for row in rows for what in row[0].splitlines() if what != "ok"]
+
+
+def _schema(db: sqlite3.Connection) -> Iterator[Broken]:
+    """Find what the schema lacks."""
+    there = {name for (name,) in db.execute("SELECT name FROM sqlite_schema")}
+    for part in missing(db):
+        what = f"metadata.db has not its {part.type} {part.name}"
+        yield _broken("", what, () if part.name in there else (part.sql,))
+
+
+def _records(db: sqlite3.Connection) -> Iterator[Broken]:
+    """Find records that say what cannot be."""
+    for row in db.execute(f"SELECT {records.COLUMNS}"):
+        if what := records.fault(row):
+            name = row[1]
+            about = "its record" if is_name(name) else f"the record {row[0]}, {quote(str(name))},"
+            yield _broken(name, f"{about} is damaged ({what})")
+    for name in _doubles(db):
+        yield _broken(name, "its name is that of two snapshots")
+
+
+def _doubles(db: sqlite3.Connection) -> Sequence[str]:
+    return [
+        name
+        for (name,) in db.execute(
+            "SELECT name FROM snapshots NOT INDEXED GROUP BY name HAVING count(*) > 1"
+        )
+    ]
+
+
+def _lineage(db: sqlite3.Connection) -> Iterator[Broken]:
+    """Find ids and parents that cannot be."""
+    for rule, (query, statements) in _RULES.items():
+        for (name,) in db.execute(query):
+            yield _broken(name, rule, statements)
+
+
+def _mounts(db: sqlite3.Connection) -> Iterator[Broken]:
+    """Find mounts that are recorded and cannot be."""
+    for name in ledger.damaged(db):
+        yield _broken(name, "what is recorded of a mount of it is damaged")
+    for (target,) in db.execute(f"SELECT target FROM mounts WHERE {_NOBODYS}"):  # noqa: S608
+        what = f"what is mounted on {quote_path(str(target))} is recorded, but of no snapshot"
+        yield _broken("", what, (f"DELETE FROM mounts WHERE {_NOBODYS}",))  # noqa: S608
+
+
+def _broken(name: object, what: str, statements: Mend = ()) -> Broken:
+    key = name if isinstance(name, str) and is_name(name) else ""
+    remedy = "call Repair" if statements else "restore metadata.db from a backup"
+    return Broken(Finding(Trouble.DATABASE, key, f"{shown(what)}: {remedy}"), statements)
+
+
+_PARTS: Sequence[Callable[[sqlite3.Connection], Iterator[Broken]]] = (
+    _damage,
+    _schema,
+    _records,
+    _lineage,
+    _mounts,
+)
+
+_NOBODYS = "snapshot NOT IN (SELECT id FROM snapshots)"
+
+_RULES: dict[str, tuple[str, Mend]] = {
+    "its parent is not there, or not committed": (
+        """
         SELECT s.name FROM snapshots AS s LEFT JOIN snapshots AS p ON p.id = s.parent
         WHERE s.parent IS NOT NULL AND p.kind IS NOT 'committed'
-    """,
-    "it is its own ancestor": """
+        """,
+        (),
+    ),
+    "it is its own ancestor": (
+        """
         WITH RECURSIVE reached (id) AS (
-            SELECT id FROM snapshots WHERE parent IS NULL
+            SELECT s.id FROM snapshots AS s LEFT JOIN snapshots AS p ON p.id = s.parent
+            WHERE p.id IS NULL
             UNION SELECT s.id FROM snapshots AS s JOIN reached AS r ON s.parent = r.id
         )
-        SELECT s.name FROM snapshots AS s JOIN snapshots AS p ON p.id = s.parent
-        WHERE s.id NOT IN reached
-    """,
-    "its id may be given again": """
+        SELECT name FROM snapshots WHERE id NOT IN reached
+        """,
+        (),
+    ),
+    "its id may be given again": (
+        """
         SELECT name FROM snapshots
         WHERE id > (SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'snapshots')
-    """,
-    "its mounts are recorded, but it is not": """
-        SELECT target FROM mounts WHERE snapshot NOT IN (SELECT id FROM snapshots)
-    """,
-}
-"""What the schema itself should keep from happening, and what finds it all the same."""
-
-
-def mend(db: sqlite3.Connection) -> None:
-    """Make anew, as a whole or not at all, what follows from the tables: indexes and the last id.
-
-    Nothing is done where nothing is wrong.
-    """
-    with transaction(db):
-        if not broken_rules(db):
-            return
-        db.execute("REINDEX")
-        db.execute(
+        """,
+        (
             "INSERT INTO sqlite_sequence (name, seq) SELECT 'snapshots', 0"
-            " WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'snapshots')"
-        )
-        db.execute(
+            " WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'snapshots')",
             "UPDATE sqlite_sequence"
             " SET seq = max(seq, (SELECT coalesce(max(id), 0) FROM snapshots))"
-            " WHERE name = 'snapshots'"
-        )
-
-
-def broken_rules(db: sqlite3.Connection) -> Sequence[Finding]:
-    """Return what is wrong with a database and with the rules that it keeps."""
-    told = [what for (what,) in db.execute("PRAGMA integrity_check") if what != "ok"]
-    found = [
-        Finding(
-            Trouble.DATABASE,
-            "",
-            f"metadata.db is damaged ({shown(what)}): restore it from a backup",
-        )
-        for what in told
-    ]
-    for rule, query in _RULES.items():
-        found += [
-            Finding(Trouble.DATABASE, str(name), f"{rule}: restore it from a backup")
-            for (name,) in db.execute(query)
-        ]
-    return found
+            " WHERE name = 'snapshots'",
+        ),
+    ),
+}
+"""What the schema itself should keep from happening: what finds it all the same, and mends it."""

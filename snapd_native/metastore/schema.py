@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
+from typing import NamedTuple
 
 from snapd_native.errors import DataLoss
 
@@ -73,15 +76,30 @@ MIGRATIONS = (
     CREATE TABLE changes (id INTEGER PRIMARY KEY CHECK (id = 1), count INTEGER NOT NULL) STRICT;
     INSERT INTO changes VALUES (1, 0);
     """,
+    """
+    -- What a damaged disk has made of labels, this index can still do without.
+    DROP INDEX standbys;
+    CREATE INDEX standbys ON snapshots (id)
+        WHERE kind = 'committed' AND instr(labels, 'snapd-native.standby') > 0;
+    """,
 )
 """Scripts in order; ``user_version`` counts those that a database has been through."""
 
 
-def migrate(db: sqlite3.Connection) -> None:
+class Part(NamedTuple):
+    """A table, an index or a trigger."""
+
+    type: str
+    name: str
+    sql: str
+
+
+def migrate(db: sqlite3.Connection, *, may_be_new: bool = True) -> None:
     """Bring the database to the newest schema, each step in a transaction of its own.
 
     Raises:
-        DataLoss: the database was made by a newer version of the program.
+        DataLoss: the database was made by a newer version of the program, is not what it says, or
+            is new and may not be.
     """
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version > len(MIGRATIONS):
@@ -89,5 +107,38 @@ def migrate(db: sqlite3.Connection) -> None:
             f"metadata.db has schema version {version}, this program knows {len(MIGRATIONS)}:"
             " install the newer version again"
         )
-    for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
-        db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;")
+    if version == 0 and not may_be_new:
+        raise DataLoss(
+            "metadata.db has lost its records, but its snapshots are there: restore it from a"
+            " backup, or move the snapshots away"
+        )
+    try:
+        for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+            db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;")
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
+            raise
+        raise DataLoss(
+            f"metadata.db does not have its schema version {version} ({error}):"
+            " restore it from a backup"
+        ) from error
+    if lost := [part.name for part in missing(db) if part.type == "table"]:
+        raise DataLoss(
+            f"metadata.db has lost its table {' and '.join(lost)}: restore it from a backup"
+        )
+
+
+def missing(db: sqlite3.Connection) -> Sequence[Part]:
+    """Return what the newest schema has, and a database has not, or not as it should be."""
+    there = _parts(db)
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as model:
+        for script in MIGRATIONS:
+            model.executescript(script)
+        return [part for part in _parts(model) if part not in there]
+
+
+def _parts(db: sqlite3.Connection) -> Sequence[Part]:
+    rows = db.execute(
+        "SELECT type, name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite%' ORDER BY rowid"
+    )
+    return [Part(*row) for row in rows]

@@ -55,10 +55,16 @@ class Metastore:
         announce: Callable[[Change], None],
         first_id: int = 1,
         make_room: Callable[[], bool] = lambda: False,
+        *,
+        may_be_new: bool = True,
     ) -> None:
         """Open or make the database; new snapshots get ids from ``first_id`` on.
 
         ``make_room`` is called where there is none for a deletion, and tells whether it helped.
+
+        Raises:
+            FailedPrecondition: there is something else than a file.
+            DataLoss: it cannot be used; or it is new, and not ``may_be_new``.
         """
         self._announce = announce
         self._reserved: dict[str, Reservation] = {}
@@ -67,11 +73,10 @@ class Metastore:
         with ExitStack() as undo:
             undo.callback(self._connections.close)
             with self._connections.writing() as db:
-                migrate(db)
-                (used,) = db.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence").fetchone()
+                migrate(db, may_be_new=may_be_new)
+                self._next_id = max(records.last_id(db) + 1, first_id)
             self.lost_changes = self._connections.lost_changes()
             undo.pop_all()
-        self._next_id: int = max(used + 1, first_id)
 
     def close(self) -> None:
         """Close the database."""
@@ -113,6 +118,8 @@ class Metastore:
     def list(self, chosen: Filter, after: str, limit: int) -> list[Info]:
         """Return at most ``limit`` snapshots that match, by name in byte order, after ``after``.
 
+        What has a damaged record is left out.
+
         Raises:
             ResourceExhausted: they are over `MAX_PAGE`.
         """
@@ -127,8 +134,8 @@ class Metastore:
             # Closing the cursor, also after an error, ends the read transaction.
             with closing(rows):
                 for row in rows:
-                    info = records.record_of(row).info
-                    if chosen.matches(info):
+                    record = records.readable(row)
+                    if record and chosen.matches(info := record.info):
                         found.append(info)
                         size += sum(len(text.encode()) for text in (info.name, info.parent, row[7]))
                         if size > MAX_PAGE:
@@ -143,7 +150,9 @@ class Metastore:
         """Return all snapshots that own a directory, its id and their names."""
         with self._connections.reading() as db:
             return dict(
-                db.execute("SELECT id, name FROM snapshots WHERE kind <> 'view' OR parent IS NULL")
+                db.execute(
+                    "SELECT id, name FROM snapshots WHERE kind IS NOT 'view' OR parent IS NULL"
+                )
             )
 
     def findings(self) -> Sequence[Finding]:
@@ -153,8 +162,12 @@ class Metastore:
         if lost:
             what = f"metadata.db has lost {lost} changes: restore it from a newer backup"
             found.append(Finding(Trouble.DATABASE, "", what))
+        try:
+            self._connections.check_in_place()
+        except DataLoss as error:
+            found.append(Finding(Trouble.DATABASE, "", error.message))
         with self._connections.reading() as db:
-            return [*found, *broken_rules(db)]
+            return [*found, *(broken.finding for broken in broken_rules(db))]
 
     def is_whole(self) -> bool:
         """Tell whether what the database does not know of never was, or is gone for good."""
@@ -171,18 +184,21 @@ class Metastore:
         self._connections.count_changes()
 
     def mend(self) -> None:
-        """Make indexes anew, and see to it that no id is given again."""
+        """Mend of the findings what can be mended without a loss and without a guess."""
+        with self._connections.reading() as db:
+            broken = broken_rules(db)
         with self._connections.writing() as db:
-            mend(db)
+            mend(db, broken)
+            self._next_id = max(self._next_id, records.last_id(db) + 1)
 
     def last_id(self) -> int:
         """Return the highest id that was given so far."""
-        with self._connections.writing():
+        with self._connections.holding():
             return self._next_id - 1
 
     def reserved(self) -> set[int]:
         """Return the ids of all reservations."""
-        with self._connections.writing():
+        with self._connections.holding():
             return {reservation.id for reservation in self._reserved.values()}
 
     def reserve(self, key: str, parent: str) -> Reservation:
@@ -214,16 +230,17 @@ class Metastore:
             NotFound: there is no such key or parent.
             FailedPrecondition: the key is not active, or is being committed already.
             InvalidArgument: the snapshot has another parent, or the parent is not committed.
+            DataLoss: the parent it was prepared from is not there.
         """
         with self._connections.writing() as db:
             self._check_free(db, name, "name")
             record = records.get(db, key)
             if record.info.kind is not Kind.ACTIVE:
-                raise FailedPrecondition(
-                    f"cannot commit {quote(key)}: it is {records.described(record)}, not active"
-                )
+                kind = records.described(record.info.kind)
+                raise FailedPrecondition(f"cannot commit {quote(key)}: it is {kind}, not active")
             if self._is_committing(record):
                 raise FailedPrecondition(f"cannot commit {quote(key)}: it is being committed")
+            records.check_parent(db, record)
             base = None
             if parent and record.info.parent not in ("", parent):
                 raise InvalidArgument(
@@ -238,7 +255,7 @@ class Metastore:
 
     def release(self, reservation: Reservation) -> None:
         """Give up a reservation; one that was published is gone already."""
-        with self._connections.writing():
+        with self._connections.holding():
             if self._reserved.get(reservation.name) is reservation:
                 del self._reserved[reservation.name]
 
@@ -310,15 +327,15 @@ class Metastore:
 
     def standbys(self) -> Mapping[int, tuple[int, Usage]]:
         """Return how many standby clones snapshots want, if any, and what one takes, by id."""
-        label = f"json_extract(labels, '$.\"{STANDBY_LABEL}\"')"
         with self._connections.reading() as db:
             rows = db.execute(
-                f"SELECT id, {label}, size, inodes FROM snapshots"  # noqa: S608 - a constant
-                f" WHERE kind = 'committed' AND {label} IS NOT NULL"
+                f"SELECT {records.COLUMNS} WHERE s.kind = 'committed'"
+                f" AND instr(s.labels, '{STANDBY_LABEL}') > 0"
             )
             found = {
-                id_: (standby_number({STANDBY_LABEL: text}), Usage(size, inodes))
-                for id_, text, size, inodes in rows
+                record.id: (standby_number(record.info.labels), record.usage)
+                for record in map(records.readable, rows)
+                if record and record.usage
             }
             return {id_: wanted for id_, wanted in found.items() if wanted[0]}
 
@@ -359,12 +376,14 @@ class Metastore:
     def remove(self, key: str, check: Callable[[Record], None] = lambda _: None) -> Record:
         """Forget a snapshot, durably, unless ``check`` raises; return what it was.
 
+        Its record may be damaged.
+
         Raises:
             NotFound: there is no such snapshot.
             FailedPrecondition: it has children, or is in use by a call that is running.
         """
         with self._connections.writing() as db:
-            record = records.get(db, key)
+            record = records.doomed(db, key)
             children = "SELECT 1 FROM snapshots WHERE parent = ? LIMIT 1"
             if db.execute(children, (record.id,)).fetchone() or any(
                 held.parent is not None and held.parent.id == record.id
@@ -387,7 +406,7 @@ class Metastore:
         taken = db.execute("SELECT kind FROM snapshots WHERE name = ?", (name,)).fetchone()
         if taken:
             raise AlreadyExists(
-                f"the {what} {quote(name)} is taken by {records.DESCRIPTIONS[Kind(taken[0])]}:"
+                f"the {what} {quote(name)} is taken by {records.described(taken[0])}:"
                 " choose another or remove that one"
             )
         if name in self._reserved:
