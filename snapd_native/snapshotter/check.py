@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 
 from snapd_native import trees
 from snapd_native.errors import DataLoss
 from snapd_native.metastore import Metastore
-from snapd_native.model import Finding, Trouble
+from snapd_native.model import Finding, Trouble, is_name
 from snapd_native.snapshotter.mounting import Mounter
 from snapd_native.snapshotter.reaping import Reaper
 from snapd_native.snapshotter.state import StateDirectory
@@ -22,37 +23,48 @@ def check(
     Nothing is changed. What other calls do meanwhile is not taken for an error. ``report`` may end
     it.
     """
-    found = [*state.findings()]
-    try:
-        found += store.findings()
-        found += _lost(state, store)
-        found += _left(mounter, reaper, report)
-        found += _found(state)
-        found += mounter.findings()
-    except DataLoss as error:
-        found.append(Finding(Trouble.DATABASE, "", error.message))
-    return found
+    found: list[Finding] = []
+    for part in (
+        state.findings,
+        store.findings,
+        partial(_lost, state, store),
+        partial(_left, mounter, reaper, report),
+        partial(_found, state),
+        mounter.findings,
+    ):
+        try:
+            found.extend(part())
+        except DataLoss as error:
+            found.append(Finding(Trouble.DATABASE, "", error.message))
+    return [*dict.fromkeys(found)]
 
 
 def repair(
-    state: StateDirectory, store: Metastore, mounter: Mounter, reaper: Reaper, report: trees.Report
+    found: Sequence[Finding],
+    state: StateDirectory,
+    store: Metastore,
+    mounter: Mounter,
+    reaper: Reaper,
+    report: trees.Report,
 ) -> list[Finding]:
-    """Mend what can be mended without a loss and without a guess; return what was wrong of that.
+    """Mend of what `check` has ``found`` what can be without a loss and without a guess.
 
-    Files of the service are closed to others. Indexes of the database are made anew from its
-    tables. What no snapshot owns is deleted, as by Cleanup. Mounts are made what the ledger says.
+    Return what was wrong of that. Files of the service are closed to others. Indexes of the
+    database are made anew from its tables. What no snapshot owns is deleted, as by Cleanup. Mounts
+    are made what the ledger says.
     """
-    found = check(state, store, mounter, reaper, report)
-    if found:
-        state.close_to_others()
-        with suppress(DataLoss):
-            store.mend()
-        with suppress(OSError):
-            reaper.finish(report)
-        mounter.mend()
-        left = check(state, store, mounter, reaper, report)
-        found = [finding for finding in found if finding not in left]
-    return found
+    if not found:
+        return []
+    for mend in (
+        state.close_to_others,
+        store.mend,
+        partial(reaper.finish, report),
+        mounter.mend,
+    ):
+        with suppress(DataLoss, OSError):
+            mend()
+    left = check(state, store, mounter, reaper, report)
+    return [finding for finding in found if finding not in left]
 
 
 def _lost(state: StateDirectory, store: Metastore) -> Iterator[Finding]:
@@ -63,7 +75,7 @@ def _lost(state: StateDirectory, store: Metastore) -> Iterator[Finding]:
     for id_, name in store.directories().items():
         if id_ in before and id_ not in there:
             what = "its directory is gone: restore it from a backup, or remove the snapshot"
-            yield Finding(Trouble.TREE, name, what)
+            yield Finding(Trouble.TREE, name if is_name(name) else "", what)
 
 
 def _left(mounter: Mounter, reaper: Reaper, report: trees.Report) -> Iterator[Finding]:

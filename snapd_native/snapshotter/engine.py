@@ -89,7 +89,7 @@ class Snapshotter:
         Raises:
             Unavailable: another process uses the directory, ``stopping`` is set, or the kernel is
                 older than 5.12.
-            FailedPrecondition: the directory belongs to somebody else.
+            FailedPrecondition: the directory belongs to somebody else, or the database is no file.
             DataLoss: the database is damaged, gone, or was made by a newer version.
             ResourceExhausted: the disk is full.
         """
@@ -101,7 +101,8 @@ class Snapshotter:
             undo.callback(self._state.close)
             # An id whose directory could not be deleted is never given again.
             found = self._state.listing()
-            if any(not prefix for _, prefix, _ in found) and not self._state.has_database():
+            has_snapshots = any(not prefix for _, prefix, _ in found)
+            if has_snapshots and not self._state.has_database():
                 raise DataLoss(
                     f"{self._state.database} is gone, but its snapshots are there:"
                     " restore it from a backup, or move the snapshots away"
@@ -111,6 +112,7 @@ class Snapshotter:
                 announce,
                 first_id=self._state.highest_id() + 1,
                 make_room=self._state.ballast.drop,
+                may_be_new=not has_snapshots,
             )
             undo.callback(self._store.close)
             for name in self._store.forget_unsettled(linux.boot_id()):
@@ -449,14 +451,19 @@ class Snapshotter:
         job = job or Job()
         job.begin(Operation.CHECK, "")
         with explained("check the state"):
-            return check(self._state, self._store, self._mounter, self._reaper, self._watched(job))
+            found = check(self._state, self._store, self._mounter, self._reaper, self._watched(job))
+        job.conclude()
+        return found
 
     def repair(self, job: Job | None = None) -> Sequence[Finding]:
         """Mend what `check` finds, as far as nothing is lost or guessed; return what is mended."""
         job = job or Job()
         job.begin(Operation.REPAIR, "")
+        parts = (self._state, self._store, self._mounter, self._reaper, self._watched(job))
         with explained("repair the state"):
-            return repair(self._state, self._store, self._mounter, self._reaper, self._watched(job))
+            found = check(*parts)
+            job.conclude()
+            return repair(found, *parts)
 
     def verify(self, name: str, job: Job | None = None) -> str:
         """Compare a committed snapshot's tree with the digest that Commit has recorded.

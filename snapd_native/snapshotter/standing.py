@@ -41,7 +41,8 @@ class Standing:
             self.blind = _CHROOT
         if self.blind:
             log.warning("%s", self.blind)
-        self.mend()
+        # A Commit that was going on when the service ended has left its mounts read-only.
+        self.mend(thaw=True)
 
     def of(self, lines: Sequence[Line]) -> list[tuple[Line, Entry]]:
         """Return what still stands, and forget what is gone."""
@@ -111,10 +112,10 @@ class Standing:
         for line, entry in standing.items():
             on = quote_path(line.target)
             if line.boot != self.boot:
-                what = f"it is not mounted on {on} since the machine was started: restart the"
-                found.append((line.key, f"{what} service, or unmount it"))
+                what = f"it is not mounted on {on} since the machine was started"
+                found.append((line.key, f"{what}: call Repair, or unmount it"))
             elif entry and line.read_only and not entry.read_only:
-                found.append((line.key, f"it is writable on {on}: unmount it"))
+                found.append((line.key, f"it is writable on {on}: call Repair"))
         known = {entry.id for entry in standing.values() if entry}
         found += [
             ("", f"{quote_path(entry.target)} is mounted, but not known: unmount it by hand")
@@ -128,17 +129,19 @@ class Standing:
         for directory in (self.own.parent, self.own, path):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def mend(self, frozen: Collection[int] = ()) -> None:
+    def mend(self, frozen: Collection[int] = (), *, thaw: bool = False) -> None:
         """Make what stands what the ledger says, and again what stood before a restart.
 
-        Mounts of trees that are ``frozen`` are left alone: they are being committed.
+        Mounts of trees that are ``frozen`` are left alone: they are being committed. What else is
+        read-only stays so, unless it is to ``thaw``: a person has made it so.
         """
         if self.blind:
             return
         lines = [line for line in self._ledger.lines() if line.tree not in frozen]
         for line, entry in self.of(lines):
             try:
-                mounts.restore(entry, read_only=line.read_only)
+                kept = entry.read_only and not thaw
+                mounts.restore(entry, read_only=line.read_only or kept)
             except OSError as error:
                 log.warning("%s may not be as it was mounted: %s", quote_path(entry.target), error)
         for line in lines:

@@ -7,7 +7,7 @@ import fcntl
 import os
 import re
 import stat
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from snapd_native.snapshotter.ballast import Ballast
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _STANDBY = re.compile(r"(making|ready)-([1-9][0-9]{0,18})-([1-9][0-9]{0,18})", re.ASCII)
+_FILES = ("metadata.db", "metadata.db-wal", "metadata.db-shm", "metadata.db.changes")
 _OURS = re.compile(r"(new-|rm-|found-)?([1-9][0-9]{0,18})", re.ASCII)
 
 
@@ -75,9 +76,10 @@ class StateDirectory:
     def has_database(self) -> bool:
         """Tell whether the metastore was ever made here, and is still there."""
         try:
-            return self.database.stat().st_size > 0
+            found = self.database.lstat()
         except FileNotFoundError:
             return False
+        return found.st_size > 0 or not stat.S_ISREG(found.st_mode)
 
     @property
     def real_path(self) -> str:
@@ -263,10 +265,10 @@ class StateDirectory:
 
     def findings(self) -> Iterator[Finding]:
         """Yield what others may reach, and what among the directories is not the service's."""
-        for name in self._open_to_others():
+        for name, found in self._open_to_others():
             path = quote_path(os.path.normpath(self.path / name))
-            what = f"others may reach {path}: chown it to uid {os.geteuid()}, chmod go= it"
-            yield Finding(Trouble.MODE, "", what)
+            remedy = "call Repair" if _is_plain(found) else "it is no file, move it away"
+            yield Finding(Trouble.MODE, "", f"others may reach {path}: {remedy}")
         for name in self._names():
             ours = _OURS.fullmatch(name) or _STANDBY.fullmatch(name)
             if not (ours and (self._is_directory(name) or not self._is_there(name))):
@@ -275,22 +277,42 @@ class StateDirectory:
 
     def close_to_others(self) -> None:
         """See to it that nobody else may reach what is the service's."""
-        for name in self._open_to_others():
-            # By an fd, so that no other file can come in between.
-            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._fd)
-            try:
-                os.fchown(fd, os.geteuid(), -1)
-                os.fchmod(fd, os.fstat(fd).st_mode & 0o700)
-            finally:
-                os.close(fd)
+        for name, _ in self._open_to_others():
+            # What cannot be closed stays a finding.
+            with suppress(OSError), self._opened_itself(name) as fd:
+                found = os.fstat(fd)
+                if _is_plain(found):
+                    os.fchown(fd, os.geteuid(), -1)
+                    os.fchmod(fd, found.st_mode & 0o700)
 
-    def _open_to_others(self) -> Iterator[str]:
+    def _open_to_others(self) -> Iterator[tuple[str, os.stat_result]]:
         """Yield what of the service's belongs to others, or may be reached by them."""
-        for name in (".", "snapshots", "metadata.db", "metadata.db-wal", "metadata.db-shm"):
+        for name in (".", "snapshots", *_FILES):
             with suppress(FileNotFoundError):
-                found = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+                if (fd := self._directories.get(name)) is not None:
+                    found = os.fstat(fd)
+                else:
+                    found = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
                 if found.st_uid != os.geteuid() or found.st_mode & 0o077:
-                    yield name
+                    yield name, found
+
+    @property
+    def _directories(self) -> Mapping[str, int]:
+        """What the service has open itself, to which a symbolic link may have led."""
+        return {".": self._fd, "snapshots": self._snapshots}
+
+    @contextmanager
+    def _opened_itself(self, name: str) -> Iterator[int]:
+        """Lend an fd, so that no other file can come in between, and nothing is waited for."""
+        if name in self._directories:
+            yield self._directories[name]
+            return
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(name, flags, dir_fd=self._fd)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def _names(self) -> list[str]:
         # By a descriptor of its own: all that read a directory by one share their place in it.
@@ -331,6 +353,10 @@ def close_runtime(path: Path) -> None:
             _close_to_others(fd)
         finally:
             os.close(fd)
+
+
+def _is_plain(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
 
 
 def _lost() -> DataLoss:

@@ -1,0 +1,415 @@
+"""Damage: one record's is no other's, what cannot start says so, and what is moved is missed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from snapd_native.client import BlockingClient
+from snapd_native.errors import (
+    AlreadyExists,
+    Cancelled,
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    SnapdError,
+)
+from snapd_native.jobs import Job
+from snapd_native.metastore.rules import broken_rules
+from snapd_native.model import Finding, Trouble
+from snapd_native.snapshotter import Snapshotter
+from snapd_native.snapshotter.reaping import Reaper
+from tests.engines import BEFORE, WAIT, ignore, names, opened, state_of
+from tests.mounting import place
+from tests.service import Service, committed
+
+
+def damage(state: Path, *statements: str) -> None:
+    """Change the database as no rule of its own lets anybody."""
+    with closing(sqlite3.connect(state / "metadata.db", isolation_level=None)) as db:
+        db.execute("PRAGMA ignore_check_constraints = ON")
+        triggers = db.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'")
+        kept = triggers.fetchall()
+        for name, _ in kept:
+            db.execute(f"DROP TRIGGER {name}")
+        for statement in statements:
+            db.execute(statement)
+        for _, sql in kept:
+            db.execute(sql)
+
+
+def about(found: Sequence[Finding]) -> set[tuple[Trouble, str]]:
+    return {(finding.kind, finding.key) for finding in found}
+
+
+RECORDS = {
+    "labels that are no JSON": """labels = '{"of'""",
+    "labels that are a list": "labels = '[]'",
+    "a label that is a number": """labels = '{"of": 1}'""",
+    "a label with a NUL": r"""labels = '{"of": "a\u0000b"}'""",
+    "a label with half a character": r"""labels = '{"of": "\ud800"}'""",
+    "labels that are no UTF-8": "labels = CAST(x'7b22ff227d' AS TEXT)",
+    "a kind that is none": "kind = 'cnmmitted'",
+    "a negative time": "created = -1",
+    "a usage that is gone": "size = NULL",
+}
+
+
+@pytest.mark.parametrize("how", RECORDS)
+def test_the_damage_of_one_record_is_no_other_s(left: Path, how: str) -> None:
+    with opened(left) as engine:
+        engine.prepare("preparing")
+        engine.commit("done", "preparing", {"snapd-native.standby": "0"})
+    damage(left, f"UPDATE snapshots SET {RECORDS[how]} WHERE name = 'done'")  # noqa: S608
+    with opened(left) as engine:
+        assert names(engine) == BEFORE
+        for call in (
+            lambda: engine.stat("done"),
+            lambda: engine.update("done", {}),
+            lambda: engine.prepare("new", "done"),
+            lambda: engine.verify("done"),
+        ):
+            with pytest.raises(DataLoss, match='the record of "done" is damaged'):
+                call()
+        with pytest.raises(AlreadyExists):
+            engine.prepare("done")
+        before = engine.check()
+        assert (Trouble.DATABASE, "done") in about(before)
+        assert {key for _, key in about(before)} <= {"done", ""}
+        assert engine.repair() == []
+        assert engine.check() == before
+        engine.prepare("new", "base")
+        engine.commit("other", "work")
+        engine.remove("done")
+        assert engine.check() == []
+
+
+@pytest.mark.parametrize("name", ["'lo' || char(0) || 'ne'", "CAST(x'6cff' AS TEXT)", "''"])
+def test_a_name_that_cannot_be(left: Path, name: str) -> None:
+    trees = sorted(os.listdir(left / "snapshots"))
+    damage(left, f"UPDATE snapshots SET name = {name} WHERE name = 'lone'")  # noqa: S608
+    with opened(left) as engine:
+        rest = [key for key in BEFORE if key != "lone"]
+        assert names(engine) == rest
+        found = engine.check()
+        assert about(found) == {(Trouble.DATABASE, "")}
+        assert engine.repair() == []
+        assert all(finding.what.isprintable() for finding in found)
+        engine.prepare("lone", "base")
+    assert set(os.listdir(left / "snapshots")) >= set(trees)
+
+
+def test_a_child_of_what_cannot_be_read(left: Path) -> None:
+    damage(left, "UPDATE snapshots SET name = CAST(x'ff' AS TEXT) WHERE name = 'base'")
+    with opened(left) as engine:
+        assert names(engine) == ["lone"]
+        assert about(engine.check()) == {(Trouble.DATABASE, key) for key in ("", "look", "work")}
+        engine.remove("look")
+        assert "work" not in names(engine)
+
+
+LINE = "INSERT INTO mounts (snapshot, target, read_only, lifetime, uid, owner, boot, mount) VALUES"
+
+
+@pytest.mark.parametrize(
+    "values", ["'/x', 0, 'forever', 0", "'/x', 7, 'persistent', 0", "'/x', 0, 'persistent', -1"]
+)
+def test_a_line_of_the_ledger_that_cannot_be(left: Path, values: str) -> None:
+    work = "(SELECT id FROM snapshots WHERE name = 'work')"
+    damage(left, f"{LINE} ({work}, {values}, '', 'b', 1)")
+    with opened(left) as engine:
+        assert names(engine) == BEFORE
+        assert engine.list_mounts() == []
+        found = engine.check()
+        assert (Trouble.DATABASE, "work") in about(found)
+        assert engine.repair() == []
+        engine.remove("work")
+        assert engine.check() == []
+
+
+def test_a_line_of_the_ledger_of_no_snapshot_is_struck_out(left: Path) -> None:
+    damage(left, f"{LINE} (99, '/x', 0, 'persistent', 0, '', 'b', 1)")
+    with opened(left) as engine:
+        found = engine.check()
+        assert about(found) == {(Trouble.DATABASE, "")}
+        assert all("call Repair" in f.what or "foreign key" in f.what for f in found)
+        assert [f for f in engine.repair() if "/x" in f.what]
+        assert engine.check() == []
+
+
+def test_over_the_bus(service: Service, client: BlockingClient) -> None:
+    committed(client, "base")
+    client.prepare("work", "base")
+    client.prepare("other")
+    damage(
+        service.state, r"""UPDATE snapshots SET labels = '{"a": "\u0000"}' WHERE name = 'work'"""
+    )
+    damage(service.state, "UPDATE snapshots SET name = 'a' || char(0) WHERE name = 'other'")
+    assert [info.name for info in client.walk()] == ["base"]
+    with pytest.raises(DataLoss):
+        client.stat("work")
+    assert about(client.check()) == {(Trouble.DATABASE, "work"), (Trouble.DATABASE, "")}
+    assert client.repair() == []
+    client.remove("work")
+
+
+def header(offset: int, value: int) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        with path.open("r+b") as file:
+            file.seek(offset)
+            file.write(bytes([value]))
+
+    return change
+
+
+def instead(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return change
+
+
+UNUSABLE: dict[str, tuple[type[SnapdError], Callable[[Path], object]]] = {
+    "no version": (DataLoss, header(63, 0)),
+    "the first version": (DataLoss, header(63, 1)),
+    "the version before mounts": (DataLoss, header(63, 2)),
+    "a version to come": (DataLoss, header(60, 1)),
+    "a format that may not be written": (DataLoss, header(18, 6)),
+    "a table that is gone": (DataLoss, lambda path: damage(path.parent, "DROP TABLE mounts")),
+    "one page": (DataLoss, lambda path: os.truncate(path, 4096)),
+    "another database": (
+        DataLoss,
+        instead(
+            lambda path: sqlite3.connect(path).execute("CREATE TABLE x (x)").connection.close()
+        ),
+    ),
+    "a directory": (FailedPrecondition, instead(Path.mkdir)),
+    "a pipe": (FailedPrecondition, instead(os.mkfifo)),
+    "a link": (FailedPrecondition, instead(lambda path: path.symlink_to("elsewhere"))),
+}
+
+
+@pytest.mark.parametrize("how", UNUSABLE)
+def test_what_cannot_be_used_says_so_and_keeps_all_trees(left: Path, how: str) -> None:
+    before = sorted(os.listdir(left / "snapshots"))
+    error, change = UNUSABLE[how]
+    change(left / "metadata.db")
+    for _ in range(2):
+        with pytest.raises(error, match=r"metadata\.db .*(backup|newer version)"):
+            Snapshotter(left, ignore)
+    assert sorted(os.listdir(left / "snapshots")) == before
+
+
+def copy_over(path: Path) -> None:
+    copy = Path(shutil.copy(path, path.with_name("copy")))
+    copy.rename(path)
+
+
+MOVED: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "gone": ("metadata.db", Path.unlink),
+    "a copy": ("metadata.db", copy_over),
+    "a WAL that is gone": ("metadata.db-wal", Path.unlink),
+}
+
+
+@pytest.mark.parametrize("how", MOVED)
+def test_nothing_is_promised_in_a_database_that_was_moved(full: Snapshotter, how: str) -> None:
+    name, move = MOVED[how]
+    move(full.state_directory / name)
+    before = state_of(full)
+    for call in (
+        lambda: full.prepare("new", "base"),
+        lambda: full.view("new", "base"),
+        lambda: full.commit("new", "work"),
+        lambda: full.update("base", {}),
+        lambda: full.remove("lone"),
+        lambda: full.mount("work"),
+    ):
+        with pytest.raises(DataLoss, match="moved or replaced"):
+            call()
+    assert state_of(full) == before
+    assert names(full) == BEFORE
+    (finding,) = full.check()
+    assert finding.kind is Trouble.DATABASE
+    assert "moved or replaced" in finding.what
+    assert full.repair() == []
+
+
+def test_an_index_that_no_repair_can_make(left: Path) -> None:
+    path = left / "metadata.db"
+    content = path.read_bytes()
+    assert content.count(b"loneactive") == 1
+    path.write_bytes(content.replace(b"loneactive", b"workactive"))
+    with opened(left) as engine:
+        found = engine.check()
+        assert (Trouble.DATABASE, "work") in about(found)
+        assert all("backup" in finding.what for finding in found)
+        assert engine.repair() == []
+        assert engine.check() == found
+
+
+def test_ids_are_not_given_again_where_their_count_is_lost(left: Path) -> None:
+    damage(left, "UPDATE sqlite_sequence SET seq = 1")
+    with opened(left) as engine:
+        shutil.rmtree(engine.prepare("lost").source)
+    damage(left, "UPDATE sqlite_sequence SET seq = 1")
+    with opened(left) as engine:
+        engine.prepare("new")
+        damage(left, "UPDATE snapshots SET id = id + 10 WHERE name = 'lost'")
+        assert engine.repair() != []
+        for number in range(12):
+            engine.prepare(f"next {number}")
+
+
+@pytest.mark.parametrize("how", ["DELETE FROM snapshots", "UPDATE snapshots SET kind = 'active'"])
+def test_a_commit_without_its_parent_is_data_loss(left: Path, how: str) -> None:
+    damage(left, f"{how} WHERE name = 'base'")
+    with opened(left) as engine:
+        before = state_of(engine)
+        with pytest.raises(DataLoss, match='the parent of "work"'):
+            engine.commit("done", "work")
+        assert state_of(engine) == before
+
+
+def test_descendants_of_what_is_gone_are_not_their_own_ancestors(left: Path) -> None:
+    with opened(left) as engine:
+        engine.commit("done", "work")
+        engine.prepare("next", "done")
+    damage(left, "DELETE FROM snapshots WHERE name = 'base'")
+    with opened(left) as engine:
+        found = [finding.what for finding in engine.check()]
+    assert found
+    assert not [what for what in found if "ancestor" in what]
+
+
+@pytest.mark.parametrize("what", ["TRIGGER only_labels_change", "INDEX children", "INDEX standbys"])
+def test_what_the_schema_lacks_is_made_anew(left: Path, what: str) -> None:
+    with closing(sqlite3.connect(left / "metadata.db", isolation_level=None)) as db:
+        db.execute(f"DROP {what}")
+    with opened(left) as engine:
+        (finding,) = engine.check()
+        assert finding.kind is Trouble.DATABASE
+        assert "call Repair" in finding.what
+        assert engine.repair() == [finding]
+        assert engine.check() == []
+
+
+def test_an_index_whose_page_is_gone_takes_a_backup(left: Path) -> None:
+    with closing(sqlite3.connect(left / "metadata.db")) as db:
+        (page,) = db.execute(
+            "SELECT rootpage FROM sqlite_schema WHERE name = 'children'"
+        ).fetchone()
+    header((page - 1) * 4096, 0xFF)(left / "metadata.db")
+    with opened(left) as engine:
+        found = engine.check()
+        assert found
+        assert all("backup" in finding.what for finding in found)
+        assert engine.repair() == []
+
+
+def test_a_pipe_in_place_of_a_file_does_not_hold_up_repair(full: Snapshotter) -> None:
+    path = full.state_directory / "metadata.db-shm"
+    path.rename(full.state_directory / "kept")
+    os.mkfifo(path, 0o644)
+    found = full.check()
+    assert [finding.kind for finding in found] == [Trouble.MODE]
+    assert full.repair() == []
+    path.unlink()
+    (full.state_directory / "kept").rename(path)
+
+
+def test_snapshots_behind_a_link(left: Path) -> None:
+    (left / "snapshots").rename(left / "elsewhere")
+    (left / "snapshots").symlink_to("elsewhere")
+    with opened(left) as engine:
+        assert engine.check() == []
+        (left / "elsewhere").chmod(0o755)
+        (finding,) = engine.check()
+        assert finding.kind is Trouble.MODE
+        assert engine.repair() == [finding]
+        assert (left / "elsewhere").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_repair_that_mends_cannot_be_cancelled(
+    full: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (full.state_directory / "metadata.db").chmod(0o644)
+    job = Job()
+    real = full._state.close_to_others
+
+    def late() -> None:
+        real()
+        assert not job.cancel()
+
+    monkeypatch.setattr(full._state, "close_to_others", late)
+    assert len(full.repair(job)) == 1
+    (full.state_directory / "metadata.db").chmod(0o644)
+    early = Job()
+    assert early.cancel()
+    with pytest.raises(Cancelled):
+        full.repair(early)
+    assert len(full.check()) == 1
+    job = Job()
+    full.check(job)
+    assert not job.cancel()
+
+
+def test_what_is_mended_is_told_also_where_something_fails(
+    full: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise DataLoss("it is damaged")
+
+    (full.state_directory / "metadata.db").chmod(0o644)
+    monkeypatch.setattr(Reaper, "finish", failing)
+    monkeypatch.setattr(full._mounter, "mend", failing)
+    assert [finding.kind for finding in full.repair()] == [Trouble.MODE]
+
+
+def test_repair_does_not_make_writable_what_somebody_has_made_read_only(
+    full: Snapshotter, places: Path
+) -> None:
+    target = place(places)
+    full.mount("work", str(target))
+    subprocess.run(["mount", "-o", "remount,bind,ro", target], check=True)
+    (full.state_directory / "metadata.db").chmod(0o644)
+    assert len(full.repair()) == 1
+    with pytest.raises(OSError, match="Read-only"):
+        (target / "file").touch()
+    full.unmount(str(target))
+
+
+def test_nobody_waits_for_what_repair_looks_for(
+    full: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking, go_on = threading.Event(), threading.Event()
+
+    def slow(db: sqlite3.Connection) -> object:
+        looking.set()
+        assert go_on.wait(WAIT)
+        return broken_rules(db)
+
+    monkeypatch.setattr("snapd_native.metastore.store.broken_rules", slow)
+    thread = threading.Thread(target=full._store.mend)
+    thread.start()
+    try:
+        assert looking.wait(WAIT)
+        full.view("new", "base")
+    finally:
+        go_on.set()
+        thread.join()
+
+
+def test_no_label_may_have_a_nul(full: Snapshotter) -> None:
+    for labels in ({"a\0": "b"}, {"a": "b\0"}):
+        with pytest.raises(InvalidArgument, match="NUL"):
+            full.prepare("new", labels=labels)
