@@ -19,7 +19,7 @@ from sdnotify import SystemdNotifier
 
 from snapd_native.bus.dispatch import Dispatcher
 from snapd_native.bus.lanes import Lane, Lanes
-from snapd_native.errors import SnapdError, Unavailable
+from snapd_native.errors import DataLoss, SnapdError, Unavailable
 from snapd_native.model import Change
 from snapd_native.snapshotter import Snapshotter
 
@@ -181,10 +181,18 @@ class _Daemon:
         while period:
             # A worker that hangs holds up the next ping, and so brings the watchdog.
             try:
-                await lanes.run(Lane.READ, os.geteuid(), snapshotter.check_health)
-                await lanes.run(Lane.CHANGE, os.geteuid(), snapshotter.check_health)
+                await lanes.run(Lane.READ, os.geteuid(), partial(_check_health, snapshotter))
+                await lanes.run(Lane.CHANGE, os.geteuid(), partial(_check_health, snapshotter))
             except SnapdError as error:
                 log.error("the service is not well: %s", error)
             else:
                 self._notify("WATCHDOG=1")
             await asyncio.sleep(period)
+
+
+def _check_health(snapshotter: Snapshotter) -> None:
+    """Log it if the metastore cannot be read: callers are told why, which a restart would end."""
+    try:
+        snapshotter.check_health()
+    except DataLoss as error:
+        log.error("the service is not well: %s", error)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -19,11 +21,12 @@ import pytest
 from snapd_native.bus.lanes import Lane, Lanes
 from snapd_native.client import BlockingClient, Client
 from snapd_native.daemon import _Daemon
-from snapd_native.errors import NotFound, Unavailable
+from snapd_native.errors import DataLoss, NotFound, Unavailable
 from snapd_native.model import Kind
 from snapd_native.private import private_bus
 from snapd_native.snapshotter import Snapshotter
 from snapd_native.wire.names import BUS_NAME, DRIVER
+from tests.filesystems import mounted
 from tests.service import (
     NOBODY,
     PATIENCE,
@@ -164,6 +167,34 @@ def test_what_systemd_is_told(
         after = notifications.until("STOPPING=1")
         assert ("WATCHDOG=1" in after) <= watchdog
         assert after[-1].startswith("STATUS=")
+
+
+def test_a_disk_that_is_gone_stops_no_pings(
+    on_bus: str, loop_directory: Path, notifications: Notifications
+) -> None:
+    """No restart would bring it back, and nobody would say what is the matter."""
+    with (
+        mounted("xfs", 320 << 20, loop_directory) as disk,
+        started(on_bus, disk.root / "state", notifications, WATCHDOG_USEC="60000") as daemon,
+        BlockingClient() as client,
+    ):
+        notifications.until("READY=1")
+        shut_down(disk.root)
+        with pytest.raises(DataLoss):
+            client.list()
+        for _ in range(3):
+            notifications.until("WATCHDOG=1")
+        daemon.send_signal(signal.SIGTERM)
+
+
+def shut_down(root: Path) -> None:
+    """Have a file system fail whatever is asked of it until it is unmounted."""
+    fd = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # FS_IOC_SHUTDOWN with FSOP_GOING_FLAGS_NOLOGFLUSH.
+        fcntl.ioctl(fd, 0x8004587D, struct.pack("=I", 2))
+    finally:
+        os.close(fd)
 
 
 @pytest.mark.parametrize("lane", [Lane.READ, Lane.CHANGE])
