@@ -175,6 +175,21 @@ def boot_id() -> str:
         return file.read().strip()
 
 
+def mounting_id(fd: int) -> str:
+    """Return what tells this mounting of the file system behind ``fd`` from all others.
+
+    While ext4 and xfs are mounted they have a directory in /sys, with a number that no other one
+    has during a boot. Of other file systems it is the boot that is told.
+    """
+    device = os.fstat(fd).st_dev
+    try:
+        block = os.readlink(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+        found = os.stat(f"/sys/fs/{filesystem_type(fd)}/{os.path.basename(block)}")
+    except FileNotFoundError:
+        return boot_id()
+    return f"{boot_id()} {found.st_ino}"
+
+
 def filesystem_type(fd: int) -> str:
     """Return the type of the file system behind ``fd``, as /proc/self/mountinfo names it."""
     mount = str(mount_id(fd))

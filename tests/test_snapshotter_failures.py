@@ -242,16 +242,18 @@ os._exit(0)
 """
 
 
+@pytest.mark.parametrize("reboot", [True, False])
 @pytest.mark.parametrize("name", ["ext4", "xfs"])
 def test_what_returned_survives_a_power_cut(
-    loop_directory: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    loop_directory: Path, name: str, reboot: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but a Prepare that had no time to reach the disk, of which nothing is left."""
     with mounted(name, 512 << 20, loop_directory) as disk:
         command = [sys.executable, "-c", POWER_CUT, str(disk.root)]
         done = subprocess.run(command, check=True, capture_output=True, cwd=PROJECT)
         mount_again(disk.root)
-        monkeypatch.setattr(linux, "boot_id", lambda: "the next boot")
+        if reboot:
+            monkeypatch.setattr(linux, "boot_id", lambda: "the next boot")
         with opened(disk.root / "state") as engine:
             assert names(engine) == ["base", "empty", "look", "work"]
             assert engine.stat("look").labels == engine.stat("base").labels == {"a": "b"}

@@ -132,11 +132,12 @@ def test_ids_are_never_given_again(state: Path) -> None:
 
 def test_what_was_not_on_disk_ends_with_the_boot(state: Path) -> None:
     def boot_before(settled: bool) -> None:
-        with pytest.MonkeyPatch.context() as patch, opened(state) as engine:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(linux, "boot_id", lambda: "the boot before")
             if not settled:
                 patch.setattr(Metastore, "settle", fail(errno.EIO))
-            engine.prepare("settled" if settled else "unsettled", "base")
+            with opened(state) as engine:
+                engine.prepare("settled" if settled else "unsettled", "base")
 
     with opened(state) as engine:
         write(engine.prepare("preparing"), file="base")

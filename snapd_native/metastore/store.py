@@ -268,7 +268,7 @@ class Metastore:
     ) -> None:
         """Make a reservation of `reserve` a snapshot, durably.
 
-        ``boot`` says that its tree is not on disk yet, and what boot of the machine this is: until
+        ``boot`` says that its tree is not on disk yet, and what `linux.mounting_id` is: until
         `settle` says otherwise, the snapshot ends with it; see `forget_unsettled`.
         """
         parent = reservation.parent
@@ -350,7 +350,7 @@ class Metastore:
             db.executemany("UPDATE snapshots SET boot = NULL WHERE id = ?", ((id_,) for id_ in ids))
 
     def forget_unsettled(self, boot: str) -> Sequence[str]:
-        """Forget the snapshots that ended with another boot than this; return their names."""
+        """Forget the snapshots that ended with another mounting than this; return their names."""
         with self._connections.writing() as db, transaction(db):
             rows = db.execute("DELETE FROM snapshots WHERE boot <> ? RETURNING name", (boot,))
             return [name for (name,) in rows.fetchall()]

@@ -115,8 +115,11 @@ class Snapshotter:
                 may_be_new=not has_snapshots,
             )
             undo.callback(self._store.close)
-            for name in self._store.forget_unsettled(linux.boot_id()):
-                log.warning("%s is gone: it was prepared just before a power cut", quote(name))
+            for name in self._store.forget_unsettled(self._state.mounting):
+                log.warning(
+                    "%s is gone: it was prepared just before a power cut or a disk's failure",
+                    quote(name),
+                )
             self._check_directories()
             close_runtime(runtime)
             self._mounter = Mounter(self._state, self._store, runtime, self._stopping)
@@ -514,7 +517,7 @@ class Snapshotter:
                 elif kind is Kind.ACTIVE:
                     undo.callback(self._reaper.discard, held.id)
                     on_disk = self._make_tree(held.id, held.parent, job)
-                    boot = None if on_disk else linux.boot_id()
+                    boot = None if on_disk else self._state.mounting
                 else:
                     self._state.check(held.parent.id)
             job.conclude()

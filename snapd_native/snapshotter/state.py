@@ -58,6 +58,7 @@ class StateDirectory:
             self._synced = os.open(".", _DIRECTORY, dir_fd=self._snapshots)
             undo.callback(os.close, self._synced)
             os.fsync(self._fd)
+            self.mounting = linux.mounting_id(self._snapshots)
             self._place = Table.read().place(self._snapshots)
             self.filesystem_type = linux.filesystem_type(self._snapshots)
             self.reflink = trees.reflink_works(self._snapshots)
