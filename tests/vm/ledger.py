@@ -1,4 +1,4 @@
-"""What a load was told, and whether the machine stands by it after a power cut."""
+"""What a load was told, and whether the machine stands by it after a power cut or a failed disk."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ class Ledger:
     """What committed snapshots may have; one, unless Update was begun and nothing heard of it."""
     acknowledged: int = 0
     """Commits."""
+    failures: list[str] = field(default_factory=list)
+    """What calls were answered that could not be done."""
 
     def begin(self, call: dict[str, Any]) -> None:
         key = call["key"]
@@ -60,23 +62,38 @@ class Ledger:
             case "update":
                 self.labels[key] = [call["labels"]]
             case "remove":
+                # It may be back: somebody else's Remove of it has failed.
+                self.committed.pop(key, None)
                 self.perhaps.pop(key, None)
                 self.active.pop(key, None)
                 self.views.pop(key, None)
 
     def refused(self, call: dict[str, Any]) -> None:
+        assert call["operation"] != "commit", f"{call} was refused"
+        self._undone(call)
+
+    def failed(self, call: dict[str, Any], error: str) -> None:
+        self.failures.append(error)
+        if not call.get("doubtful"):
+            self._undone(call)
+
+    def _undone(self, call: dict[str, Any]) -> None:
+        """All is as it was before the call."""
         key = call["key"]
         match call["operation"]:
             case "prepare":
                 self.active.pop(key)
             case "commit":
-                raise AssertionError(f"{call} was refused")
+                self.perhaps.pop(call["name"])
+                self.labels.pop(call["name"])
             case "view":
                 self.views.pop(key)
             case "update":
                 self.labels[key].remove(call["labels"])
             case "remove" if key in self.perhaps:
                 self.committed[key] = self.perhaps.pop(key)
+            case "remove" if key in self.views:
+                self.views[key] = True
 
     def compare(self, found: dict[str, Any]) -> list[str]:
         """List what is not as promised; then take what is there for granted."""
@@ -138,10 +155,18 @@ class Book:
             return
         call = self._calls.pop(told["call"])
         ledger = self.ledgers[call["instance"]]
-        if told["at"] == "done":
-            ledger.done(call)
-        else:
-            ledger.refused(call)
+        match told["at"]:
+            case "done":
+                ledger.done(call)
+            case "refused":
+                ledger.refused(call)
+            case "failed":
+                ledger.failed(call, f"{told['error']}: {told['message']}")
+
+    def doubt(self) -> None:
+        """Take it that what is open may have happened as a whole, whatever is answered."""
+        for call in self._calls.values():
+            call["doubtful"] = True
 
     def end(self) -> None:
         """No more will be heard of the calls that are open."""
@@ -151,7 +176,7 @@ class Book:
         """Tell how many commits the instance has acknowledged that has done the fewest."""
         return min(ledger.acknowledged for ledger in self.ledgers.values())
 
-    def order(self, seed: int, workers: int) -> str:
+    def order(self, seed: int, workers: int, patient: bool = False) -> str:
         """Return what a load is to be told."""
         return json.dumps(
             {
@@ -159,5 +184,6 @@ class Book:
                 "workers": workers,
                 "known": {name: one.committed for name, one in self.ledgers.items()},
                 "keys": {name: [*one.views, *one.active] for name, one in self.ledgers.items()},
+                "patient": patient,
             }
         )

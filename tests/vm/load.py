@@ -1,9 +1,10 @@
 """Runs in the guest: clients that change snapshots all the time, and tell of each call.
 
 Reads from stdin one JSON object, ``{"seed": int, "workers": int, "known": {INSTANCE: {NAME:
-{PATH: DIGEST}}}, "keys": {INSTANCE: [KEY]}}``, and prints a JSON line before each call and one
-after it, until it is killed. What a tree holds is not read back from it: the digests are of what
-was written.
+{PATH: DIGEST}}}, "keys": {INSTANCE: [KEY]}, "patient": bool}``, and prints a JSON line before each
+call and one after it, until it is killed. Clients that are patient go on when the service could
+not do what they asked for. What a tree holds is not read back from it: the digests are of what was
+written.
 """
 
 from __future__ import annotations
@@ -19,10 +20,19 @@ from contextlib import contextmanager
 from itertools import count
 
 from snapd_native.client import BlockingClient
-from snapd_native.errors import FailedPrecondition, NotFound
+from snapd_native.errors import (
+    DataLoss,
+    FailedPrecondition,
+    Internal,
+    NotFound,
+    ResourceExhausted,
+)
 
 KEEP = 12
 """Committed snapshots of an instance, about: its disk is small."""
+
+UNABLE = (DataLoss, ResourceExhausted, Internal)
+"""What the service answers when it could not do what it was asked for."""
 
 Files = dict[str, str]
 
@@ -45,16 +55,20 @@ def told(instance: str, operation: str, key: str, **fields: object) -> Iterator[
     except (FailedPrecondition, NotFound):
         say(call=call, at="refused")
         raise
+    except UNABLE as error:
+        say(call=call, at="failed", error=type(error).__name__, message=str(error))
+        raise
     say(call=call, at="done")
 
 
 class Worker:
     """One client of one instance. Its snapshots have names that no other worker uses."""
 
-    def __init__(self, instance: str, name: str, known: dict[str, Files]) -> None:
+    def __init__(self, instance: str, name: str, known: dict[str, Files], patient: bool) -> None:
         self._instance = instance
         self._name = name
         self._known = known
+        self._patient = patient
         self._chance = random.Random(name)
 
     def run(self, keys: list[str]) -> None:
@@ -63,7 +77,11 @@ class Worker:
                 with told(self._instance, "remove", key):
                     client.remove(key)
             for number in count():
-                self._round(client, f"{self._name}-{number}")
+                try:
+                    self._round(client, f"{self._name}-{number}")
+                except UNABLE:
+                    if not self._patient:
+                        raise
 
     def _round(self, client: BlockingClient, name: str) -> None:
         key = f"{name}-active"
@@ -74,7 +92,12 @@ class Worker:
                 mount = client.prepare(key, parent)
         except (FailedPrecondition, NotFound):
             return
-        self._change(mount.source, name, files)
+        try:
+            self._change(mount.source, name, files)
+        except OSError:
+            if not self._patient:
+                raise
+            return
         if self._chance.random() < 0.15:
             return
         with told(self._instance, "commit", key, name=name, parent=parent, files=files):
@@ -147,7 +170,7 @@ def main() -> None:
 
     for instance, known in order["known"].items():
         for number in range(order["workers"]):
-            worker = Worker(instance, f"{order['seed']}-{number}", known)
+            worker = Worker(instance, f"{order['seed']}-{number}", known, order["patient"])
             keys = order["keys"][instance] if number == 0 else []
             threading.Thread(target=work, args=(worker, keys), daemon=True).start()
     failed.wait()

@@ -1,0 +1,129 @@
+"""Runs in the guest: calls of an instance before, while and after a quota is exhausted.
+
+Prints as a JSON object how each call was answered.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+from snapd_native.client import BlockingClient
+from snapd_native.errors import ResourceExhausted, SnapdError
+
+MIB = 1 << 20
+
+TARGET = "/run/exhaustion"
+
+VIEWS = 150
+"""More than what is kept for the metadata holds."""
+
+
+def fill(client: BlockingClient) -> None:
+    for number in range(4):
+        tree = client.prepare("preparing").source
+        with open(os.path.join(tree, "file"), "wb") as file:
+            file.write(os.urandom(MIB))
+        client.commit(f"base-{number}", "preparing")
+    client.prepare("work", "base-0")
+    client.prepare("more", "base-0")
+    client.view("look", "base-0")
+    os.makedirs(TARGET, exist_ok=True)
+
+
+def use_up(scarce: str, root: str) -> None:
+    """Take the last byte or inode that the quota allows."""
+    hog = os.path.join(root, "hog")
+    os.makedirs(hog, exist_ok=True)
+    try:
+        for number in range(1 << 20) if scarce == "inodes" else ():
+            os.close(os.open(os.path.join(hog, str(number)), os.O_WRONLY | os.O_CREAT))
+        with open(os.path.join(hog, "file"), "ab", buffering=0) as file:
+            for size in (MIB, 4096, 1):
+                append(file.fileno(), size)
+    except OSError as error:
+        if error.errno not in (errno.EDQUOT, errno.ENOSPC):
+            raise
+
+
+def append(fd: int, size: int) -> None:
+    try:
+        while True:
+            os.write(fd, bytes(size))
+    except OSError as error:
+        if error.errno not in (errno.EDQUOT, errno.ENOSPC):
+            raise
+
+
+def answer(client: BlockingClient, call: Callable[..., object], *arguments: object) -> str:
+    """Return ``done``, or the error's name, with a remark if the call has left anything."""
+    before = state(client)
+    try:
+        call(*arguments)
+    except SnapdError as error:
+        return type(error).__name__ + (", but not undone" if state(client) != before else "")
+    return "done"
+
+
+def state(client: BlockingClient) -> object:
+    """Return all records, and all directories."""
+    snapshots = os.path.join(client.service().state_directory, "snapshots")
+    return list(client.walk()), client.list_mounts(), sorted(os.listdir(snapshots))
+
+
+def exhausted(client: BlockingClient, scarce: str) -> Iterator[tuple[str, str]]:
+    yield "prepare from base", answer(client, client.prepare, "new", "base-1")
+    yield "prepare", answer(client, client.prepare, "new")
+    yield "view", answer(client, client.view, "new")
+    # What writes only a record has some room.
+    with suppress(ResourceExhausted):
+        for number in range(VIEWS if scarce == "blocks" else 1):
+            client.view(f"view-{number}", "base-1")
+    yield "view from base", answer(client, client.view, "new", "base-1")
+    yield "update", answer(client, client.update, "base-1", {"of": "x" * 3000})
+    yield "commit", answer(client, client.commit, "done", "work")
+    yield "mount", answer(client, client.mount, "look", TARGET)
+    for mounted in client.list_mounts():
+        client.unmount(mounted.target)
+    yield "stat", answer(client, client.stat, "base-1")
+    yield "usage", answer(client, client.usage, "more")
+    yield "mounts", answer(client, client.mounts, "more")
+    yield "remove", answer(client, client.remove, "more")
+    yield "remove a base", answer(client, client.remove, "base-3")
+    yield "remove another", answer(client, client.remove, "base-2")
+    yield "cleanup", answer(client, client.cleanup)
+    yield "prepare with room", answer(client, client.prepare, "more", "base-0")
+
+
+def raised(client: BlockingClient) -> Iterator[tuple[str, str]]:
+    yield "prepare from base", answer(client, client.prepare, "late", "base-1")
+    yield "prepare", answer(client, client.prepare, "later")
+    yield "view", answer(client, client.view, "last", "base-1")
+    yield "update", answer(client, client.update, "base-1", {"of": "y" * 3000})
+    yield "commit", answer(client, client.commit, "at last", "late")
+    yield "mount", answer(client, client.mount, "look", TARGET)
+    yield "unmount", answer(client, client.unmount, TARGET)
+    os.rmdir(TARGET)
+
+
+def main() -> None:
+    """Do one of these by its name, with an instance and what else it takes."""
+    instance, step, *arguments = sys.argv[1:]
+    with BlockingClient(instance) as client:
+        match step:
+            case "fill":
+                fill(client)
+            case "exhausted":
+                scarce, root = arguments
+                use_up(scarce, root)
+                json.dump(dict(exhausted(client, scarce)), sys.stdout)
+            case "raised":
+                json.dump(dict(raised(client)), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
