@@ -209,6 +209,7 @@ MOST_MEMORY = 48 << 20
 """Bytes that a worker takes at most."""
 
 
+@pytest.mark.timeout(300 + ENTRIES // 100)
 @pytest.mark.parametrize("name", ["ext4", "xfs"])
 def test_a_wide_directory(
     loop_directory: Path, on_bus: str, name: str, capsys: pytest.CaptureFixture[str]
