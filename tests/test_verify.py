@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from snapd_native.errors import (
 from snapd_native.jobs import Job
 from snapd_native.model import DIGEST_LABEL, Usage
 from snapd_native.snapshotter import Snapshotter
-from tests.engines import state_of, write
+from tests.engines import opened, state_of, write
 from tests.service import Service, request
 
 LABEL = f"labels.{DIGEST_LABEL}"
@@ -97,6 +99,28 @@ def test_update_keeps_it(sealed: Snapshotter) -> None:
     # On what is not committed it is a label like any other.
     sealed.update("lone", {DIGEST_LABEL: "sha256:1"})
     sealed.update("lone", {}, [LABEL])
+
+
+def test_what_is_no_digest_may_go(left: Path) -> None:
+    """The label had no meaning once."""
+    with closing(sqlite3.connect(left / "metadata.db")) as db, db:
+        labels = json.dumps({DIGEST_LABEL: "no", "a": "b"})
+        db.execute("UPDATE snapshots SET labels = ? WHERE name = 'base'", (labels,))
+    with opened(left) as engine:
+        with unchanged(engine, FailedPrecondition, "no digest was recorded"):
+            engine.verify("base")
+        with unchanged(engine, InvalidArgument, "only Commit"):
+            engine.update("base", {DIGEST_LABEL: "else"}, [LABEL])
+        assert engine.update("base", {DIGEST_LABEL: "no"}).labels == {DIGEST_LABEL: "no"}
+        assert engine.update("base", {}, [LABEL]).labels == {}
+
+
+def test_the_digest_has_its_share_of_the_labels(full: Snapshotter) -> None:
+    labels = {f"{number:04}": "x" * 4092 for number in range(256)}
+    for asked in ({}, {DIGEST_LABEL: "x"}):
+        with unchanged(full, InvalidArgument, "in all"):
+            full.commit("done", "work", {**labels, **asked}, digest=True)
+    full.commit("done", "work", labels)
 
 
 def test_what_was_changed_behind_its_back_is_found(sealed: Snapshotter) -> None:

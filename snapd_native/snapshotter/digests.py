@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from snapd_native.errors import FailedPrecondition, InvalidArgument
 from snapd_native.metastore import Record
-from snapd_native.model import DIGEST_LABEL, Info, Kind, quote
+from snapd_native.model import DIGEST_LABEL, Info, Kind, check_labels, quote
 
 _ALGORITHM = "sha256:"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
@@ -17,7 +17,7 @@ def wanted(labels: Mapping[str, str], asked: bool) -> bool:
     """Tell whether a Commit with ``labels`` is to record a digest.
 
     Raises:
-        InvalidArgument: the label begins like a digest, and is none.
+        InvalidArgument: the label begins like a digest, and is none, or leaves no room for one.
     """
     text = labels.get(DIGEST_LABEL, "")
     if text.startswith(_ALGORITHM) and not _DIGEST.fullmatch(text):
@@ -25,7 +25,10 @@ def wanted(labels: Mapping[str, str], asked: bool) -> bool:
             f"the label {DIGEST_LABEL} cannot be {quote(text)}: give sha256: and 64 hexadecimal"
             " digits, or any other text to have it recorded"
         )
-    return asked or bool(text)
+    if not (asked or text):
+        return False
+    check_labels({**labels, DIGEST_LABEL: f"{_ALGORITHM}{0:064}"})
+    return True
 
 
 def recorded(key: str, labels: Mapping[str, str], found: str) -> dict[str, str]:
@@ -67,9 +70,11 @@ def kept(info: Info, labels: Mapping[str, str], *, named: bool) -> Mapping[str, 
     """
     if info.kind is not Kind.COMMITTED:
         return labels
-    digest = info.labels.get(DIGEST_LABEL, "")
+    old = info.labels.get(DIGEST_LABEL, "")
+    # Before the label had a meaning it could be anything, which may go.
+    digest = old if _DIGEST.fullmatch(old) else ""
     text = labels.get(DIGEST_LABEL, "")
-    if text != digest and (text or named):
+    if text not in ("", old) or (named and digest and not text):
         raise InvalidArgument(
             f"the label {DIGEST_LABEL} of {quote(info.name)} cannot be changed: only Commit"
             " records a digest"
