@@ -276,6 +276,7 @@ def test_others_may_do_nothing_with_jobs(job: str, shared: Service) -> None:
     denied(shared, OBJECT_PATH, MANAGER, "PrepareJob", "s", "new")
     denied(shared, OBJECT_PATH, MANAGER, "CommitJob", "ssa{sv}", "name", "work", "0")
     denied(shared, OBJECT_PATH, MANAGER, "CommitJob", "ssa{sv}", "name", "none", "0")
+    denied(shared, OBJECT_PATH, MANAGER, "VerifyJob", "sa{sv}", "base", "0")
     denied(shared, OBJECT_PATH, MANAGER, "ListJobs")
     denied(shared, job, JOB, "Cancel")
     denied(shared, job, JOB, "Cancel", "s", "now")

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ import pytest
 from snapd_native import errors
 from snapd_native.cli.exits import INTERRUPTED, STATUSES
 from snapd_native.client import BlockingClient, Job
-from snapd_native.model import STANDBY_LABEL
+from snapd_native.model import DIGEST_LABEL, STANDBY_LABEL
 from tests.filesystems import FileSystem, scratch_on
 from tests.service import PATIENCE, Service, committed, committed_big, processes, serving
 from tests.waiting import eventually
@@ -263,6 +263,51 @@ def test_ctrl_c_in_a_commit_changes_nothing(served: Service, client: BlockingCli
         assert "Traceback" not in stderr
         assert client.jobs() == []
     assert client.stat("key") == before
+
+
+@pytest.fixture
+def sealed(client: BlockingClient) -> None:
+    """Commit `done` and `gone`, and have somebody who can verify them."""
+    for name in ("done", "gone"):
+        client.prepare(f"{name} in the making", "big")
+        client.commit(name, f"{name} in the making", digest=True)
+    client.verify("done")
+
+
+@pytest.mark.usefixtures("sealed")
+def test_ctrl_c_in_a_verify_ends_its_job(served: Service, client: BlockingClient) -> None:
+    with stopped_crew(served), begun("verify", "done") as process:
+        assert job_of(client, "done").operation == "verify"
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=PATIENCE)
+        assert (process.returncode, stdout, stderr.strip()) == (INTERRUPTED, "", "")
+        assert client.jobs() == []
+    client.verify("done")
+
+
+@pytest.mark.usefixtures("sealed")
+def test_what_is_removed_before_it_is_verified_is_no_failure(
+    served: Service, client: BlockingClient
+) -> None:
+    client.prepare("work", labels={DIGEST_LABEL: "yes"})
+    with ExitStack() as stack:
+        with stopped_crew(served):
+            process = stack.enter_context(begun("verify"))
+            job_of(client, "done")
+            client.remove("gone")
+        stdout, stderr = process.communicate(timeout=PATIENCE)
+        assert (process.returncode, stderr) == (0, "")
+        assert [line.split()[-1] for line in stdout.splitlines()] == ["done"]
+    assert program("verify", "gone").returncode == STATUSES[errors.NotFound]
+
+
+@pytest.mark.usefixtures("sealed")
+def test_a_verify_on_a_terminal_shows_a_bar(served: Service) -> None:
+    with on_terminal("verify", "done") as (master, process):
+        shown = read_terminal(master)
+        assert process.wait(PATIENCE) == 0
+    assert "Verifying done" in shown
+    assert "━" in shown
 
 
 @contextmanager

@@ -70,6 +70,7 @@ MAY_FAIL: dict[str, tuple[str, ...]] = {
     "Usage": ("NotFound",),
     "Remove": ("NotFound", "FailedPrecondition"),
     "Verify": ("NotFound", "FailedPrecondition"),
+    "VerifyJob": ("NotFound", "FailedPrecondition"),
     "Standby": ("NotFound",),
     "Mount": ("NotFound", "FailedPrecondition", "AlreadyExists"),
     "Unmount": ("NotFound", "FailedPrecondition"),

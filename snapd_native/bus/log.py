@@ -29,7 +29,7 @@ def logged(call: Call, uid: int, texts: Mapping[str, str], *, changes: bool) -> 
         Internal: what is done has a bug, which is logged.
     """
     begun = time.monotonic()
-    # PrepareJob and CommitJob do the same, only that nobody waits.
+    # PrepareJob and the like do the same, only that nobody waits.
     operation = call.member.removesuffix("Job")
     given = {name: text for name, text in texts.items() if text}
     outcome, level, error = "done", logging.INFO if changes else logging.DEBUG, []

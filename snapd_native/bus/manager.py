@@ -82,6 +82,7 @@ class Manager:
             "OpenTree": Method(Action.MOUNT, Lane.MOUNT, self._open_tree),
             "PrepareJob": Method(Action.MANAGE, Lane.TREE, self._prepare, returns_job=True),
             "CommitJob": Method(Action.MANAGE, Lane.TREE, self._commit, returns_job=True),
+            "VerifyJob": Method(Action.READ, Lane.TREE, self._verify, returns_job=True),
             "Standby": Method(Action.READ, Lane.READ, self._standby),
             "ListJobs": Method(Action.READ, Lane.READ, self._list_jobs),
         }

@@ -356,18 +356,22 @@ def verify(names: tuple[str, ...], as_json: bool) -> None:
 
     Without a NAME all are verified that have one. All of each is read, at idle priority. The digest
     and the name are printed of those that are as they were committed; the others are told on the
-    standard error, and the exit status is that of the first.
+    standard error, and the exit status is that of the first. Ctrl-C cancels the work.
     """
     from snapd_native.cli import render
 
     failed: list[SnapdError] = []
     verified = []
+    every = f'kind==committed,labels."{DIGEST_LABEL}"'
     with _client() as client:
-        chosen = names or [info.name for info in client.walk([f'labels."{DIGEST_LABEL}"'])]
-        for name in chosen:
+        for name in names or [info.name for info in client.walk([every])]:
             try:
-                digest = client.verify(name)
+                with render.progress("Verifying", name) as progress:
+                    digest = client.verify(name, progress)
             except SnapdError as error:
+                if isinstance(error, NotFound) and not names:
+                    # It was removed since.
+                    continue
                 failed.append(error)
                 click.echo(f"snapd-native: {error.message}", err=True)
                 if isinstance(error, Unavailable):

@@ -22,6 +22,7 @@ from snapd_native.errors import (
     Unavailable,
 )
 from snapd_native.model import (
+    DIGEST_LABEL,
     Added,
     Change,
     Committed,
@@ -106,7 +107,7 @@ class Client:
         """
         if progress is None:
             return await self._create("Prepare", key, parent, labels)
-        await self._work("PrepareJob", key, parent, _labels(labels), progress)
+        await self._work(progress, "PrepareJob", "ssa{sv}", key, parent, _labels(labels))
         return await self.mounts(key)
 
     async def view(
@@ -136,7 +137,7 @@ class Client:
         if progress is None:
             await self._call("Commit", "ssa{sv}", name, key, options)
         else:
-            await self._work("CommitJob", name, key, options, progress)
+            await self._work(progress, "CommitJob", "ssa{sv}", name, key, options)
 
     async def mounts(self, key: str) -> Mount:
         """Return the mount of an active snapshot or a view."""
@@ -208,10 +209,18 @@ class Client:
         (rows,) = await self._call("Repair", "a{sv}", {})
         return [finding_from_wire(row) for row in rows]
 
-    async def verify(self, name: str) -> str:
-        """Compare a committed snapshot's tree with the digest that Commit recorded; return that."""
-        (digest,) = await self._call("Verify", "sa{sv}", name, {})
-        return str(digest)
+    async def verify(self, name: str, progress: Callable[[Progress], None] | None = None) -> str:
+        """Compare a committed snapshot's tree with the digest that Commit recorded; return that.
+
+        For ``progress`` see `prepare`.
+        """
+        if progress is None:
+            (digest,) = await self._call("Verify", "sa{sv}", name, {})
+            return str(digest)
+        # What it is compared with is in the record, which outlives no change of it.
+        info = await self.stat(name)
+        await self._work(progress, "VerifyJob", "sa{sv}", name, {})
+        return info.labels.get(DIGEST_LABEL, "")
 
     async def standby(self, name: str) -> Standby:
         """Return how many standby clones of a snapshot are complete, and how many it wants."""
@@ -314,17 +323,16 @@ class Client:
 
     async def _work(
         self,
-        member: str,
-        one: str,
-        other: str,
-        options: dict[str, Variant],
         progress: Callable[[Progress], None],
+        member: str,
+        signature: str,
+        *arguments: object,
     ) -> None:
         """Have something done by a job, and return when it is."""
         removed = f"interface='{MANAGER}',path='{OBJECT_PATH}',member='JobRemoved'"
         changed = f"interface='{PROPERTIES}',path_namespace='{JOB_PATH}'"
         async with self._signals(removed, changed) as signals:
-            begun = asyncio.ensure_future(self._call(member, "ssa{sv}", one, other, options))
+            begun = asyncio.ensure_future(self._call(member, signature, *arguments))
             try:
                 (path,) = await asyncio.shield(begun)
                 await self._watch(path, signals, progress)

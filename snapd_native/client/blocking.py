@@ -119,9 +119,12 @@ class BlockingClient:
         """Mend what can be mended without a loss or a guess; return what was wrong of that."""
         return self._wait(self._client.repair())
 
-    def verify(self, name: str) -> str:
-        """Compare a committed snapshot's tree with the digest that Commit recorded; return that."""
-        return self._wait(self._client.verify(name))
+    def verify(self, name: str, progress: Callable[[Progress], None] | None = None) -> str:
+        """Compare a committed snapshot's tree with the digest that Commit recorded; return that.
+
+        For ``progress`` see `prepare`.
+        """
+        return self._wait(self._client.verify(name, progress))
 
     def standby(self, name: str) -> Standby:
         """Return how many standby clones of a snapshot are complete, and how many it wants."""
