@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +44,15 @@ def loop_directory() -> Iterator[Path]:
 
 
 @contextmanager
-def mounted(name: str, size: int, directory: Path) -> Iterator[FileSystem]:
+def mounted(
+    name: str, size: int, directory: Path, options: Sequence[str] = ()
+) -> Iterator[FileSystem]:
     """Mount a new file system of ``size`` bytes below ``directory``; skip the test if none can be.
 
-    The image has no name once it is mounted, so nothing of it survives the mount.
+    ``options`` are for mkfs. The image has no name once it is mounted, so nothing of it survives
+    the mount.
     """
-    image, root = _make(name, size, directory)
+    image, root = _make(name, size, directory, options)
     try:
         _run(["mount", "-o", "loop", str(image), str(root)], f"mounting {name} on a loop device")
     except BaseException:
@@ -60,11 +63,11 @@ def mounted(name: str, size: int, directory: Path) -> Iterator[FileSystem]:
     try:
         yield FileSystem(name, root, reflink=name == "xfs")
     finally:
-        _unmount(root)
+        unmount(root)
         root.rmdir()
 
 
-def _make(name: str, size: int, directory: Path) -> tuple[Path, Path]:
+def _make(name: str, size: int, directory: Path, options: Sequence[str]) -> tuple[Path, Path]:
     if os.geteuid() != 0:
         pytest.skip("only root can mount file systems")
     descriptor, path = tempfile.mkstemp(prefix=name, suffix=".img", dir=directory)
@@ -74,7 +77,7 @@ def _make(name: str, size: int, directory: Path) -> tuple[Path, Path]:
         os.close(descriptor)
     image = Path(path)
     try:
-        _run([*_MKFS[name], path], f"making {name}")
+        _run([*_MKFS[name], *options, path], f"making {name}")
         root = Path(tempfile.mkdtemp(prefix=name, dir=directory))
     except BaseException:
         image.unlink()
@@ -92,7 +95,7 @@ def _run(command: list[str], what: str) -> None:
         pytest.skip(f"{what} is impossible here: {reason}")
 
 
-def _unmount(root: Path) -> None:
+def unmount(root: Path) -> None:
     """Unmount ``root`` with all that a failed test left inside; by force only if need be."""
     for extra in ([], ["--lazy"]):
         subprocess.run(["umount", "--recursive", *extra, str(root)], check=False)

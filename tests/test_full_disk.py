@@ -2,70 +2,93 @@
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import pytest
 
+from snapd_native.client import BlockingClient
 from snapd_native.errors import ResourceExhausted
 from snapd_native.snapshotter import Snapshotter
-from tests.engines import directories, names, opened, state_of
+from tests.engines import PROJECT, directories, names, opened
 from tests.filesystems import FileSystem, mounted
-
-MIB = 1 << 20
-
-SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB}
-"""xfs is not made smaller."""
+from tests.full_disks import (
+    MIB,
+    SIZES,
+    check_reads,
+    check_refused,
+    fill,
+    make_room,
+    use_up,
+    use_up_wal,
+)
+from tests.mounting import mounted_on
+from tests.service import committed, everything, refused, serving
+from tests.test_daemon import Notifications, started
 
 
 @pytest.fixture(params=SIZES)
-def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FileSystem]:
-    with mounted(request.param, SIZES[request.param], tmp_path) as made:
+def small(request: pytest.FixtureRequest, loop_directory: Path) -> Iterator[FileSystem]:
+    with mounted(request.param, SIZES[request.param], loop_directory) as made:
         yield made
 
 
-def use_up(root: Path) -> None:
-    """Take the last byte and inode that root can get."""
-    fd = os.open(root / "hog", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    try:
-        for size in (MIB, 4096, 1):
-            try:
-                while True:
-                    os.write(fd, b"x" * size)
-                    if size == MIB:
-                        os.fsync(fd)
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-            os.sync()
-    finally:
-        os.close(fd)
+@pytest.fixture
+def notifications(tmp_path: Path) -> Iterator[Notifications]:
+    made = Notifications(tmp_path)
+    yield made
+    made.socket.close()
 
 
-def fill(engine: Snapshotter) -> None:
-    for number in range(4):
-        tree = Path(engine.prepare("preparing").source)
-        (tree / "file").write_bytes(os.urandom(MIB))
-        engine.commit(f"base {number}", "preparing")
-    engine.prepare("work", "base 0")
+@pytest.fixture
+def small_ext4(loop_directory: Path) -> Iterator[FileSystem]:
+    with mounted("ext4", SIZES["ext4"], loop_directory) as made:
+        yield made
+
+
+def test_no_call_does_half(small: FileSystem, tmp_path: Path) -> None:
+    with opened(small.root / "state") as engine:
+        fill(engine)
+        use_up(small.root)
+        use_up_wal(engine)
+        many = {str(number): "x" * 4000 for number in range(250)}
+        calls: dict[str, Callable[[], object]] = {
+            "copy": lambda: engine.prepare("copy", "base 1"),
+            "empty": lambda: engine.prepare("empty"),
+            "view": lambda: engine.view("view", "base 1"),
+            "update": lambda: engine.update("base 1", {"a": "b"}),
+            "large update": lambda: engine.update("base 2", many),
+            "mount": lambda: engine.mount("look", str(tmp_path)),
+            "mount on a directory of its own": lambda: engine.mount("look"),
+            "commit": lambda: engine.commit("done", "work"),
+        }
+        check_refused(engine, calls)
+        assert mounted_on(tmp_path) is None
+        make_room(small.root)
+        before = {*names(engine)}
+        for call in calls.values():
+            call()
+        assert {*names(engine)} == before - {"work"} | {"copy", "empty", "view", "done"}
+        for mounted_tree in engine.list_mounts():
+            engine.unmount(mounted_tree.target)
+        assert engine.check() == []
 
 
 def test_remove_makes_room(small: FileSystem) -> None:
     with opened(small.root / "state") as engine:
         fill(engine)
         use_up(small.root)
-        before = state_of(engine)
         for _ in range(3):
             with pytest.raises(ResourceExhausted):
                 engine.prepare("new", "base 1")
-            with pytest.raises(ResourceExhausted):
-                engine.prepare("empty")
-        assert state_of(engine) == before
-        assert engine.usage("base 1").size >= MIB
-        assert len(engine.list()) == 5
-        engine.remove("work")
+        for key in ("look", "work"):
+            engine.remove(key)
         engine.cleanup()
         for number in range(2):
             use_up(small.root)
@@ -79,13 +102,91 @@ def test_remove_makes_room(small: FileSystem) -> None:
         assert engine.check() == []
 
 
-def test_starting_without_room(small: FileSystem) -> None:
+def test_everything_can_be_removed_whoever_takes_the_room(small: FileSystem) -> None:
     with opened(small.root / "state") as engine:
         fill(engine)
-    use_up(small.root)
+        for number in range(20):
+            engine.view(f"view {number}", "base 0")
+        use_up(small.root)
+        use_up_wal(engine)
+        remove_all(engine, small.root)
+        make_room(small.root)
+        fill(engine)
+        assert engine.check() == []
+
+
+def remove_all(engine: Snapshotter, root: Path) -> None:
+    """Remove every snapshot; each time, somebody is faster in taking what becomes free."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine._state.ballast, "take", lambda: None)
+        for info in sorted(engine.list(), key=lambda info: info.created, reverse=True):
+            use_up(root)
+            engine.remove(info.name)
+            engine.cleanup()
+    assert names(engine) == []
+    assert directories(engine) == set()
+
+
+def test_the_wal_cannot_be_put_into_the_database(small: FileSystem) -> None:
+    """It stays as long as it once was, so much is written on a full disk before there is no room.
+
+    Then the database has to grow, and cannot.
+    """
+    long = {"long": "x" * 3000}
     with opened(small.root / "state") as engine:
-        assert engine.stat("work").parent == "base 0"
-        for key in ("work", "base 2", "base 1"):
+        fill(engine)
+        for number in range(200):
+            engine.view(f"view {number}", "base 0", long)
+        use_up(small.root)
+        added = []
+        with suppress(ResourceExhausted):
+            for number in count():
+                engine.view(f"more {number}", "base 0", long)
+                added.append(f"more {number}")
+        assert len(added) > 10
+        assert {*added} < {*names(engine)}
+        check_refused(engine, {"view": lambda: engine.view("view", "base 0", long)})
+        before = engine.list()
+    with opened(small.root / "state") as engine:
+        assert engine.list() == before
+        remove_all(engine, small.root)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from snapd_native.snapshotter import Snapshotter
+
+state = Path(sys.argv[1])
+engine = Snapshotter(state, lambda *_: None, runtime=state.parent / "run")
+engine.update("work", {"killed": "after this"})
+engine.view("last", "base 1")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_starting_without_room(small: FileSystem, killed: bool) -> None:
+    """Also where SQLite finds a WAL to recover from, and directories have to be deleted."""
+    state = small.root / "state"
+    with opened(state) as engine:
+        fill(engine)
+    if killed:
+        done = subprocess.run([sys.executable, "-c", KILLED, state], check=False, cwd=PROJECT)
+        assert done.returncode == -signal.SIGKILL
+        assert (state / "metadata.db-wal").stat().st_size > 0
+        for name in ("new-900", "rm-901", "902", "making-1-903"):
+            (state / "snapshots" / name / "deep").mkdir(parents=True)
+    for _ in range(2):
+        use_up(small.root)
+        with opened(state) as engine:
+            check_reads(engine)
+            assert len(directories(engine)) == 5
+            assert engine.check() == []
+            assert engine.stat("work").labels == ({"killed": "after this"} if killed else {})
+            assert ("last" in names(engine)) is killed
+    with opened(state) as engine:
+        for key in (*["last"] * killed, "look", "work", "base 2", "base 1"):
             engine.remove(key)
         engine.cleanup()
         engine.prepare("work", "base 0")
@@ -96,12 +197,78 @@ def test_unmounting_without_room(small: FileSystem) -> None:
         fill(engine)
         target = engine.mount("work")
         use_up(small.root)
+        use_up_wal(engine)
         engine.unmount(target)
         engine.remove("work")
         assert engine.list_mounts() == []
+        assert engine.check() == []
+
+
+def test_a_directory_that_has_no_room_for_another_name(small_ext4: FileSystem) -> None:
+    snapshots = small_ext4.root / "state" / "snapshots"
+    with opened(small_ext4.root / "state") as engine:
+        fill(engine)
+        use_up(small_ext4.root)
+        with suppress(OSError):
+            for number in count():
+                os.mknod(snapshots / f"f{number}")
+        with pytest.raises(OSError, match="No space left"):
+            os.mknod(snapshots / "one")
+        engine.remove("look")
+        engine.remove("work")
+        engine._reaper.catch_up(lambda *_: None)
+        for path in snapshots.glob("f*"):
+            path.unlink()
+        assert len(directories(engine)) == 4
+        assert engine.check() == []
 
 
 def test_a_state_directory_that_has_no_room_from_the_first_day(small: FileSystem) -> None:
     use_up(small.root)
-    with pytest.raises(ResourceExhausted, match="free space"), opened(small.root / "state"):
-        pass
+    for _ in range(2):
+        with pytest.raises(ResourceExhausted, match="free"), opened(small.root / "state"):
+            pass
+    make_room(small.root)
+    with opened(small.root / "state") as engine:
+        fill(engine)
+        assert engine.check() == []
+
+
+def test_the_daemon_lives_on(on_bus: str, small: FileSystem) -> None:
+    with serving(on_bus, small.root / "state") as service, BlockingClient() as client:
+        base = committed(client, "base", files={"file": "x" * MIB})
+        client.view("look", "base")
+        use_up(small.root)
+        with suppress(ResourceExhausted):
+            while True:
+                client.update("base", {"many": "x" * 1000})
+        before = everything(client, service)
+        for _ in range(3):
+            with refused(ResourceExhausted, '"work"', "free space"):
+                client.prepare("work", "base")
+            with refused(ResourceExhausted, '"empty"', "free space"):
+                client.prepare("empty")
+            with refused(ResourceExhausted, "metadata", "free"):
+                client.view("view", "base")
+        assert everything(client, service) == before
+        assert client.check() == []
+        client.remove("look")
+        make_room(small.root)
+        copy = Path(client.prepare("work", "base").source)
+        assert (copy / "file").read_bytes() == (base / "file").read_bytes()
+        client.commit("more", "work")
+        assert client.check() == []
+
+
+def test_the_watchdog_is_fed(on_bus: str, small: FileSystem, notifications: Notifications) -> None:
+    with opened(small.root / "state") as engine:
+        fill(engine)
+    (small.root / "state-run").mkdir()
+    use_up(small.root)
+    with started(on_bus, small.root / "state", notifications, WATCHDOG_USEC="60000") as daemon:
+        notifications.until("READY=1")
+        use_up(small.root)
+        # So many that the last ones are of after that.
+        for _ in range(20):
+            assert notifications.until("WATCHDOG=1")[-1] == "WATCHDOG=1"
+        daemon.terminate()

@@ -175,7 +175,7 @@ EMPTY, VIEW, REMOVE = "engine.prepare('new')", "engine.view('new', 'base')", "en
         ("bring_to_life", PREPARE, BEFORE),
         ("publish", PREPARE, BEFORE),
         ("_mount", PREPARE, ["base", "lone", "look", "new", "work"]),
-        ("write_back", PREPARE, ["base", "lone", "look", "new", "work"]),
+        ("sync", PREPARE, ["base", "lone", "look", "new", "work"]),
         ("settle", PREPARE, ["base", "lone", "look", "new", "work"]),
         ("bring_to_life", EMPTY, BEFORE),
         ("publish", EMPTY, BEFORE),

@@ -22,20 +22,30 @@ from snapd_native.errors import (
 )
 from snapd_native.metastore.changes import Changes
 
-_DAMAGED = {
-    sqlite3.SQLITE_CORRUPT,
-    sqlite3.SQLITE_NOTADB,
-    sqlite3.SQLITE_IOERR,
-    # What a header may forbid that is not understood.
-    sqlite3.SQLITE_READONLY,
-}
+WAL_ROOM = 1 << 18
+"""Bytes of the WAL file that are there from the beginning; see `Connections.delete`."""
+
+_CHANGES = 64
+"""Rows changed, of some pages each, until the WAL is put into the database. That grows by as many
+pages at most, which is less than what `Connections.delete` can have freed."""
+
+_BACKFILLED = 96
+"""Where the WAL index has the number of frames that are in the database, 4 bytes; see
+https://www.sqlite.org/walformat.html."""
+
+# A header that is not understood may forbid to write.
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_READONLY}
 _NOT_UNDERSTOOD = ("unsupported file format", "malformed JSON", "Could not decode")
 _FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM}
-_NO_ROOM = {sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_NOMEM}
+_REFUSED = {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 class Connections:
-    """Opens ``metadata.db`` in WAL mode, so that readers never wait for the writer."""
+    """Opens ``metadata.db`` in WAL mode, so that readers do not wait for the writer.
+
+    Only while the WAL is put into the database, some milliseconds now and then, none begins.
+    """
 
     def __init__(self, path: Path, make_room: Callable[[], bool]) -> None:
         """Open the database for writing; it is made if there is none, readable by its owner.
@@ -47,18 +57,25 @@ class Connections:
         self._lock = threading.Lock()
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
         self._counted: int | None = None
+        self._put = 0
         _make(path)
-        with translated(), ExitStack() as undo:
+        with translated(self._path.parent), ExitStack() as undo:
             self._writer = self._connect()
             undo.callback(self._writer.close)
             self._writer.execute("PRAGMA journal_mode = WAL").fetchone()
             # FULL makes every COMMIT durable before it returns; NORMAL would lose the last ones.
             self._writer.execute("PRAGMA synchronous = FULL")
+            self._writer.execute("PRAGMA wal_autocheckpoint = 0")
             # Whatever is read first has SQLite open all files.
             self._writer.execute("PRAGMA schema_version").fetchone()
             self._files = _identities(path)
             self._changes = Changes(path.with_name(path.name + ".changes"))
+            undo.callback(self._changes.close)
+            # It stays open: who closes a file gives up all locks that SQLite has on it.
+            self._index = os.open(f"{path}-shm", os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             undo.pop_all()
+        with suppress(OSError):
+            self._reserve()
 
     def close(self) -> None:
         """Close everything; the last close leaves a database without a WAL file."""
@@ -67,6 +84,7 @@ class Connections:
                 self._readers.get().close()
             self._writer.close()
             self._changes.close()
+            os.close(self._index)
 
     def check_in_place(self) -> None:
         """Make sure that the paths of the database still lead to what SQLite has open.
@@ -74,7 +92,11 @@ class Connections:
         Raises:
             DataLoss: they do not, so that nothing that is written outlasts the service.
         """
-        if _identities(self._path) != self._files:
+        try:
+            found = _identities(self._path)
+        except OSError as error:
+            raise _unreachable(os.strerror(error.errno or errno.EIO)) from error
+        if found != self._files:
             raise DataLoss(
                 "metadata.db was moved or replaced while the service runs: restore it from a"
                 " backup and restart the service"
@@ -93,39 +115,47 @@ class Connections:
         Raises:
             DataLoss: as `check_in_place`.
         """
-        with self._lock, translated():
+        with self._lock, translated(self._path.parent):
             self.check_in_place()
             try:
                 yield self._writer
             finally:
                 self._count()
+            if self._writer.total_changes - self._put >= _CHANGES:
+                self._put_back("PASSIVE")
 
     def lost_changes(self) -> int:
         """Return how many of the changes that were once durable the database does not have."""
-        with self._lock, translated():
+        with self._lock, translated(self._path.parent):
             return max(self._changes.read() - _changes(self._writer), 0)
 
     def count_changes(self) -> None:
         """Take for all that there is what the database has, and count on from there."""
-        with self._lock, translated():
+        with self._lock, translated(self._path.parent):
             self._note()
 
     def delete(self, db: sqlite3.Connection, statement: str, rows: Iterable[tuple[int]]) -> None:
-        """Delete rows with the connection for writing, durably, also where the disk is full."""
+        """Delete rows with the connection for writing, durably, also where the disk is full.
+
+        A WAL whose pages are all in the database is written from its beginning again, and has room
+        there. Putting them there takes room only for what was inserted since the last time.
+        """
         ids = [*rows]
-        try:
-            with translated(), transaction(db):
-                db.executemany(statement, ids)
-        except ResourceExhausted:
-            if not self._make_room():
-                raise
-            with transaction(db):
-                db.executemany(statement, ids)
+        remedies: Iterator[Callable[[], bool]] = iter((lambda: True, self._make_room))
+        while True:
+            try:
+                with translated(self._path.parent), transaction(db):
+                    db.executemany(statement, ids)
+                return
+            except ResourceExhausted:
+                if not any(remedy() for remedy in remedies):
+                    raise
+                self._put_back("RESTART")
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """Lend a connection that sees the last commit and cannot write."""
-        with translated():
+        with translated(self._path.parent):
             try:
                 db = self._readers.get_nowait()
             except queue.Empty:
@@ -151,6 +181,25 @@ class Connections:
         db.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
         db.execute("PRAGMA foreign_keys = ON")
         return db
+
+    def _put_back(self, how: str) -> None:
+        """Put as much of the WAL into the database as readers allow, as a checkpoint that is so."""
+        try:
+            self._writer.execute(f"PRAGMA wal_checkpoint({how})").fetchone()
+        except sqlite3.Error:
+            # Where readers have let it do only a part, SQLite has not synced that, and takes it for
+            # done. If the disk has lost it, the WAL has the only copy: all of it is put back again.
+            os.pwrite(self._index, bytes(4), _BACKFILLED)
+        else:
+            self._put = self._writer.total_changes
+
+    def _reserve(self) -> None:
+        # SQLite takes what follows the last frame for nothing.
+        fd = os.open(f"{self._path}-wal", os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            os.posix_fallocate(fd, 0, WAL_ROOM)
+        finally:
+            os.close(fd)
 
 
 def _make(path: Path) -> None:
@@ -198,10 +247,27 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
         if db.total_changes != before:
             db.execute("UPDATE changes SET count = count + 1 WHERE id = 1")
         db.execute("COMMIT")
-    except BaseException:
+    except BaseException as error:
         if db.in_transaction:
             db.execute("ROLLBACK")
+        if _code(error) == sqlite3.SQLITE_IOERR:
+            _overwrite(db)
         raise
+
+
+@contextmanager
+def translated(directory: Path) -> Iterator[None]:
+    """Turn errors of SQLite into those of the contract; the database lies in ``directory``."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise _meaning(error, directory) from error
+
+
+def directory_of(db: sqlite3.Connection) -> Path:
+    """Return where the database lies."""
+    (_, _, path) = db.execute("PRAGMA database_list").fetchone()
+    return Path(path).parent
 
 
 def _changes(db: sqlite3.Connection) -> int:
@@ -210,23 +276,58 @@ def _changes(db: sqlite3.Connection) -> int:
     return row[0] if row and isinstance(row[0], int) else 0
 
 
-@contextmanager
-def translated() -> Iterator[None]:
-    """Turn errors of SQLite into those of the contract."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise _meaning(error) from error
+def _overwrite(db: sqlite3.Connection) -> None:
+    """See to it that a transaction that failed is not found in the WAL after a crash.
+
+    One that could not be synced may be there as a whole. Each frame's checksum goes on from the
+    one before it: the next transaction, such as one that changes nothing, makes it invalid.
+    """
+    with suppress(sqlite3.Error):
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        db.execute(f"PRAGMA user_version = {version}")
 
 
-def _meaning(error: sqlite3.Error) -> SnapdError:
-    # The primary result code is the low byte of the extended one.
-    extended = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
-    code = extended & 0xFF
-    text = str(error)
-    if code in _FULL or extended in _NO_ROOM:
+def _meaning(error: sqlite3.Error, directory: Path) -> SnapdError:
+    code = _code(error)
+    refusal = _refusal(directory) if code in _REFUSED else 0
+    if code in _FULL or refusal in _NO_ROOM:
         return ResourceExhausted("no room is left for the metadata: free some and try again")
+    if code == sqlite3.SQLITE_IOERR or refusal:
+        return _unreachable(os.strerror(refusal) if refusal else str(error))
     # SQLite has no codes of their own for what it does not understand.
-    if code in _DAMAGED or text.startswith(_NOT_UNDERSTOOD):
+    if code in _DAMAGED or str(error).startswith(_NOT_UNDERSTOOD):
         return DataLoss(f"metadata.db cannot be used ({error}): restore it from a backup")
     return Internal(f"the metadata could not be used ({error}): see the service's log")
+
+
+def _unreachable(reason: str) -> DataLoss:
+    return DataLoss(
+        f"metadata.db cannot be read or written ({reason.lower()}): check the disk and the kernel's"
+        " log"
+    )
+
+
+def _code(error: BaseException) -> int:
+    # The primary result code is the low byte of the extended one.
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+
+
+def _refusal(directory: Path) -> int:
+    """Return the errno with which the kernel refuses to make a file, 0 if it does not.
+
+    SQLite does not tell it: it has the same codes for a disk that is full and one that fails.
+    """
+    try:
+        fd = os.open(directory, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, bytes(_PROBE))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
+
+
+_PROBE = 1 << 16
+"""Bytes, more than a transaction usually writes."""

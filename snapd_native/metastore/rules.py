@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 from snapd_native.errors import DataLoss
 from snapd_native.metastore import ledger, records
-from snapd_native.metastore.connections import transaction, translated
+from snapd_native.metastore.connections import directory_of, transaction, translated
 from snapd_native.metastore.schema import missing
 from snapd_native.model import Finding, Trouble, is_name, quote, quote_path, shown
 
@@ -30,7 +30,7 @@ def broken_rules(db: sqlite3.Connection) -> Sequence[Broken]:
     found: list[Broken] = []
     for part in _PARTS:
         try:
-            with translated():
+            with translated(directory_of(db)):
                 found.extend(part(db))
         except DataLoss as error:
             # What this part does not find any more, others may.
@@ -44,7 +44,7 @@ def mend(db: sqlite3.Connection, broken: Sequence[Broken]) -> None:
         # What cannot be mended after all stays a finding.
         with (
             suppress(DataLoss),
-            translated(),
+            translated(directory_of(db)),
             suppress(sqlite3.IntegrityError),
             transaction(db),
         ):

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import threading
-
 from snapd_native import trees
 from snapd_native.errors import DataLoss
-from snapd_native.metastore import Metastore
 from snapd_native.model import Usage
 from snapd_native.snapshotter.state import StateDirectory
+from snapd_native.snapshotter.write_back import WriteBack
 
 
 class Contents:
     """The trees of one state directory; reports are told of progress, and may end the work."""
 
-    def __init__(self, state: StateDirectory, store: Metastore) -> None:
+    def __init__(self, state: StateDirectory, write_back: WriteBack) -> None:
         self._state = state
-        self._store = store
+        self._write_back = write_back
         self._crew = trees.Crew()
         self._idle_crew = trees.Crew(idle=True)
-        self._syncing = threading.Lock()
-        self._doubtful = 0
 
     def close(self) -> None:
         """End all workers; nothing may be going on."""
@@ -51,14 +47,8 @@ class Contents:
         """Put an active snapshot's tree on disk.
 
         Raises:
-            DataLoss: something was not written since the snapshot was made. The kernel tells that
-                once and not of which file, and takes what it could not write for written.
+            DataLoss: something was not written since the snapshot was made; see `WriteBack`.
         """
-        with self._syncing:
-            try:
-                self._state.sync()
-            except OSError:
-                self._doubtful = self._store.last_id()
-                raise
-        if id_ <= self._doubtful:
+        self._write_back.sync()
+        if self._write_back.doubts(id_):
             raise DataLoss("a write to the disk has failed since it was prepared, prepare it anew")

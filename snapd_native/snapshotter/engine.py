@@ -46,6 +46,7 @@ from snapd_native.snapshotter.mounting import Mounter
 from snapd_native.snapshotter.reaping import Reaper
 from snapd_native.snapshotter.standby import Standby
 from snapd_native.snapshotter.state import StateDirectory, close_runtime
+from snapd_native.snapshotter.write_back import WriteBack
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,8 @@ class Snapshotter:
             close_runtime(runtime)
             self._mounter = Mounter(self._state, self._store, runtime, self._stopping)
             undo.callback(self._mounter.close)
-            self._contents = Contents(self._state, self._store)
+            self._write_back = WriteBack(self._state, self._store, runtime / "doubt")
+            self._contents = Contents(self._state, self._write_back)
             undo.callback(self._contents.close)
             self._syncer = Background("syncer", "a new snapshot could not be put on disk")
             undo.callback(self._syncer.close)
@@ -132,7 +134,9 @@ class Snapshotter:
             self._reaper = Reaper(self._state, self._store, self._check_stopping)
             undo.callback(self._reaper.close)
             self._store.count_changes()
-            self._standby = Standby(self._state, self._store, least_free)
+            # By now there is room, if deleting what is left makes any.
+            self._state.try_reflink()
+            self._standby = Standby(self._state, self._store, self._write_back, least_free)
             undo.callback(self._standby.close)
             self._state.ballast.take()
             self._resources = undo.pop_all()
@@ -231,7 +235,7 @@ class Snapshotter:
             undo.callback(self._store.release, held)
             job.begin(Operation.COMMIT, key)
             # Most of it is on its way to the disk while the tree is measured.
-            self._syncer.submit(self._state.write_back)
+            self._syncer.submit(self._write_back.sync)
             with self._mounter.frozen(key, held.id):
                 with explained(f"commit {quote(key)}"):
                     usage = self._contents.measure(held.id, self._watched(job))
@@ -356,9 +360,11 @@ class Snapshotter:
             FailedPrecondition: it has children, is being committed, or is mounted.
         """
         check_name(key)
-        with self._mounter.unmounted() as check:
+        with self._mounter.unmounted() as check, explained(f"remove {quote(key)}"):
             record = self._store.remove(key, check)
             self._reaper.retire(record)
+        # Removing may have needed it, and leaves some of it.
+        self._state.ballast.take()
         self._standby.look()
 
     def mount(
@@ -545,8 +551,9 @@ class Snapshotter:
         """Put the trees of new snapshots on disk, and record that they are there."""
         new = self._store.unsettled()
         if new:
-            self._state.write_back()
-            self._store.settle(new)
+            self._write_back.sync()
+            # What is in doubt ends with this boot of the machine, whatever is synced later.
+            self._store.settle(id_ for id_ in new if not self._write_back.doubts(id_))
 
     def _mount(self, kind: Kind, tree: int) -> Mount:
         options = ("rbind", "ro" if kind is Kind.VIEW else "rw")

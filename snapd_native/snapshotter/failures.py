@@ -27,7 +27,21 @@ _EXHAUSTED = {
     errno.EAGAIN: "let other processes end first",
 }
 _KILLED = {errno.ECHILD, errno.EPIPE}
-_DAMAGED = {errno.EIO, errno.EUCLEAN, errno.EBADMSG}
+_DAMAGED = {
+    errno.EIO,
+    # What ext4 and xfs find damaged, and what ext4 no longer writes to since it did.
+    errno.EUCLEAN,
+    errno.EBADMSG,
+    errno.EROFS,
+    # Write-back tells what the device has said; the kernel's table is in block/blk-core.c.
+    errno.ENODEV,
+    errno.ENODATA,
+    errno.ENOLINK,
+    errno.EREMOTEIO,
+    errno.ETIMEDOUT,
+    errno.EILSEQ,
+    errno.ESHUTDOWN,
+}
 
 
 @contextmanager

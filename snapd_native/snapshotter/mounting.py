@@ -182,7 +182,8 @@ class Mounter:
         with self._lock:
             record = self._mountable(key, read_only)
             path = self._standing.own / str(record.id)
-            self._standing.make_own(path)
+            with explained(f"mount {quote(key)}"):
+                self._standing.make_own(path)
             try:
                 with mounts.open_target(str(path)) as opened:
                     self._mount(record, opened, read_only, lifetime, uid, owner)

@@ -51,8 +51,10 @@ class Reaper:
         try:
             garbage = self._state.retire(record.id)
         except OSError as error:
-            log.warning("%s is left for Cleanup: %s", quote(record.info.name), error)
-            return
+            # A full directory may have to grow for a name, and the disk be full. As no record
+            # owns the directory, it can be deleted under the name that it has.
+            log.debug("%s is deleted under its own name: %s", quote(record.info.name), error)
+            garbage = str(record.id)
         if garbage is not None:
             self._background.submit(partial(self._delete, garbage))
 

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from typing import TypeAlias
 
 from snapd_native import trees
-from snapd_native.errors import Cancelled, SnapdError
+from snapd_native.errors import Cancelled, DataLoss, SnapdError
 from snapd_native.metastore import Metastore
 from snapd_native.model import Usage
 from snapd_native.snapshotter.state import StateDirectory
+from snapd_native.snapshotter.write_back import WriteBack
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +43,13 @@ class Standby:
     file system's space or inodes is free; none is made that would lead there.
     """
 
-    def __init__(self, state: StateDirectory, store: Metastore, least_free: float) -> None:
+    def __init__(
+        self, state: StateDirectory, store: Metastore, write_back: WriteBack, least_free: float
+    ) -> None:
         """Keep what is left of complete clones, and begin to make the others."""
         self._state = state
         self._store = store
+        self._write_back = write_back
         self._least_free = least_free
         self._ready: defaultdict[int, deque[str]] = defaultdict(deque)
         self._last = 0
@@ -144,6 +148,7 @@ class Standby:
                 raise Cancelled("it is not wanted any more")
 
         self._last += 1
+        failures = self._write_back.failures
         name = self._state.create_standby(parent, self._last)
         try:
             with (
@@ -151,7 +156,9 @@ class Standby:
                 self._state.open(name, writable=True) as target,
             ):
                 self._crew.clone(source, target, report, reflink=self._state.reflink)
-            self._state.write_back()
+            self._write_back.sync()
+            if self._write_back.failures > failures:
+                raise DataLoss("a write to the disk has failed meanwhile")
             complete = self._state.complete_standby(name)
         except (SnapdError, OSError) as error:
             self._drop(name)

@@ -52,21 +52,22 @@ class StateDirectory:
                     " or choose another --state-directory"
                 ) from None
             self.ballast = Ballast(self._fd)
+            undo.callback(self.ballast.take)
             self._snapshots = _own_directory(path / "snapshots")
             undo.callback(os.close, self._snapshots)
             _close_to_others(self._snapshots)
-            self._synced = os.open(".", _DIRECTORY, dir_fd=self._snapshots)
-            undo.callback(os.close, self._synced)
             os.fsync(self._fd)
             self.mounting = linux.mounting_id(self._snapshots)
             self._place = Table.read().place(self._snapshots)
             self.filesystem_type = linux.filesystem_type(self._snapshots)
-            self.reflink = trees.reflink_works(self._snapshots)
+            self.reflink = False
+            """See `try_reflink`."""
             undo.pop_all()
 
     def close(self) -> None:
-        """Unlock the directory."""
-        for fd in (self._synced, self._snapshots, self._fd):
+        """Unlock the directory, and keep for the next start what the database has just freed."""
+        self.ballast.take()
+        for fd in (self._snapshots, self._fd):
             os.close(fd)
 
     @property
@@ -86,6 +87,10 @@ class StateDirectory:
     def real_path(self) -> str:
         """Where the directory is, as the kernel writes it."""
         return os.readlink(f"/proc/self/fd/{self._fd}")
+
+    def try_reflink(self) -> None:
+        """See whether files can share their data here; that takes two inodes for a moment."""
+        self.reflink = trees.reflink_works(self._snapshots)
 
     def place(self, id_: int) -> Place | None:
         """Return what a snapshot's directory is in the table of mounts; None if that is unknown."""
@@ -124,18 +129,14 @@ class StateDirectory:
         # The name is the last change: a journal that has it has the directory and its mode too.
         os.fsync(self._snapshots)
 
-    def write_back(self) -> None:
-        """Put everything on the state's file system on disk, without a word on what was lost."""
-        linux.syncfs(self._snapshots)
-
     def sync(self) -> None:
         """Put everything on the state's file system on disk.
 
         Raises:
             OSError: it could not be, or something could not since this was last called. The kernel
-                tells that once for each time the directory was opened; see syncfs(2).
+                tells that once for each time the directory was opened; see `WriteBack`.
         """
-        linux.syncfs(self._synced)
+        linux.syncfs(self._snapshots)
 
     def has_room(self, least: float, more: Usage) -> bool:
         """Tell whether beside ``more`` at least ``least`` of 1 is free of space and of inodes."""

@@ -68,16 +68,16 @@ class Ledger:
                 self.active.pop(key, None)
                 self.views.pop(key, None)
 
-    def refused(self, call: dict[str, Any]) -> None:
+    def refused(self, call: dict[str, Any], *, gone: bool) -> None:
         assert call["operation"] != "commit", f"{call} was refused"
-        self._undone(call)
+        self._undone(call, gone=gone)
 
     def failed(self, call: dict[str, Any], error: str) -> None:
         self.failures.append(error)
         if not call.get("doubtful"):
-            self._undone(call)
+            self._undone(call, gone=False)
 
-    def _undone(self, call: dict[str, Any]) -> None:
+    def _undone(self, call: dict[str, Any], *, gone: bool) -> None:
         """All is as it was before the call."""
         key = call["key"]
         match call["operation"]:
@@ -90,7 +90,8 @@ class Ledger:
                 self.views.pop(key)
             case "update":
                 self.labels[key].remove(call["labels"])
-            case "remove" if key in self.perhaps:
+            # It may be gone by another's Remove, whose line is not written yet.
+            case "remove" if key in self.perhaps and not gone:
                 self.committed[key] = self.perhaps.pop(key)
             case "remove" if key in self.views:
                 self.views[key] = True
@@ -159,7 +160,7 @@ class Book:
             case "done":
                 ledger.done(call)
             case "refused":
-                ledger.refused(call)
+                ledger.refused(call, gone=told["gone"])
             case "failed":
                 ledger.failed(call, f"{told['error']}: {told['message']}")
 

@@ -52,8 +52,8 @@ def told(instance: str, operation: str, key: str, **fields: object) -> Iterator[
     say(call=call, at="begin", instance=instance, operation=operation, key=key, **fields)
     try:
         yield
-    except (FailedPrecondition, NotFound):
-        say(call=call, at="refused")
+    except (FailedPrecondition, NotFound) as error:
+        say(call=call, at="refused", gone=isinstance(error, NotFound))
         raise
     except UNABLE as error:
         say(call=call, at="failed", error=type(error).__name__, message=str(error))

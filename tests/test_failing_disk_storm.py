@@ -1,0 +1,127 @@
+"""A disk that fails at any instant under a mixed load, and an oracle of what was acknowledged.
+
+``FAILURES`` says how many on each file system; ``STORM_SEED`` repeats the choices of a storm that
+failed, which it prints, though not the instants.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+
+import pytest
+
+from snapd_native.client import BlockingClient
+from snapd_native.errors import DataLoss, ResourceExhausted
+from tests.engines import PROJECT
+from tests.failing_disks import KINDS, FailingDisk, failing_disk
+from tests.service import PATIENCE, Service, serving
+from tests.test_storm import found
+from tests.vm.ledger import Book, Ledger
+
+FAILURES = int(os.environ.get("FAILURES", "2"))
+SEED = int(os.environ.get("STORM_SEED", str(random.SystemRandom().randrange(1 << 32))))
+CLIENTS = 4
+
+
+@pytest.fixture(params=KINDS)
+def disk(request: pytest.FixtureRequest, loop_directory: Path) -> Iterator[FailingDisk]:
+    with failing_disk(request.param, loop_directory) as made:
+        yield made
+
+
+@pytest.mark.timeout(60 + 30 * FAILURES)
+def test_what_was_acknowledged_is_there(on_bus: str, disk: FailingDisk) -> None:
+    chance = random.Random(SEED)
+    print(f"STORM_SEED={SEED}")
+    state = disk.root / "state"
+    book = Book(("",))
+    (ledger,) = book.ledgers.values()
+    for number in range(FAILURES):
+        is_killed = chance.random() < 0.5
+        with serving(on_bus, state, status=-signal.SIGKILL if is_killed else 0) as service:
+            assert ledger.compare(found()) == [], f"after failure {number}"
+            disk.trim()
+            rage(book, ledger, service, disk, number, chance)
+            check_errors(ledger, number)
+            if is_killed:
+                service.daemon.process.kill()
+        disk.mount_again(heal=True)
+        end_boot(state)
+    with serving(on_bus, state):
+        assert ledger.compare(found()) == []
+        with BlockingClient() as client:
+            assert client.check() == []
+            client.prepare("afterwards")
+            client.commit("all is well", "afterwards")
+    print(f"{FAILURES} failures, {ledger.acknowledged} commits acknowledged")
+    # It must have had something to lose.
+    assert ledger.acknowledged >= FAILURES
+
+
+def rage(
+    book: Book,
+    ledger: Ledger,
+    service: Service,
+    disk: FailingDisk,
+    number: int,
+    chance: random.Random,
+) -> None:
+    """Have clients change all they can until the disk fails, and a call with it."""
+    load = subprocess.Popen(
+        [sys.executable, PROJECT / "tests" / "vm" / "load.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert load.stdin is not None
+    assert load.stdout is not None
+    load.stdin.write(book.order(number, CLIENTS) + "\n")
+    load.stdin.flush()
+    enough = ledger.acknowledged + chance.randrange(3, 15)
+    while ledger.acknowledged < enough:
+        line = load.stdout.readline()
+        assert line, "the load has ended by itself"
+        book.read(line)
+    # The instant is anywhere in what comes next.
+    ended = os.pidfd_open(service.pid)
+    assert not select.select([ended], [], [], chance.uniform(0, 0.05))[0]
+    os.close(ended)
+    disk.fail()
+    for line in load.stdout:
+        # The last one may be cut off: it ends when the first call fails.
+        if line.endswith("\n"):
+            book.read(line)
+    book.end()
+    load.communicate(timeout=PATIENCE)
+
+
+def check_errors(ledger: Ledger, number: int) -> None:
+    """See that what fails now is not called a bug, and that what can be read is read."""
+    with BlockingClient() as client:
+        for info in list(client.walk()):
+            client.stat(info.name)
+        for attempt in range(3):
+            key, name = f"doomed {number} {attempt}", f"unheard of {number} {attempt}"
+            with suppress(DataLoss, ResourceExhausted):
+                ledger.begin({"operation": "prepare", "key": key, "parent": ""})
+                client.prepare(key)
+                call = {"operation": "commit", "key": key, "name": name, "files": {}}
+                ledger.begin(call)
+                client.commit(name, key)
+                ledger.done(call)
+
+
+def end_boot(state: Path) -> None:
+    """Have what is recorded be of another boot of the machine: nothing is in memory any more."""
+    with closing(sqlite3.connect(state / "metadata.db")) as db, db:
+        db.execute("UPDATE snapshots SET boot = 'another' WHERE boot IS NOT NULL")
