@@ -27,6 +27,7 @@ class SpareDisk:
         self.unit = f"snapd-native@{self.instance}"
         self.root = f"/srv/{self.instance}"
         self._guest = guest
+        self._since = ""
         self._mkfs = f"mkfs.{filesystem} -q {mkfs}"
         self._mount = f"mount -o {mount} $disk {self.root}"
         self._names = f"""
@@ -36,6 +37,7 @@ class SpareDisk:
 
     def make(self) -> None:
         """Make the file system."""
+        self._since = self.run("date +%s").strip()
         self.run(f"""
             truncate -s {SECTORS * 512} $image
             loop=$(losetup --find --show $image)
@@ -82,6 +84,10 @@ class SpareDisk:
             rm -rf $image /run/{self.unit}
             rmdir {self.root}"""
         self._guest.attempt(self._names + script, limit=LIMIT)
+
+    def journal(self) -> str:
+        """Return what the instance has logged, and the system's manager of it, since `make`."""
+        return self.run(f"journalctl --sync; journalctl --since=@{self._since} -u {self.unit}")
 
     def run(self, script: str, stdin: str | None = None) -> str:
         """Run a script that must succeed, and return what it printed."""
