@@ -1,0 +1,127 @@
+"""Disks that fail under load: calls say so, and what was acknowledged is there when they are well.
+
+What was under way when the disk failed may have happened, whatever was answered: a disk that has
+taken a write and then refuses to flush it, and everything else, cannot be asked to forget it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.vm.guest import Guest
+from tests.vm.ledger import Book
+from tests.vm.loading import Load, troubles
+from tests.vm.spare import SpareDisk, made, units
+from tests.vm.test_powercut import NO_SYNC
+
+FILE_SYSTEMS = ("ext4", "xfs")
+
+DATA_LOSS = 8
+"""The exit status of the program."""
+
+
+@pytest.fixture
+def disks(machine: Guest) -> Iterator[list[SpareDisk]]:
+    disks = [SpareDisk(machine, filesystem) for filesystem in FILE_SYSTEMS]
+    with made(machine, *disks):
+        yield disks
+
+
+def ruin(guest: Guest, disks: list[SpareDisk], fail: Callable[[SpareDisk], None]) -> Book:
+    """Have disks fail under load, until each client has been told, and make them well again."""
+    seed = int(time.time())
+    print(f"seed {seed}")
+    book = Book(tuple(disk.instance for disk in disks))
+    load = Load(guest, book, seed, patient=True)
+    load.until_acknowledged(4, limit=300)
+    for disk in disks:
+        fail(disk)
+    load.doubt()
+    load.until(lambda: all(len(one.failures) >= 12 for one in book.ledgers.values()), limit=300)
+    load.end()
+    for disk in disks:
+        ledger = book.ledgers[disk.instance]
+        kinds = {failure.split(":")[0] for failure in ledger.failures}
+        print(f"{disk.instance}: {ledger.acknowledged} commits, {len(ledger.failures)} failures")
+        assert kinds <= {"DataLoss", "ResourceExhausted"}, ledger.failures
+        read = guest.attempt(f"snapd-native --instance {disk.instance} ls", limit=300)
+        assert read.returncode in (0, DATA_LOSS), read.stderr
+    guest.run(f"systemctl stop {units(disks)}", limit=300)
+    for disk in disks:
+        disk.remount()
+    guest.run(f"systemctl start {units(disks)}", limit=300)
+    return book
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("fail", [SpareDisk.refuse_writes, SpareDisk.refuse_all])
+def test_what_was_acknowledged_survives(
+    machine: Guest, disks: list[SpareDisk], fail: Callable[[SpareDisk], None]
+) -> None:
+    book = ruin(machine, disks, fail)
+    assert troubles(machine, book) == []
+    for disk in disks:
+        out = disk.journal()
+        assert "check the disk and the kernel's log" in out
+        assert "Traceback" not in out
+        assert out.count(": Deactivated successfully.") == 1
+        assert "Main process exited" not in out
+
+
+@pytest.mark.timeout(1200)
+def test_without_syncs_something_is_lost(machine: Guest) -> None:
+    """The test above could fail."""
+    disks = [SpareDisk(machine, filesystem) for filesystem in FILE_SYSTEMS]
+    drop_in = "/run/systemd/system/snapd-native@.service.d"
+    machine.run(f"""
+        mkdir -p {drop_in}
+        printf '[Service]\\n{NO_SYNC}\\n' >{drop_in}/no-sync.conf
+        systemctl daemon-reload""")
+    try:
+        with made(machine, *disks):
+            listed = troubles(machine, ruin(machine, disks, SpareDisk.refuse_writes))
+            print("\n".join(listed[:10]))
+            assert any(" is lost" in one or " differs" in one or "error" in one for one in listed)
+    finally:
+        machine.run(f"rm -r {drop_in}; systemctl daemon-reload")
+
+
+REWRITE = """
+    export SNAPD_NATIVE_INSTANCE={instance}
+    tree=$(snapd-native prepare work | cut -f 2)
+    dd if=/dev/zero of="$tree/file" bs=64k count=1 status=none
+    sync
+    block=$(filefrag -b512 -v "$tree/file" | awk '$1 == "0:" {{ print int($4) }}')
+    echo other | dd of="$tree/file" conv=notrunc status=none
+    echo $block
+"""
+"""Prints where on the disk a file is that has just been written to again."""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("filesystem", FILE_SYSTEMS)
+def test_a_file_that_could_not_be_written_is_never_committed(
+    machine: Guest, filesystem: str
+) -> None:
+    """The file system lives on, and the kernel tells of it once."""
+    disk = SpareDisk(machine, filesystem)
+    with made(machine, disk):
+        block = int(disk.run(REWRITE.format(instance=disk.instance)))
+        disk.refuse_writes(block, 128)
+        commit = f"snapd-native --instance {disk.instance} commit done work"
+        first = machine.attempt(commit)
+        disk.heal()
+        second = machine.attempt(commit)
+        disk.run(f"systemctl restart {disk.unit}")
+        third = machine.attempt(commit)
+        for each in (first, second, third):
+            assert each.returncode == DATA_LOSS, each.stderr
+        disk.run(f"""
+            export SNAPD_NATIVE_INSTANCE={disk.instance}
+            snapd-native rm work
+            snapd-native prepare work
+            snapd-native commit done work
+            snapd-native check""")
