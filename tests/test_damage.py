@@ -280,6 +280,26 @@ def test_a_commit_without_its_parent_is_data_loss(left: Path, how: str) -> None:
         assert state_of(engine) == before
 
 
+def test_a_key_of_an_index_that_is_another_makes_nobody_an_ancestor(left: Path) -> None:
+    """And no line of the ledger is struck out for it."""
+    with opened(left) as engine:
+        last = engine._store.get("lone").id
+    path = left / "metadata.db"
+    content = path.read_bytes()
+    # What the index of names has of it: the key, and the id as a byte.
+    key, other = b"lone" + bytes([last]), b"lone" + bytes([last + 2])
+    assert content.count(key) == 1
+    path.write_bytes(content.replace(key, other))
+    damage(left, f"{LINE} ({last}, '/x', 0, 'persistent', 0, '', 'b', 1)")
+    with opened(left) as engine:
+        found = engine.check()
+        assert [finding for finding in found if "index" in finding.what]
+        assert not [finding for finding in found if "ancestor" in finding.what]
+        assert engine.repair() != []
+        assert [line.target for line in engine._store.ledger.lines()] == ["/x"]
+        assert not [f for f in engine.check() if f.kind is Trouble.DATABASE]
+
+
 def test_descendants_of_what_is_gone_are_not_their_own_ancestors(left: Path) -> None:
     with opened(left) as engine:
         engine.commit("done", "work")

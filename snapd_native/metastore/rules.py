@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
@@ -111,6 +112,21 @@ def _lineage(db: sqlite3.Connection) -> Iterator[Broken]:
     for rule, (query, statements) in _RULES.items():
         for (name,) in db.execute(query):
             yield _broken(name, rule, statements)
+    yield from _loops(db)
+
+
+def _loops(db: sqlite3.Connection) -> Iterator[Broken]:
+    """Find who is not reached from those without a parent, or without one that is there."""
+    rows = db.execute("SELECT id, parent, name FROM snapshots NOT INDEXED").fetchall()
+    names = {id_: name for id_, _, name in rows}
+    children: dict[object, list[object]] = {}
+    for id_, parent, _ in rows:
+        children.setdefault(parent if parent in names else None, []).append(id_)
+    pending: list[object] = [None]
+    while pending:
+        pending += children.pop(pending.pop(), [])
+    for id_ in itertools.chain.from_iterable(children.values()):
+        yield _broken(names[id_], "it is its own ancestor")
 
 
 def _mounts(db: sqlite3.Connection) -> Iterator[Broken]:
@@ -136,24 +152,14 @@ _PARTS: Sequence[Callable[[sqlite3.Connection], Iterator[Broken]]] = (
     _mounts,
 )
 
-_NOBODYS = "snapshot NOT IN (SELECT id FROM snapshots)"
+# A damaged index must not make it look as if a snapshot were gone.
+_NOBODYS = "snapshot NOT IN (SELECT id FROM snapshots NOT INDEXED)"
 
 _RULES: dict[str, tuple[str, Mend]] = {
     "its parent is not there, or not committed": (
         """
-        SELECT s.name FROM snapshots AS s LEFT JOIN snapshots AS p ON p.id = s.parent
+        SELECT s.name FROM snapshots AS s NOT INDEXED LEFT JOIN snapshots AS p ON p.id = s.parent
         WHERE s.parent IS NOT NULL AND p.kind IS NOT 'committed'
-        """,
-        (),
-    ),
-    "it is its own ancestor": (
-        """
-        WITH RECURSIVE reached (id) AS (
-            SELECT s.id FROM snapshots AS s LEFT JOIN snapshots AS p ON p.id = s.parent
-            WHERE p.id IS NULL
-            UNION SELECT s.id FROM snapshots AS s JOIN reached AS r ON s.parent = r.id
-        )
-        SELECT name FROM snapshots WHERE id NOT IN reached
         """,
         (),
     ),
