@@ -121,7 +121,9 @@ def subject(directory: Path, size: int) -> Iterator[Subject]:
             parent = None if top else number // CHAIN * CHAIN + 1
             usage = (4096, 1) if top else (None, None)
             db.execute(
-                "INSERT INTO snapshots VALUES (?, ?, ?, ?, 1, 1, ?, ?, ?)",
+                "INSERT INTO snapshots"
+                " (id, name, kind, parent, created, updated, labels, size, inodes)"
+                " VALUES (?, ?, ?, ?, 1, 1, ?, ?, ?)",
                 (*row, parent, labels, *usage),
             )
         db.execute("COMMIT")

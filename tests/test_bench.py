@@ -15,7 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from bench import metastore
 from bench.disks import shortage
 from bench.results import Case
 from bench.trees import GROWTH, ROOTFS, TREES
@@ -131,3 +133,17 @@ def test_a_word_that_is_not_known_is_refused(benchmark: Benchmark) -> None:
 def test_too_little_room_is_said_in_a_sentence(tmp_path: Path) -> None:
     assert shortage(tmp_path, 0) == ""
     assert "GiB are needed" in shortage(tmp_path, 1 << 60)
+
+
+def test_the_metastore_is_measured(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metastore, "SIZES", (100, 200))
+    calls = {name: (call, 2) for name, (call, _) in metastore.CALLS.items()}
+    monkeypatch.setattr(metastore, "CALLS", calls)
+    output = scratch / "output.json"
+    options = ["--directory", str(scratch), "--json", str(output)]
+    outcome = CliRunner().invoke(metastore.main, options, catch_exceptions=False)
+    assert outcome.exit_code == 0
+    medians = json.loads(output.read_text())["median_seconds"]
+    assert list(medians) == list(calls)
+    assert all(seconds > 0 for pair in medians.values() for seconds in pair)
+    assert [path.name for path in scratch.iterdir()] == ["output.json"]
