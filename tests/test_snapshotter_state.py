@@ -168,6 +168,17 @@ def test_a_restart_settles_what_is_not_on_disk(state: Path) -> None:
         assert names(engine) == ["base", "done", "work"]
 
 
+@pytest.mark.parametrize("parent", ["", "base"])
+def test_what_is_in_the_way_is_left_alone(full: Snapshotter, parent: str) -> None:
+    last = max(map(int, directories(full)))
+    way = full.state_directory / "snapshots" / str(last + 1)
+    (way / "precious").mkdir(parents=True)
+    with pytest.raises(FailedPrecondition, match="in its way"):
+        full.prepare("new", parent)
+    assert (way / "precious").is_dir()
+    assert Path(full.prepare("new", parent).source).name == str(last + 2)
+
+
 def test_an_orphan_that_stays_keeps_its_id(left: Path) -> None:
     last = max(int(name) for name in os.listdir(left / "snapshots"))
     orphan = left / "snapshots" / f"new-{last + 1}"

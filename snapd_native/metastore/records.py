@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -66,22 +66,7 @@ def packed(labels: Mapping[str, str]) -> str:
 
 def fault(row: Row) -> str:
     """Say what of a row cannot be; nothing if all can."""
-    _, name, kind, parent_id, parent, created, updated, labels, size, inodes = row
-    faults = {
-        "name": not is_name(name),
-        "kind": kind not in _DESCRIPTIONS,
-        "parent": not (
-            parent_id is None or (isinstance(parent_id, int) and (parent == "" or is_name(parent)))
-        ),
-        "times": not (_is_count(created) and _is_count(updated)),
-        "labels": _unpacked(labels) is None,
-        "usage": not (
-            _is_count(size) and _is_count(inodes)
-            if kind == Kind.COMMITTED
-            else size is None and inodes is None
-        ),
-    }
-    return ", ".join(what for what, is_one in faults.items() if is_one)
+    return ", ".join(what for what, is_right in _RULES.items() if not is_right(row))
 
 
 def record_of(row: Row) -> Record:
@@ -95,14 +80,12 @@ def record_of(row: Row) -> Record:
             f"the record of {quote(str(row[1]))} is damaged ({what}):"
             " restore metadata.db from a backup, or remove the snapshot"
         )
-    id_, name, kind, parent_id, parent, created, updated, labels, size, inodes = row
-    info = Info(name, Kind(kind), parent, created, updated, json.loads(labels))
-    return Record(id_, parent_id, info, None if size is None else Usage(size, inodes))
+    return _record(row)
 
 
 def readable(row: Row) -> Record | None:
     """Return the record in a row; None if it is damaged."""
-    return None if fault(row) else record_of(row)
+    return None if fault(row) else _record(row)
 
 
 def doomed(db: sqlite3.Connection, key: str) -> Record:
@@ -187,6 +170,12 @@ def last_id(db: sqlite3.Connection) -> int:
     return int(last)
 
 
+def _record(row: Row) -> Record:
+    id_, name, kind, parent_id, parent, created, updated, labels, size, inodes = row
+    info = Info(name, Kind(kind), parent, created, updated, json.loads(labels))
+    return Record(id_, parent_id, info, None if size is None else Usage(size, inodes))
+
+
 def _find(db: sqlite3.Connection, name: str) -> Row | None:
     row: Row | None = db.execute(f"SELECT {COLUMNS} WHERE s.name = ?", (name,)).fetchone()
     return row
@@ -194,6 +183,16 @@ def _find(db: sqlite3.Connection, name: str) -> Row | None:
 
 def _missing(key: str) -> NotFound:
     return NotFound(f"there is no snapshot {quote(key)}: list them to see which there are")
+
+
+def _is_parent(id_: object, name: object) -> bool:
+    return id_ is None or (isinstance(id_, int) and (name == "" or is_name(name)))
+
+
+def _is_usage(kind: object, size: object, inodes: object) -> bool:
+    if kind == Kind.COMMITTED:
+        return _is_count(size) and _is_count(inodes)
+    return size is None and inodes is None
 
 
 def _is_count(number: object) -> bool:
@@ -209,3 +208,14 @@ def _unpacked(labels: object) -> Mapping[str, str] | None:
     if not isinstance(found, dict):
         return None
     return found if all(is_text(text) for pair in found.items() for text in pair) else None
+
+
+_RULES: Mapping[str, Callable[[Row], bool]] = {
+    "name": lambda row: is_name(row[1]),
+    "kind": lambda row: row[2] in _DESCRIPTIONS,
+    "parent": lambda row: _is_parent(row[3], row[4]),
+    "times": lambda row: _is_count(row[5]) and _is_count(row[6]),
+    "labels": lambda row: _unpacked(row[7]) is not None,
+    "usage": lambda row: _is_usage(row[2], row[8], row[9]),
+}
+"""What holds for every row that the service has written."""

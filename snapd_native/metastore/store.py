@@ -352,7 +352,9 @@ class Metastore:
     def forget_unsettled(self, boot: str) -> Sequence[str]:
         """Forget the snapshots that ended with another mounting than this; return their names."""
         with self._connections.writing() as db, transaction(db):
-            rows = db.execute("DELETE FROM snapshots WHERE boot <> ? RETURNING name", (boot,))
+            rows = db.execute(
+                "DELETE FROM snapshots WHERE kind = 'active' AND boot <> ? RETURNING name", (boot,)
+            )
             return [name for (name,) in rows.fetchall()]
 
     def update(self, name: str, change: Callable[[Info], Mapping[str, str]]) -> Info:

@@ -74,6 +74,10 @@ def _meaning(error: OSError, what: str) -> SnapdError:
             f"{what}: something in it has more extended attributes than the kernel lists,"
             " remove some"
         )
+    if code in (errno.EEXIST, errno.ENOTEMPTY):
+        return FailedPrecondition(
+            f"{what}: something that is not the service's is in its way, see what Check finds"
+        )
     if code == errno.EBUSY:
         return FailedPrecondition(f"{what}: something is mounted in it, unmount that first")
     log.error("%s: %s", what, error, exc_info=error)

@@ -238,8 +238,9 @@ class StateDirectory:
 
     def discard(self, id_: int) -> None:
         """Delete what `create` made, whatever its name is by now."""
-        for name in (f"new-{id_}", str(id_)):
-            self.delete(name, lambda *_: None)
+        # While it is not alive yet, what has its final name is somebody else's.
+        making = f"new-{id_}"
+        self.delete(making if self._is_there(making) else str(id_), lambda *_: None)
 
     def set_aside(self, id_: int) -> str:
         """Rename a snapshot's directory to what is never deleted, on disk; return that name."""

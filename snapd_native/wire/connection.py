@@ -243,7 +243,7 @@ class _Writer(_MessageWriter):
 
     def buffer_message(self, msg: Message, future: asyncio.Future[None] | None = None) -> None:
         data = bytes(msg._marshall(negotiate_unix_fd=self.negotiate_unix_fd))
-        self.put(data, msg.unix_fds, future)
+        self.put(data, msg.unix_fds or (), future)
 
     def write_callback(self) -> None:
         try:
