@@ -300,11 +300,10 @@ def test_users_who_may_read_leave_room_for_root(
         monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
         with serving(address, scratch / "state") as service, BlockingClient() as client:
             stock(client)
-            client.commit("sealed", "work", digest=True)
             with crowd(address, 1, NOBODY) as (stranger,), all_stopped(service) as stop:
 
                 def fill() -> bool:
-                    stranger.call("Verify", "sa{sv}", "sealed", {}, times=4)
+                    stranger.call("Usage", "s", "work", times=4)
                     stop()
                     return [job.uid for job in client.jobs()] == [NOBODY] * Lane.TREE.threads
 
