@@ -2,6 +2,8 @@
 
 PYTHON ?= /usr/bin/python3
 bin := .venv/bin
+STORM_KILLS ?= 250
+FUZZ_CALLS ?= 50000
 SOAK_MINUTES ?= 30
 
 .DEFAULT_GOAL := help
@@ -26,10 +28,10 @@ check: development ## the tests alone (root)
 	@$(bin)/pytest
 
 storm: development ## kill the service 500 times under load (root, 12 minutes)
-	@STORM_KILLS=250 $(bin)/pytest -s tests/test_storm.py
+	@STORM_KILLS=$(STORM_KILLS) $(bin)/pytest -s tests/test_storm.py
 
 fuzz: development ## call the service 50,000 times as nobody would (root, 10 minutes)
-	@FUZZ_CALLS=50000 $(bin)/pytest -s tests/test_fuzz.py
+	@FUZZ_CALLS=$(FUZZ_CALLS) $(bin)/pytest -s tests/test_fuzz.py
 
 soak: development ## load the service with 32 clients for 30 minutes (root)
 	@SOAK_MINUTES=$(SOAK_MINUTES) $(bin)/pytest -s tests/test_soak.py

@@ -4,7 +4,7 @@ from snapd_native.mounts.attach import attach, detach, detached, make_read_only,
 from snapd_native.mounts.namespace import hidden_from_host
 from snapd_native.mounts.table import Entry, Place, Table
 from snapd_native.mounts.targets import Target, open_target
-from snapd_native.mounts.users import users
+from snapd_native.mounts.users import pinned, users
 
 __all__ = [
     "Entry",
@@ -17,6 +17,7 @@ __all__ = [
     "hidden_from_host",
     "make_read_only",
     "open_target",
+    "pinned",
     "restore",
     "users",
 ]

@@ -49,7 +49,7 @@ class Mounter:
         self._standing = Standing(state, store.ledger, runtime / "mounts")
         self._stopping = stopping
         self._lock = Lock()
-        self._loose: list[tuple[int, Entry]] = []
+        self._loose: list[tuple[int, Entry, int]] = []
         self._frozen: set[int] = set()
         self._owners = {line.owner for line in self._ledger.lines() if line.owner}
         self._releaser = Background("releaser", "what a client has left stays mounted")
@@ -57,6 +57,8 @@ class Mounter:
     def close(self) -> None:
         """End after all that was begun; what is mounted stays."""
         self._releaser.close()
+        for _, _, pin in self._loose:
+            os.close(pin)
 
     def mount(
         self,
@@ -290,14 +292,15 @@ class Mounter:
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
-            self._loose.append((line.tree, entry))
+            self._loose.append((line.tree, entry, mounts.pinned(entry)))
 
     def _check_not_loose(self, key: str, tree: int) -> None:
         """Refuse a Commit of what can still be written to through a mount that is out of sight."""
-        for number, entry in list(self._loose):
-            processes = mounts.users(entry)
+        for number, entry, pin in list(self._loose):
+            processes = mounts.users(entry, but=pin)
             if not processes:
-                self._loose.remove((number, entry))
+                self._loose.remove((number, entry, pin))
+                os.close(pin)
             elif number == tree:
                 raise FailedPrecondition(
                     f"cannot commit {quote(key)}: {named(processes)} can still write to it on"
