@@ -78,6 +78,15 @@ def test_without_syncs_something_is_lost(machine: Guest) -> None:
                 rm -f {drop_in}
                 systemctl daemon-reload
                 systemctl stop {UNITS}
+                for instance in {" ".join(INSTANCES)}; do
+                    if ! mountpoint -q /srv/$instance; then
+                        journalctl -b --no-pager --grep 'fsck|ext4|xfs' | tail -n 40 >&2
+                        device=$(findmnt --fstab --noheadings --output SOURCE /srv/$instance)
+                        fsck -f -y "$device" || true
+                        systemctl reset-failed
+                        systemctl start srv-$instance.mount
+                    fi
+                done
                 rm -rf /srv/ext4/snapd-native /srv/xfs/snapd-native
                 systemctl reset-failed
                 systemctl start {UNITS}""")
