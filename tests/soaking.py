@@ -19,8 +19,9 @@ from snapd_native.client import Client
 from tests.errands import ERRANDS, leave
 from tests.tenants import Report, Tenant
 
-PAUSE = 0.05
-"""Seconds between a tenant's errands on average: it does something with what it got."""
+PAUSE = 0.25
+"""Seconds between a tenant's errands on average: it does something with what it got. What a call
+takes where more is asked for than the processors can do says nothing of the service."""
 
 STAT_PAUSE = 0.03
 """Seconds between two calls of a client that calls nothing but Stat."""
