@@ -106,7 +106,9 @@ class Worker:
         if self._chance.random() < 0.3:
             self._look(client, name)
         if len(self._known) > KEEP:
-            self._remove(client, self._chance.choice(list(self._known)))
+            # Those that have children stay.
+            for name in self._chance.sample(list(self._known), k=5):
+                self._remove(client, name)
 
     def _look(self, client: BlockingClient, name: str) -> None:
         """Do what changes no tree; somebody else may remove the snapshot meanwhile."""
