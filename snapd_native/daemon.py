@@ -158,12 +158,14 @@ class _Daemon:
             log.info("undoing the calls that are still running")
             snapshotter.stop()
             await dispatcher.finish(None)
-        if dispatcher.connection.connected:
-            # Its answer comes after everything else that was sent has left, or never, where nobody
-            # reads that.
-            releasing = dispatcher.connection.ask_driver("ReleaseName", "s", [self._name])
-            with suppress(SnapdError, TimeoutError):
-                await asyncio.wait_for(releasing, GRACE)
+        # No call comes after the name is gone. The bus answers when everything else that was sent
+        # has left, or never, where nobody reads that.
+        for member, signature, body in (("ReleaseName", "s", [self._name]), ("GetId", "", [])):
+            if dispatcher.connection.connected:
+                asking = dispatcher.connection.ask_driver(member, signature, body)
+                with suppress(SnapdError, TimeoutError):
+                    await asyncio.wait_for(asking, GRACE)
+                await dispatcher.finish(GRACE)
 
     @asynccontextmanager
     async def _watchdog(self, lanes: Lanes, snapshotter: Snapshotter) -> AsyncIterator[None]:
