@@ -27,10 +27,10 @@ types: development ## static types
 check: development ## the tests alone (root)
 	@$(bin)/pytest
 
-storm: development ## kill the service 500 times under load (root, 12 minutes)
+storm: development ## kill the service 500 times under load (root, 10 minutes)
 	@STORM_KILLS=$(STORM_KILLS) $(bin)/pytest -s tests/test_storm.py
 
-fuzz: development ## call the service 50,000 times as nobody would (root, 10 minutes)
+fuzz: development ## call the service 50,000 times as nobody would (root, 5 minutes)
 	@FUZZ_CALLS=$(FUZZ_CALLS) $(bin)/pytest -s tests/test_fuzz.py
 
 soak: development ## load the service with 32 clients for 30 minutes (root)
