@@ -189,7 +189,9 @@ class Connections:
         except sqlite3.Error:
             # Where readers have let it do only a part, SQLite has not synced that, and takes it for
             # done. If the disk has lost it, the WAL has the only copy: all of it is put back again.
-            os.pwrite(self._index, bytes(4), _BACKFILLED)
+            # The change itself stands, so a file system that gave up altogether is no error here.
+            with suppress(OSError):
+                os.pwrite(self._index, bytes(4), _BACKFILLED)
         else:
             self._put = self._writer.total_changes
 
