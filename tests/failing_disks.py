@@ -130,6 +130,7 @@ def failing_disk(kind: str, directory: Path) -> Iterator[FailingDisk]:
             _run("fallocate", "--length", str(_SIZES[name]), str(image))
         device = _run("losetup", "--find", "--show", str(image))
         stack.callback(_run, "losetup", "--detach", device)
+        stack.enter_context(_page_by_page(device))
         root = Path(tempfile.mkdtemp(prefix=name, dir=directory))
         stack.callback(root.rmdir)
         disk = FailingDisk(kind, root, device, backing)
@@ -139,6 +140,23 @@ def failing_disk(kind: str, directory: Path) -> Iterator[FailingDisk]:
         # The journal, the tables of inodes and what else is in use stays.
         disk.trim()
         yield disk
+
+
+@contextmanager
+def _page_by_page(device: str) -> Iterator[None]:
+    """Have each request to a loop device be one page.
+
+    A tmpfs that gets full within a write has written less, which the loop driver takes for all: the
+    disk would lose data and not say so.
+    """
+    limit = Path("/sys/block") / Path(device).name / "queue" / "max_sectors_kb"
+    before = limit.read_text()
+    limit.write_text(str(os.sysconf("SC_PAGE_SIZE") >> 10))
+    try:
+        yield
+    finally:
+        # The device keeps it for whoever takes it next.
+        limit.write_text(before)
 
 
 def _run(*command: str) -> str:

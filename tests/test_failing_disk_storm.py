@@ -32,9 +32,7 @@ SEED = int(os.environ.get("STORM_SEED", str(random.SystemRandom().randrange(1 <<
 CLIENTS = 4
 
 
-# An ext4 whose journal is left is left out: there a change that was acknowledged just before the
-# failure is missing once in some twenty times, and it is not known yet who loses it.
-@pytest.fixture(params=[kind for kind in KINDS if kind != "ext4"])
+@pytest.fixture(params=KINDS)
 def disk(request: pytest.FixtureRequest, loop_directory: Path) -> Iterator[FailingDisk]:
     with failing_disk(request.param, loop_directory) as made:
         yield made
