@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -74,6 +75,21 @@ def holds(mount: Mount, text: str) -> bool:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         with open(fd, "rb", closefd=False) as file:
             return file.read() == text.encode() * LENGTH
+    finally:
+        os.close(fd)
+
+
+def test_the_disk_says_what_it_has_lost(disk: FailingDisk) -> None:
+    pages, page = 16, mmap.PAGESIZE
+    fd = os.open(disk.root / "file", os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, pages * page)
+        with mmap.mmap(-1, pages * page) as data:
+            os.pwrite(fd, memoryview(data)[:page], 0)
+            disk.sync()
+            disk.fail()
+            with pytest.raises(OSError, match="No space left"):
+                os.pwrite(fd, data, 0)
     finally:
         os.close(fd)
 
