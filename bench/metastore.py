@@ -144,7 +144,7 @@ def measured(subjects: list[Subject]) -> dict[str, list[float]]:
                 call(each)
                 taken[turn].append(time.perf_counter() - start)
         for each in subjects:
-            each.engine.cleanup()
+            each.engine.upkeep.cleanup()
         medians[name] = [median(some) for some in taken]
     return medians
 

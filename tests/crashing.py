@@ -107,12 +107,12 @@ def _cancel_a_prepare(engine: Snapshotter, _: Path) -> None:
 
 
 def _mount_for_a_client(engine: Snapshotter, place: Path) -> None:
-    engine.mount("work", str(place), lifetime=Lifetime.CLIENT, owner="a client")
+    engine.mounter.mount("work", str(place), lifetime=Lifetime.CLIENT, owner="a client")
 
 
 def _release(engine: Snapshotter, _: Path) -> None:
-    engine.release("a client")
-    eventually(lambda: not engine.owners())
+    engine.mounter.release("a client")
+    eventually(lambda: not engine.mounter.owners())
 
 
 def _leave_orphans(state: Path) -> None:
@@ -149,7 +149,7 @@ CASES = {
     "commit with a parent": Case(lambda engine, _: engine.commit("done", "lone", parent="base")),
     "commit what is mounted": Case(
         lambda engine, _: engine.commit("done", "work"),
-        lambda engine, place: engine.mount("work", str(place)),
+        lambda engine, place: engine.mounter.mount("work", str(place)),
     ),
     "update": Case(lambda engine, _: engine.update("base", {"of": "another"})),
     "remove": Case(lambda engine, _: engine.remove("lone")),
@@ -158,27 +158,27 @@ CASES = {
     "make a clone that stands by": Case(_wants_a_clone),
     "drop a clone that stands by": Case(_wants_no_clone, _wants_a_clone),
     "a prepare that is cancelled": Case(_cancel_a_prepare),
-    "mount": Case(lambda engine, place: engine.mount("look", str(place))),
-    "mount on a directory of its own": Case(lambda engine, _: engine.mount("work")),
+    "mount": Case(lambda engine, place: engine.mounter.mount("look", str(place))),
+    "mount on a directory of its own": Case(lambda engine, _: engine.mounter.mount("work")),
     "unmount": Case(
-        lambda engine, place: engine.unmount(str(place)),
-        lambda engine, place: engine.mount("work", str(place)),
+        lambda engine, place: engine.mounter.unmount(str(place)),
+        lambda engine, place: engine.mounter.mount("work", str(place)),
     ),
     "unmount from a directory of its own": Case(
-        lambda engine, _: engine.unmount(engine.list_mounts()[0].target),
-        lambda engine, _: engine.mount("work"),
+        lambda engine, _: engine.mounter.unmount(engine.mounter.list_mounts()[0].target),
+        lambda engine, _: engine.mounter.mount("work"),
     ),
     "unmount lazily": Case(
-        lambda engine, place: engine.unmount(str(place), lazy=True),
-        lambda engine, place: engine.mount("work", str(place)),
+        lambda engine, place: engine.mounter.unmount(str(place), lazy=True),
+        lambda engine, place: engine.mounter.mount("work", str(place)),
     ),
     "release": Case(_release, _mount_for_a_client),
     "cleanup": Case(
-        lambda engine, _: engine.cleanup(),
+        lambda engine, _: engine.upkeep.cleanup(),
         lambda engine, _: _leave_orphans(engine.state_directory),
     ),
     "repair": Case(
-        lambda engine, _: engine.repair(),
+        lambda engine, _: engine.upkeep.repair(),
         lambda engine, _: _leave_orphans(engine.state_directory),
     ),
     "the first start": Case(

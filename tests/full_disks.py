@@ -89,7 +89,7 @@ def use_up_wal(engine: Snapshotter) -> None:
 
 def everything(engine: Snapshotter) -> object:
     """All that a call which fails must not change."""
-    return state_of(engine), engine.list_mounts(), engine._store.ledger.lines()
+    return state_of(engine), engine.mounter.list_mounts(), engine._store.ledger.lines()
 
 
 def check_refused(engine: Snapshotter, calls: dict[str, Callable[[], object]]) -> None:
@@ -102,7 +102,7 @@ def check_refused(engine: Snapshotter, calls: dict[str, Callable[[], object]]) -
             check_sentence(caught.value.message, "free", "try again")
             assert everything(engine) == before, name
             check_reads(engine)
-    assert engine.check() == []
+    assert engine.upkeep.check() == []
 
 
 def check_reads(engine: Snapshotter) -> None:

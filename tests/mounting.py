@@ -74,4 +74,4 @@ def place(places: Path, name: str = "here") -> Path:
 
 def targets(engine: Snapshotter, key: str = "") -> list[str]:
     """Return where the engine says that something is mounted."""
-    return [mounted.target for mounted in engine.list_mounts(key)]
+    return [mounted.target for mounted in engine.mounter.list_mounts(key)]

@@ -34,21 +34,21 @@ def only(found: list[Finding]) -> tuple[Trouble, str, str]:
 
 
 def test_nothing_is_wrong_with_what_is_in_use(full: Snapshotter, places: Path) -> None:
-    full.mount("work")
-    full.mount("look", str(place(places)))
+    full.mounter.mount("work")
+    full.mounter.mount("look", str(place(places)))
     full.remove("lone")
     full.update("base", {"of": "base", "snapd-native.standby": "1"})
     eventually(lambda: full.standby("base")[0] == 1)
     before = state_of(full)
-    assert full.check() == []
+    assert full.upkeep.check() == []
     assert state_of(full) == before
-    for target in full.list_mounts():
-        full.unmount(target.target)
+    for target in full.mounter.list_mounts():
+        full.mounter.unmount(target.target)
 
 
 def test_a_tree_that_is_gone(full: Snapshotter) -> None:
     os.rename(full.prepare("lost").source, full.state_directory / "elsewhere")
-    kind, key, what = only([*full.check()])
+    kind, key, what = only([*full.upkeep.check()])
     assert (kind, key) == (Trouble.TREE, "lost")
     assert "restore it from a backup" in what
 
@@ -56,11 +56,11 @@ def test_a_tree_that_is_gone(full: Snapshotter) -> None:
 @pytest.mark.parametrize("name", ["17", "new-18"])
 def test_an_orphan(full: Snapshotter, name: str) -> None:
     (full.state_directory / "snapshots" / name).mkdir()
-    kind, key, what = only([*full.check()])
+    kind, key, what = only([*full.upkeep.check()])
     assert (kind, key) == (Trouble.ORPHAN, "")
     assert what.startswith(f"{name} ")
-    full.cleanup()
-    assert full.check() == []
+    full.upkeep.cleanup()
+    assert full.upkeep.check() == []
 
 
 def test_what_cannot_be_deleted(full: Snapshotter, places: Path) -> None:
@@ -68,7 +68,7 @@ def test_what_cannot_be_deleted(full: Snapshotter, places: Path) -> None:
     (garbage / "on").mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", garbage / "on"], check=True)
     try:
-        kind, key, what = only([*full.check()])
+        kind, key, what = only([*full.upkeep.check()])
     finally:
         subprocess.run(["umount", garbage / "on"], check=True)
     assert (kind, key) == (Trouble.LEFTOVER, "")
@@ -78,7 +78,7 @@ def test_what_cannot_be_deleted(full: Snapshotter, places: Path) -> None:
 @pytest.mark.parametrize("name", ["mine", "17", "ready-1-x"])
 def test_what_is_not_the_service_s(full: Snapshotter, name: str) -> None:
     (full.state_directory / "snapshots" / name).touch()
-    kind, key, what = only([*full.check()])
+    kind, key, what = only([*full.upkeep.check()])
     assert (kind, key) == (Trouble.FOREIGN, "")
     assert f'"{name}"' in what
 
@@ -87,46 +87,46 @@ def test_what_is_not_the_service_s(full: Snapshotter, name: str) -> None:
 def test_what_others_may_reach(full: Snapshotter, name: str) -> None:
     path = full.state_directory / name
     path.chmod(path.stat().st_mode | 0o004)
-    kind, key, what = only([*full.check()])
+    kind, key, what = only([*full.upkeep.check()])
     assert (kind, key) == (Trouble.MODE, "")
     assert str(path) in what
 
 
 def test_a_mount_that_the_ledger_does_not_know(full: Snapshotter, places: Path) -> None:
-    target = full.mount("work")
+    target = full.mounter.mount("work")
     full._store.ledger.forget([line.id for line in full._store.ledger.lines()])
-    kind, key, what = only([*full.check()])
+    kind, key, what = only([*full.upkeep.check()])
     subprocess.run(["umount", target], check=True)
     assert (kind, key) == (Trouble.MOUNT, "")
     assert target in what
-    assert full.check() == []
+    assert full.upkeep.check() == []
 
 
 def test_a_mount_of_another_boot_that_is_not_made_again(state: Path, places: Path) -> None:
     target = place(places)
     with opened(state) as engine:
         fill(engine)
-        engine.mount("work", str(target))
+        engine.mounter.mount("work", str(target))
     subprocess.run(["umount", target], check=True)
     target.rmdir()
     with closing(sqlite3.connect(state / "metadata.db")) as db, db:
         db.execute("UPDATE mounts SET boot = 'another'")
     with opened(state) as engine:
-        kind, key, what = only([*engine.check()])
+        kind, key, what = only([*engine.upkeep.check()])
         assert (kind, key) == (Trouble.MOUNT, "work")
         assert str(target) in what
-        engine.unmount(str(target))
-        assert engine.check() == []
+        engine.mounter.unmount(str(target))
+        assert engine.upkeep.check() == []
 
 
 def test_a_view_that_is_writable(full: Snapshotter, places: Path) -> None:
     target = str(place(places))
-    full.mount("look", target)
+    full.mounter.mount("look", target)
     subprocess.run(["mount", "-o", "remount,bind,rw", target], check=True)
-    kind, key, what = only([*full.check()])
+    kind, key, what = only([*full.upkeep.check()])
     assert (kind, key) == (Trouble.MOUNT, "look")
     assert "writable" in what
-    full.unmount(target)
+    full.mounter.unmount(target)
 
 
 def test_repair_mends_what_it_can(full: Snapshotter, places: Path) -> None:
@@ -137,43 +137,43 @@ def test_repair_mends_what_it_can(full: Snapshotter, places: Path) -> None:
     (full.state_directory / "metadata.db").chmod(0o644)
     os.chown(snapshots, 7, 7)
     target = str(place(places))
-    full.mount("look", target)
+    full.mounter.mount("look", target)
     subprocess.run(["mount", "-o", "remount,bind,rw", target], check=True)
     os.rename(full.mounts("lone").source, full.state_directory / "elsewhere")
     before = full.list()
-    found = {finding.kind for finding in full.check()}
-    mended = full.repair()
-    left = full.check()
+    found = {finding.kind for finding in full.upkeep.check()}
+    mended = full.upkeep.repair()
+    left = full.upkeep.check()
     assert {finding.kind for finding in left} == {Trouble.FOREIGN, Trouble.TREE}
     assert {f.kind for f in mended} == found - {Trouble.FOREIGN, Trouble.TREE}
-    assert full.repair() == []
-    assert full.check() == left
+    assert full.upkeep.repair() == []
+    assert full.upkeep.check() == left
     assert full.list() == before
     assert (full.state_directory / "elsewhere").is_dir()
     with pytest.raises(DataLoss):
         full.mounts("lone")
     full.remove("lone")
     full.prepare("again", "base")
-    full.unmount(target)
+    full.mounter.unmount(target)
 
 
 def test_repair_makes_again_what_is_not_mounted(state: Path, places: Path) -> None:
     target = place(places)
     with opened(state) as engine:
         fill(engine)
-        engine.mount("work", str(target))
+        engine.mounter.mount("work", str(target))
     subprocess.run(["umount", target], check=True)
     target.rmdir()
     with closing(sqlite3.connect(state / "metadata.db")) as db, db:
         db.execute("UPDATE mounts SET boot = 'another'")
     with opened(state) as engine:
-        assert engine.repair() == []
+        assert engine.upkeep.repair() == []
         target.mkdir()
-        (finding,) = engine.repair()
+        (finding,) = engine.upkeep.repair()
         assert finding.key == "work"
-        assert engine.check() == []
-        assert [mounted.target for mounted in engine.list_mounts()] == [str(target)]
-        engine.unmount(str(target))
+        assert engine.upkeep.check() == []
+        assert [mounted.target for mounted in engine.mounter.list_mounts()] == [str(target)]
+        engine.mounter.unmount(str(target))
 
 
 def test_repair_makes_indexes_anew(left: Path) -> None:
@@ -189,9 +189,9 @@ def test_repair_makes_indexes_anew(left: Path) -> None:
         db.execute("UPDATE sqlite_sequence SET seq = 1")
     with opened(left) as engine:
         before = engine.list()
-        assert {finding.kind for finding in engine.check()} == {Trouble.DATABASE}
-        assert engine.repair() != []
-        assert engine.check() == []
+        assert {finding.kind for finding in engine.upkeep.check()} == {Trouble.DATABASE}
+        assert engine.upkeep.repair() != []
+        assert engine.upkeep.check() == []
         assert engine.list() == before
         with pytest.raises(FailedPrecondition, match="children"):
             engine.remove("base")
@@ -199,7 +199,7 @@ def test_repair_makes_indexes_anew(left: Path) -> None:
 
 def test_repair_of_what_is_well_changes_nothing(full: Snapshotter) -> None:
     before = state_of(full)
-    assert full.repair() == []
+    assert full.upkeep.repair() == []
     assert state_of(full) == before
 
 
@@ -235,7 +235,7 @@ def test_a_database_that_breaks_its_rules(left: Path, how: str) -> None:
         says, statements = BROKEN[how]
         db.executescript(statements)
     with opened(left) as engine:
-        found = engine.check()
+        found = engine.upkeep.check()
     assert any(f.kind is Trouble.DATABASE and f.key and says in f.what for f in found)
 
 
@@ -247,7 +247,7 @@ def test_a_damaged_database(left: Path) -> None:
             for page in range(2, path.stat().st_size // 4096):
                 file.seek(page * 4096)
                 file.write(b"\xff" * 512)
-        found = engine.check()
+        found = engine.upkeep.check()
         assert {finding.kind for finding in found} == {Trouble.DATABASE}
         assert all("backup" in finding.what for finding in found)
         assert all(finding.what.isprintable() for finding in found)
@@ -273,7 +273,7 @@ def test_what_goes_on_meanwhile_is_no_finding(full: Snapshotter) -> None:
         thread.start()
     try:
         for _ in range(100):
-            assert full.check() == []
+            assert full.upkeep.check() == []
     finally:
         ended.set()
         for thread in threads:
@@ -286,7 +286,7 @@ def test_it_waits_for_what_is_being_deleted(full: Snapshotter) -> None:
     with gated("delete") as gate:
         full.remove("lone")
         gate.wait_until_reached()
-        thread = threading.Thread(target=lambda: done.append(full.check()))
+        thread = threading.Thread(target=lambda: done.append(full.upkeep.check()))
         thread.start()
         for _ in range(10):
             assert full.stat("base").name == "base"
@@ -303,7 +303,7 @@ def test_a_removal_that_is_half_way_is_no_finding(
     asks, waits = threading.Event(), threading.Event()
     unmounted, catch_up, retire = Mounter.unmounted, Reaper.catch_up, StateDirectory.retire
     found: list[Sequence[Finding]] = []
-    checking = threading.Thread(target=lambda: found.append(full.check()))
+    checking = threading.Thread(target=lambda: found.append(full.upkeep.check()))
 
     def ask(mounter: Mounter) -> AbstractContextManager[Callable[[Record], None]]:
         if threading.current_thread() is checking:
@@ -339,7 +339,7 @@ def test_it_can_be_cancelled(full: Snapshotter) -> None:
         gate.wait_until_reached()
         assert job.cancel()
         with pytest.raises(Cancelled):
-            full.check(job)
+            full.upkeep.check(job)
         gate.open()
 
 

@@ -19,7 +19,7 @@ from snapd_native.client import BlockingClient, Client
 from snapd_native.errors import InvalidArgument, SnapdError, Unavailable
 from snapd_native.model import Lifetime, Mounted
 from snapd_native.mounts import Table
-from snapd_native.snapshotter import Snapshotter
+from snapd_native.snapshotter.mounting import Mounter
 from tests.bus_mounting import has_open, is_gone, listed, stocked_with_snapshots
 from tests.engines import opened
 from tests.filesystems import on_ext4
@@ -85,7 +85,7 @@ def test_the_calls_without_an_event_loop(stocked: Service, places: Path) -> None
     os.close(fd)
 
 
-Calling = Callable[["Snapshotter | BlockingClient", str], object]
+Calling = Callable[["Mounter | BlockingClient", str], object]
 
 FAILURES: list[Calling] = [
     lambda s, _: s.mount("", ""),
@@ -109,7 +109,7 @@ FAILURES: list[Calling] = [
 ]
 
 
-def error_of(call: Calling, on: Snapshotter | BlockingClient, here: str) -> tuple[type, str]:
+def error_of(call: Calling, on: Mounter | BlockingClient, here: str) -> tuple[type, str]:
     with pytest.raises(SnapdError) as caught:
         call(on, here)
     with suppress(SnapdError):
@@ -129,7 +129,7 @@ def test_errors_are_those_of_the_engine(
         engine.view("look", "base")
         shutil.rmtree(engine.prepare("lost").source)
         for call in FAILURES:
-            assert error_of(call, shared_client, here) == error_of(call, engine, here)
+            assert error_of(call, shared_client, here) == error_of(call, engine.mounter, here)
     assert below(places) == []
 
 

@@ -108,7 +108,7 @@ def test_a_call_that_is_killed_at_any_point(deaths: Deaths, template: Path, name
             found = portrait(engine)
             at = f"killed before {step!r} of {point[0]}"
             assert found in ([after] if course.answered else [before, after]), at
-            assert engine.check() == [], at
+            assert engine.upkeep.check() == [], at
             happened.setdefault(point[0], []).append(found == after)
             if found != after:
                 runs.case.call(engine, runs.place)
@@ -136,7 +136,7 @@ class recovered:  # noqa: N801 - read as the function it stands for
 
 def portrait(engine: Snapshotter) -> Portrait:
     """Return all there is, read through the engine and by what lies on the disk."""
-    engine.cleanup()
+    engine.upkeep.cleanup()
     snapshots = {}
     directories = set()
     for info in engine.list():
@@ -148,9 +148,10 @@ def portrait(engine: Snapshotter) -> Portrait:
     there = {name for name in os.listdir(engine.state_directory / "snapshots") if name.isdigit()}
     assert there == directories
     table = {entry.target: entry for entry in Table.read()}
-    mounts = [(m.target, m.key, table[m.target].read_only) for m in engine.list_mounts()]
+    listed = engine.mounter.list_mounts()
+    mounts = [(m.target, m.key, table[m.target].read_only) for m in listed]
     assert sorted(target for target, *_ in mounts) == sorted(below(engine.state_directory.parent))
-    assert [read_only for *_, read_only in mounts] == [m.read_only for m in engine.list_mounts()]
+    assert [read_only for *_, read_only in mounts] == [m.read_only for m in listed]
     return Portrait(snapshots, mounts)
 
 

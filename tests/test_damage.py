@@ -75,21 +75,21 @@ def test_the_damage_of_one_record_is_no_other_s(left: Path, how: str) -> None:
             lambda: engine.stat("done"),
             lambda: engine.update("done", {}),
             lambda: engine.prepare("new", "done"),
-            lambda: engine.verify("done"),
+            lambda: engine.upkeep.verify("done"),
         ):
             with pytest.raises(DataLoss, match='the record of "done" is damaged'):
                 call()
         with pytest.raises(AlreadyExists):
             engine.prepare("done")
-        before = engine.check()
+        before = engine.upkeep.check()
         assert (Trouble.DATABASE, "done") in about(before)
         assert {key for _, key in about(before)} <= {"done", ""}
-        assert engine.repair() == []
-        assert engine.check() == before
+        assert engine.upkeep.repair() == []
+        assert engine.upkeep.check() == before
         engine.prepare("new", "base")
         engine.commit("other", "work")
         engine.remove("done")
-        assert engine.check() == []
+        assert engine.upkeep.check() == []
 
 
 @pytest.mark.parametrize("name", ["'lo' || char(0) || 'ne'", "CAST(x'6cff' AS TEXT)", "''"])
@@ -99,9 +99,9 @@ def test_a_name_that_cannot_be(left: Path, name: str) -> None:
     with opened(left) as engine:
         rest = [key for key in BEFORE if key != "lone"]
         assert names(engine) == rest
-        found = engine.check()
+        found = engine.upkeep.check()
         assert about(found) == {(Trouble.DATABASE, "")}
-        assert engine.repair() == []
+        assert engine.upkeep.repair() == []
         assert all(finding.what.isprintable() for finding in found)
         engine.prepare("lone", "base")
     assert set(os.listdir(left / "snapshots")) >= set(trees)
@@ -111,7 +111,9 @@ def test_a_child_of_what_cannot_be_read(left: Path) -> None:
     damage(left, "UPDATE snapshots SET name = CAST(x'ff' AS TEXT) WHERE name = 'base'")
     with opened(left) as engine:
         assert names(engine) == ["lone"]
-        assert about(engine.check()) == {(Trouble.DATABASE, key) for key in ("", "look", "work")}
+        assert about(engine.upkeep.check()) == {
+            (Trouble.DATABASE, key) for key in ("", "look", "work")
+        }
         engine.remove("look")
         assert "work" not in names(engine)
 
@@ -127,22 +129,22 @@ def test_a_line_of_the_ledger_that_cannot_be(left: Path, values: str) -> None:
     damage(left, f"{LINE} ({work}, {values}, '', 'b', 1)")
     with opened(left) as engine:
         assert names(engine) == BEFORE
-        assert engine.list_mounts() == []
-        found = engine.check()
+        assert engine.mounter.list_mounts() == []
+        found = engine.upkeep.check()
         assert (Trouble.DATABASE, "work") in about(found)
-        assert engine.repair() == []
+        assert engine.upkeep.repair() == []
         engine.remove("work")
-        assert engine.check() == []
+        assert engine.upkeep.check() == []
 
 
 def test_a_line_of_the_ledger_of_no_snapshot_is_struck_out(left: Path) -> None:
     damage(left, f"{LINE} (99, '/x', 0, 'persistent', 0, '', 'b', 1)")
     with opened(left) as engine:
-        found = engine.check()
+        found = engine.upkeep.check()
         assert about(found) == {(Trouble.DATABASE, "")}
         assert all("call Repair" in f.what or "foreign key" in f.what for f in found)
-        assert [f for f in engine.repair() if "/x" in f.what]
-        assert engine.check() == []
+        assert [f for f in engine.upkeep.repair() if "/x" in f.what]
+        assert engine.upkeep.check() == []
 
 
 def test_over_the_bus(service: Service, client: BlockingClient) -> None:
@@ -232,16 +234,16 @@ def test_nothing_is_promised_in_a_database_that_was_moved(full: Snapshotter, how
         lambda: full.commit("new", "work"),
         lambda: full.update("base", {}),
         lambda: full.remove("lone"),
-        lambda: full.mount("work"),
+        lambda: full.mounter.mount("work"),
     ):
         with pytest.raises(DataLoss, match="moved or replaced"):
             call()
     assert state_of(full) == before
     assert names(full) == BEFORE
-    (finding,) = full.check()
+    (finding,) = full.upkeep.check()
     assert finding.kind is Trouble.DATABASE
     assert "moved or replaced" in finding.what
-    assert full.repair() == []
+    assert full.upkeep.repair() == []
 
 
 def test_an_index_that_no_repair_can_make(left: Path) -> None:
@@ -250,11 +252,11 @@ def test_an_index_that_no_repair_can_make(left: Path) -> None:
     assert content.count(b"loneactive") == 1
     path.write_bytes(content.replace(b"loneactive", b"workactive"))
     with opened(left) as engine:
-        found = engine.check()
+        found = engine.upkeep.check()
         assert (Trouble.DATABASE, "work") in about(found)
         assert all("backup" in finding.what for finding in found)
-        assert engine.repair() == []
-        assert engine.check() == found
+        assert engine.upkeep.repair() == []
+        assert engine.upkeep.check() == found
 
 
 def test_ids_are_not_given_again_where_their_count_is_lost(left: Path) -> None:
@@ -265,7 +267,7 @@ def test_ids_are_not_given_again_where_their_count_is_lost(left: Path) -> None:
     with opened(left) as engine:
         engine.prepare("new")
         damage(left, "UPDATE snapshots SET id = id + 10 WHERE name = 'lost'")
-        assert engine.repair() != []
+        assert engine.upkeep.repair() != []
         for number in range(12):
             engine.prepare(f"next {number}")
 
@@ -292,12 +294,12 @@ def test_a_key_of_an_index_that_is_another_makes_nobody_an_ancestor(left: Path) 
     path.write_bytes(content.replace(key, other))
     damage(left, f"{LINE} ({last}, '/x', 0, 'persistent', 0, '', 'b', 1)")
     with opened(left) as engine:
-        found = engine.check()
+        found = engine.upkeep.check()
         assert [finding for finding in found if "index" in finding.what]
         assert not [finding for finding in found if "ancestor" in finding.what]
-        assert engine.repair() != []
+        assert engine.upkeep.repair() != []
         assert [line.target for line in engine._store.ledger.lines()] == ["/x"]
-        assert not [f for f in engine.check() if f.kind is Trouble.DATABASE]
+        assert not [f for f in engine.upkeep.check() if f.kind is Trouble.DATABASE]
 
 
 def test_descendants_of_what_is_gone_are_not_their_own_ancestors(left: Path) -> None:
@@ -306,7 +308,7 @@ def test_descendants_of_what_is_gone_are_not_their_own_ancestors(left: Path) -> 
         engine.prepare("next", "done")
     damage(left, "DELETE FROM snapshots WHERE name = 'base'")
     with opened(left) as engine:
-        found = [finding.what for finding in engine.check()]
+        found = [finding.what for finding in engine.upkeep.check()]
     assert found
     assert not [what for what in found if "ancestor" in what]
 
@@ -316,11 +318,11 @@ def test_what_the_schema_lacks_is_made_anew(left: Path, what: str) -> None:
     with closing(sqlite3.connect(left / "metadata.db", isolation_level=None)) as db:
         db.execute(f"DROP {what}")
     with opened(left) as engine:
-        (finding,) = engine.check()
+        (finding,) = engine.upkeep.check()
         assert finding.kind is Trouble.DATABASE
         assert "call Repair" in finding.what
-        assert engine.repair() == [finding]
-        assert engine.check() == []
+        assert engine.upkeep.repair() == [finding]
+        assert engine.upkeep.check() == []
 
 
 def test_an_index_whose_page_is_gone_takes_a_backup(left: Path) -> None:
@@ -330,19 +332,19 @@ def test_an_index_whose_page_is_gone_takes_a_backup(left: Path) -> None:
         ).fetchone()
     header((page - 1) * 4096, 0xFF)(left / "metadata.db")
     with opened(left) as engine:
-        found = engine.check()
+        found = engine.upkeep.check()
         assert found
         assert all("backup" in finding.what for finding in found)
-        assert engine.repair() == []
+        assert engine.upkeep.repair() == []
 
 
 def test_a_pipe_in_place_of_a_file_does_not_hold_up_repair(full: Snapshotter) -> None:
     path = full.state_directory / "metadata.db-shm"
     path.rename(full.state_directory / "kept")
     os.mkfifo(path, 0o644)
-    found = full.check()
+    found = full.upkeep.check()
     assert [finding.kind for finding in found] == [Trouble.MODE]
-    assert full.repair() == []
+    assert full.upkeep.repair() == []
     path.unlink()
     (full.state_directory / "kept").rename(path)
 
@@ -351,11 +353,11 @@ def test_snapshots_behind_a_link(left: Path) -> None:
     (left / "snapshots").rename(left / "elsewhere")
     (left / "snapshots").symlink_to("elsewhere")
     with opened(left) as engine:
-        assert engine.check() == []
+        assert engine.upkeep.check() == []
         (left / "elsewhere").chmod(0o755)
-        (finding,) = engine.check()
+        (finding,) = engine.upkeep.check()
         assert finding.kind is Trouble.MODE
-        assert engine.repair() == [finding]
+        assert engine.upkeep.repair() == [finding]
         assert (left / "elsewhere").stat().st_mode & 0o777 == 0o700
 
 
@@ -371,15 +373,15 @@ def test_a_repair_that_mends_cannot_be_cancelled(
         assert not job.cancel()
 
     monkeypatch.setattr(full._state, "close_to_others", late)
-    assert len(full.repair(job)) == 1
+    assert len(full.upkeep.repair(job)) == 1
     (full.state_directory / "metadata.db").chmod(0o644)
     early = Job()
     assert early.cancel()
     with pytest.raises(Cancelled):
-        full.repair(early)
-    assert len(full.check()) == 1
+        full.upkeep.repair(early)
+    assert len(full.upkeep.check()) == 1
     job = Job()
-    full.check(job)
+    full.upkeep.check(job)
     assert not job.cancel()
 
 
@@ -391,21 +393,21 @@ def test_what_is_mended_is_told_also_where_something_fails(
 
     (full.state_directory / "metadata.db").chmod(0o644)
     monkeypatch.setattr(Reaper, "finish", failing)
-    monkeypatch.setattr(full._mounter, "mend", failing)
-    assert [finding.kind for finding in full.repair()] == [Trouble.MODE]
+    monkeypatch.setattr(full.mounter, "mend", failing)
+    assert [finding.kind for finding in full.upkeep.repair()] == [Trouble.MODE]
 
 
 def test_repair_does_not_make_writable_what_somebody_has_made_read_only(
     full: Snapshotter, places: Path
 ) -> None:
     target = place(places)
-    full.mount("work", str(target))
+    full.mounter.mount("work", str(target))
     subprocess.run(["mount", "-o", "remount,bind,ro", target], check=True)
     (full.state_directory / "metadata.db").chmod(0o644)
-    assert len(full.repair()) == 1
+    assert len(full.upkeep.repair()) == 1
     with pytest.raises(OSError, match="Read-only"):
         (target / "file").touch()
-    full.unmount(str(target))
+    full.mounter.unmount(str(target))
 
 
 def test_nobody_waits_for_what_repair_looks_for(

@@ -116,7 +116,7 @@ def test_a_commit_fails_whose_data_is_lost(disk: FailingDisk, tmp_path: Path) ->
             engine.commit("done", "work")
     disk.mount_again()
     with opened(disk, tmp_path) as engine:
-        assert engine.check() == []
+        assert engine.upkeep.check() == []
         assert holds(engine.view("see base", "base"), "base")
         if disk.lives_on:
             assert holds(engine.view("see", "done"), "kept")
@@ -268,7 +268,7 @@ def test_what_was_refused_has_not_happened_after_a_crash(
     with opened(disk, tmp_path) as engine:
         fill(engine, disk)
         engine.remove("work")
-        engine.cleanup()
+        engine.upkeep.cleanup()
         before = directories(engine), outline(engine)
     # What xfs frees by and by is free then.
     disk.mount_again()
@@ -290,7 +290,7 @@ def test_what_was_refused_has_not_happened_after_a_crash(
     disk.heal()
     with opened(disk, tmp_path) as engine:
         assert (directories(engine), outline(engine)) == before
-        assert engine.check() == []
+        assert engine.upkeep.check() == []
 
 
 def outline(engine: Snapshotter) -> list[tuple[str, Kind, dict[str, str]]]:
@@ -314,7 +314,7 @@ def test_a_file_system_that_gives_up(disk: FailingDisk, tmp_path: Path, how: str
             lambda: engine.prepare("empty"),
             lambda: engine.view("view", "base"),
             lambda: engine.update("base", {"a": "b"}),
-            lambda: engine.mount("work", str(target)),
+            lambda: engine.mounter.mount("work", str(target)),
             lambda: engine.commit("done", "work"),
             lambda: engine.remove("gone"),
         ]
@@ -326,7 +326,7 @@ def test_a_file_system_that_gives_up(disk: FailingDisk, tmp_path: Path, how: str
         disk.heal()
     disk.mount_again()
     with opened(disk, tmp_path / "run") as engine:
-        assert engine.check() == []
+        assert engine.upkeep.check() == []
         assert holds(engine.view("see base", "base"), "base")
         if not disk.lives_on or how == "shut_down":
             assert [info.name for info in before] == [n for n in names(engine) if n != "see base"]
@@ -369,4 +369,4 @@ def test_the_database_forgets_nothing_that_was_put_into_it_while_somebody_read(
     disk.mount_again()
     with opened(disk, tmp_path) as engine:
         assert names(engine) == before
-        assert engine.check() == []
+        assert engine.upkeep.check() == []

@@ -64,8 +64,8 @@ def test_no_call_does_half(small: FileSystem, tmp_path: Path) -> None:
             "view": lambda: engine.view("view", "base 1"),
             "update": lambda: engine.update("base 1", {"a": "b"}),
             "large update": lambda: engine.update("base 2", many),
-            "mount": lambda: engine.mount("look", str(tmp_path)),
-            "mount on a directory of its own": lambda: engine.mount("look"),
+            "mount": lambda: engine.mounter.mount("look", str(tmp_path)),
+            "mount on a directory of its own": lambda: engine.mounter.mount("look"),
             "commit": lambda: engine.commit("done", "work"),
         }
         check_refused(engine, calls)
@@ -75,9 +75,9 @@ def test_no_call_does_half(small: FileSystem, tmp_path: Path) -> None:
         for call in calls.values():
             call()
         assert {*names(engine)} == before - {"work"} | {"copy", "empty", "view", "done"}
-        for mounted_tree in engine.list_mounts():
-            engine.unmount(mounted_tree.target)
-        assert engine.check() == []
+        for mounted_tree in engine.mounter.list_mounts():
+            engine.mounter.unmount(mounted_tree.target)
+        assert engine.upkeep.check() == []
 
 
 def test_remove_makes_room(small: FileSystem) -> None:
@@ -89,17 +89,17 @@ def test_remove_makes_room(small: FileSystem) -> None:
                 engine.prepare("new", "base 1")
         for key in ("look", "work"):
             engine.remove(key)
-        engine.cleanup()
+        engine.upkeep.cleanup()
         for number in range(2):
             use_up(small.root)
             engine.remove(f"base {number}")
-            engine.cleanup()
+            engine.upkeep.cleanup()
         engine.remove("base 2")
-        engine.cleanup()
+        engine.upkeep.cleanup()
         assert names(engine) == ["base 3"]
         engine.prepare("new", "base 3")
         assert len(directories(engine)) == 2
-        assert engine.check() == []
+        assert engine.upkeep.check() == []
 
 
 def test_everything_can_be_removed_whoever_takes_the_room(small: FileSystem) -> None:
@@ -112,7 +112,7 @@ def test_everything_can_be_removed_whoever_takes_the_room(small: FileSystem) -> 
         remove_all(engine, small.root)
         make_room(small.root)
         fill(engine)
-        assert engine.check() == []
+        assert engine.upkeep.check() == []
 
 
 def remove_all(engine: Snapshotter, root: Path) -> None:
@@ -122,7 +122,7 @@ def remove_all(engine: Snapshotter, root: Path) -> None:
         for info in sorted(engine.list(), key=lambda info: info.created, reverse=True):
             use_up(root)
             engine.remove(info.name)
-            engine.cleanup()
+            engine.upkeep.cleanup()
     assert names(engine) == []
     assert directories(engine) == set()
 
@@ -182,26 +182,26 @@ def test_starting_without_room(small: FileSystem, killed: bool) -> None:
         with opened(state) as engine:
             check_reads(engine)
             assert len(directories(engine)) == 5
-            assert engine.check() == []
+            assert engine.upkeep.check() == []
             assert engine.stat("work").labels == ({"killed": "after this"} if killed else {})
             assert ("last" in names(engine)) is killed
     with opened(state) as engine:
         for key in (*["last"] * killed, "look", "work", "base 2", "base 1"):
             engine.remove(key)
-        engine.cleanup()
+        engine.upkeep.cleanup()
         engine.prepare("work", "base 0")
 
 
 def test_unmounting_without_room(small: FileSystem) -> None:
     with opened(small.root / "state") as engine:
         fill(engine)
-        target = engine.mount("work")
+        target = engine.mounter.mount("work")
         use_up(small.root)
         use_up_wal(engine)
-        engine.unmount(target)
+        engine.mounter.unmount(target)
         engine.remove("work")
-        assert engine.list_mounts() == []
-        assert engine.check() == []
+        assert engine.mounter.list_mounts() == []
+        assert engine.upkeep.check() == []
 
 
 def test_a_directory_that_has_no_room_for_another_name(small_ext4: FileSystem) -> None:
@@ -220,7 +220,7 @@ def test_a_directory_that_has_no_room_for_another_name(small_ext4: FileSystem) -
         for path in snapshots.glob("f*"):
             path.unlink()
         assert len(directories(engine)) == 4
-        assert engine.check() == []
+        assert engine.upkeep.check() == []
 
 
 def test_a_state_directory_that_has_no_room_from_the_first_day(small: FileSystem) -> None:
@@ -231,7 +231,7 @@ def test_a_state_directory_that_has_no_room_from_the_first_day(small: FileSystem
     make_room(small.root)
     with opened(small.root / "state") as engine:
         fill(engine)
-        assert engine.check() == []
+        assert engine.upkeep.check() == []
 
 
 def test_the_daemon_lives_on(on_bus: str, small: FileSystem) -> None:

@@ -87,21 +87,21 @@ def test_what_is_mounted_in_a_tree_is_no_part_of_it(
         unmount(tree)
     engine.commit("done", "work", digest=True)
     assert engine.usage("done") == usage
-    engine.verify("done")
+    engine.upkeep.verify("done")
     copy = Path(engine.prepare("copy", "done").source)
     assert engine.usage("copy").inodes == usage.inodes
     assert sorted(os.listdir(copy)) == ["a", "b", "c", "file"]
     assert [os.listdir(copy / name) for name in "abc"] == [["hidden"]] * 3
     engine.remove("copy")
-    engine.cleanup()
+    engine.upkeep.cleanup()
     if below(tree):
         with pytest.raises(FailedPrecondition, match="mounted"):
             engine.remove("done")
     unmount(tree)
     engine.remove("done")
-    engine.cleanup()
+    engine.upkeep.cleanup()
     assert (outside / "secret").read_text() == KEPT
-    assert engine.check() == []
+    assert engine.upkeep.check() == []
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -117,13 +117,13 @@ def test_what_is_mounted_in_a_tree_that_goes_is_spared(
         loop(gone, outside)
         gate.open()
         with pytest.raises(FailedPrecondition, match="mounted in it"):
-            engine.cleanup()
+            engine.upkeep.cleanup()
     assert (outside / "secret").read_text() == KEPT
     assert engine.mounts("other")
     unmount(gone)
-    engine.cleanup()
+    engine.upkeep.cleanup()
     assert not gone.exists()
-    assert engine.check() == []
+    assert engine.upkeep.check() == []
     assert (outside / "secret").read_text() == KEPT
 
 
@@ -137,15 +137,15 @@ def test_a_tree_with_loops_can_be_mounted(
 ) -> None:
     here = str(place(places))
     loop(tree, outside)
-    engine.mount("work", here, read_only=True)
+    engine.mounter.mount("work", here, read_only=True)
     with pytest.raises(OSError, match="Read-only"):
         (places / "here" / "a" / "new").touch()
-    os.close(engine.open_tree("work"))
-    engine.unmount(here, lazy=True)
+    os.close(engine.mounter.open_tree("work"))
+    engine.mounter.unmount(here, lazy=True)
     assert below(places) == []
     unmount(tree)
     engine.remove("work")
-    engine.cleanup()
+    engine.upkeep.cleanup()
 
 
 def unmount(tree: Path) -> None:

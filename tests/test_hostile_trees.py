@@ -124,17 +124,17 @@ def test_the_whole_life_of_a_tree(engine: Snapshotter, outside: Path, build: Bui
     usage = engine.usage("making")
     engine.commit("base", "making", digest=True)
     assert engine.usage("base") == usage
-    engine.verify("base")
+    engine.upkeep.verify("base")
     for key in ("copy", "again"):
         engine.prepare(key, "base")
         assert engine.usage(key).inodes == usage.inodes
         engine.commit(f"{key} of it", key, {DIGEST_LABEL: digest_of(engine)})
     for name in ("copy of it", "again of it", "base"):
-        engine.verify(name)
+        engine.upkeep.verify(name)
         engine.remove(name)
-    engine.cleanup()
+    engine.upkeep.cleanup()
     assert directories(engine) == set()
-    assert engine.check() == []
+    assert engine.upkeep.check() == []
 
 
 def digest_of(engine: Snapshotter) -> str:
@@ -179,7 +179,7 @@ def test_trees_that_change_all_the_time(
     with mutated(engine.state_directory / "snapshots", outside, seed):
         for number in range(6):
             with honest():
-                engine.verify("base")
+                engine.upkeep.verify("base")
             key = f"work {number}"
             with honest():
                 engine.prepare(key, "base")
@@ -193,12 +193,12 @@ def test_trees_that_change_all_the_time(
                     engine.stat(name)
                     engine.remove(name)
             with honest():
-                engine.cleanup()
+                engine.upkeep.cleanup()
     assert not holds_secret(engine.state_directory / "snapshots")
     engine.remove("base")
-    engine.cleanup()
+    engine.upkeep.cleanup()
     assert directories(engine) == set()
-    assert engine.check() == []
+    assert engine.upkeep.check() == []
     assert [record for record in caplog.records if record.exc_info] == []
 
 
@@ -279,5 +279,5 @@ def test_more_attributes_than_the_kernel_lists(xfs: FileSystem) -> None:
         with pytest.raises(FailedPrecondition, match="extended attributes"):
             engine.prepare("key", "base")
         engine.remove("base")
-        engine.cleanup()
+        engine.upkeep.cleanup()
         assert directories(engine) == set()

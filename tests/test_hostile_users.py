@@ -201,14 +201,14 @@ def test_the_run_directory_is_closed_to_others(scratch: Path, mode: int | None) 
             subprocess.run(["setfacl", "-d", "-m", f"user:{NOBODY}:rwx", str(path)], check=True)
     with opened(scratch / "state") as engine:
         fill(engine)
-        target = engine.mount("look")
+        target = engine.mounter.mount("look")
         try:
             for path in (run, run / "mounts"):
                 assert stat.S_IMODE(path.stat().st_mode) == 0o700
                 assert os.listxattr(path) == []
             assert reachable(target, run, run / "mounts") == []
         finally:
-            engine.unmount(target)
+            engine.mounter.unmount(target)
 
 
 @pytest.mark.parametrize("owner", [0, NOBODY])

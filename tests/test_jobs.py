@@ -163,7 +163,7 @@ def test_what_is_deleted_is_counted(full: Snapshotter) -> None:
     for number in range(100):
         (full.state_directory / "snapshots" / "rm-99" / str(number)).mkdir(parents=True)
     job = Job()
-    full.cleanup(job)
+    full.upkeep.cleanup(job)
     assert (job.operation, job.key) == (Operation.CLEANUP, "")
     assert (job.done.inodes, job.total) == (100, Usage(0, 0))
 

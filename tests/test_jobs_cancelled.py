@@ -39,7 +39,7 @@ CALLS: dict[str, Call] = {
     "prepare nothing": lambda engine, job: engine.prepare("new", job=job),
     "commit": lambda engine, job: engine.commit("new", "work", job=job),
     "usage": lambda engine, job: engine.usage("work", job),
-    "cleanup": lambda engine, job: engine.cleanup(job),
+    "cleanup": lambda engine, job: engine.upkeep.cleanup(job),
 }
 """Each call that takes a job, on a full engine."""
 
@@ -106,7 +106,7 @@ def test_a_copy_is_undone_in_its_middle(engine: Snapshotter) -> None:
     assert sum(1 for _ in copy.rglob("*")) == 5050
     engine.remove("key")
     engine.remove("base")
-    engine.cleanup()
+    engine.upkeep.cleanup()
     assert directories(engine) == set()
 
 
@@ -153,7 +153,7 @@ def test_a_cleanup_is_cancelled_while_another_deletion_goes_on(
         full.remove("work")
         gate.wait_until_reached()
         job = Job()
-        running = pool.submit(full.cleanup, job)
+        running = pool.submit(full.upkeep.cleanup, job)
         while job.operation is None:
             pass
         assert job.cancel()
@@ -161,7 +161,7 @@ def test_a_cleanup_is_cancelled_while_another_deletion_goes_on(
             running.result(WAIT)
         assert garbage in directories(full), "nobody waited for the deletion"
         gate.open()
-    full.cleanup()
+    full.upkeep.cleanup()
     left = {identity(full, name) for name in ("base", "lone")}
     assert directories(full) == left
     assert caplog.text == ""
@@ -174,13 +174,13 @@ def test_a_cleanup_is_cancelled_in_its_own_deletion(
     (full.state_directory / "snapshots" / "99" / "directory").mkdir(parents=True)
     with ThreadPoolExecutor(1) as pool, gated("delete") as gate:
         job = Job()
-        running = pool.submit(full.cleanup, job)
+        running = pool.submit(full.upkeep.cleanup, job)
         gate.wait_until_reached()
         assert job.cancel()
         with refused(Cancelled, "was cancelled"):
             running.result(WAIT)
         gate.open()
-    full.cleanup()
+    full.upkeep.cleanup()
     assert directories(full) == before
     assert caplog.text == ""
 

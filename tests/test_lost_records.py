@@ -20,7 +20,7 @@ from tests.mounting import place
 
 
 def troubles(engine: Snapshotter) -> set[Trouble]:
-    return {finding.kind for finding in engine.check()}
+    return {finding.kind for finding in engine.upkeep.check()}
 
 
 def commit(engine: Snapshotter, name: str) -> str:
@@ -43,8 +43,8 @@ def test_an_older_database(left: Path, tmp_path: Path) -> None:
         assert names(engine) == BEFORE
         assert f"found-{new}" in directories(engine)
         assert troubles(engine) == {Trouble.DATABASE, Trouble.ORPHAN, Trouble.TREE}
-        engine.cleanup()
-        engine.repair()
+        engine.upkeep.cleanup()
+        engine.upkeep.repair()
         # Its id is not given again.
         another = commit(engine, "another")
         assert int(another) > int(new)
@@ -57,7 +57,7 @@ def test_an_older_database(left: Path, tmp_path: Path) -> None:
     with opened(left) as engine:
         assert names(engine) == ["base", "look", "new", "newer", "work"]
         assert read(engine.mounts("newer")) == {"file": "new"}
-        assert engine.check() == []
+        assert engine.upkeep.check() == []
 
 
 @pytest.mark.parametrize("how", ["gone", "cut off"])
@@ -88,20 +88,20 @@ def test_a_damaged_database_takes_no_tree_with_it(left: Path) -> None:
     with opened(left) as engine:
         assert f"found-{lone}" in directories(engine)
         (left / "snapshots" / "99").mkdir()
-        engine.cleanup()
+        engine.upkeep.cleanup()
         assert {f"found-{lone}", "found-99"} <= directories(engine)
         assert Trouble.ORPHAN in troubles(engine)
 
 
 def test_repair_leaves_alone_what_is_being_committed(full: Snapshotter, places: Path) -> None:
     target = place(places)
-    full.mount("work", str(target))
+    full.mounter.mount("work", str(target))
     (full.state_directory / "snapshots" / "17").mkdir()
     with gated("measure") as gate:
         thread = threading.Thread(target=full.commit, args=["done", "work"])
         thread.start()
         gate.wait_until_reached()
-        assert [finding.kind for finding in full.repair()] == [Trouble.ORPHAN]
+        assert [finding.kind for finding in full.upkeep.repair()] == [Trouble.ORPHAN]
         with pytest.raises(OSError, match="Read-only"):
             (target / "file").write_text("too late")
         gate.open()
@@ -109,6 +109,6 @@ def test_repair_leaves_alone_what_is_being_committed(full: Snapshotter, places: 
     assert full.stat("done").kind is Kind.COMMITTED
     with pytest.raises(OSError, match="Read-only"):
         (target / "file").write_text("too late")
-    full.unmount(str(target))
+    full.mounter.unmount(str(target))
     with pytest.raises(FailedPrecondition):
         full.mounts("done")

@@ -279,7 +279,7 @@ class Comparison(RuleBasedStateMachine):
 
     @rule()
     def cleanup(self) -> None:
-        self.engine.cleanup()
+        self.engine.upkeep.cleanup()
         self.check_directories()
 
     @rule()

@@ -93,14 +93,14 @@ def test_what_has_something_mounted_in_it_is_not_removed(full: Snapshotter) -> N
 
 def test_what_the_service_has_mounted_is_not_removed(full: Snapshotter, places: Path) -> None:
     here, there = place(places), place(places, "there")
-    full.mount("look", str(here))
-    full.mount("work", str(there))
+    full.mounter.mount("look", str(here))
+    full.mounter.mount("work", str(there))
     for key, target in (("look", here), ("work", there)):
         with pytest.raises(FailedPrecondition, match=f'unmount "{target}" first'):
             full.remove(key)
     with pytest.raises(FailedPrecondition, match="it has children"):
         full.remove("base")
-    full.unmount(str(here))
+    full.mounter.unmount(str(here))
     full.remove("look")
     assert targets(full) == [str(there)]
 
@@ -117,8 +117,8 @@ def test_a_committed_snapshot_that_somebody_has_mounted(full: Snapshotter, place
 
 def test_commit_turns_mounts_read_only(full: Snapshotter, places: Path) -> None:
     ours, theirs, other = (place(places, name) for name in ("ours", "theirs", "other"))
-    full.mount("work", str(ours))
-    full.mount("lone", str(other))
+    full.mounter.mount("work", str(ours))
+    full.mounter.mount("lone", str(other))
     with by_hand("--bind", source(full), theirs), (ours / "file").open() as reading:
         assert writable(ours)
         assert writable(theirs)
@@ -127,13 +127,13 @@ def test_commit_turns_mounts_read_only(full: Snapshotter, places: Path) -> None:
         assert not writable(theirs)
         assert writable(other)
         assert reading.read() == "base"
-        assert full.list_mounts("done") == [
+        assert full.mounter.list_mounts("done") == [
             Mounted(str(ours), "done", True, Lifetime.PERSISTENT, 0)
         ]
         state = full.state_directory
         full.close()
         with opened(state) as again:
-            assert [mounted.read_only for mounted in again.list_mounts()] == [True, False]
+            assert [mounted.read_only for mounted in again.mounter.list_mounts()] == [True, False]
             assert not writable(ours)
 
 
@@ -161,7 +161,7 @@ def test_commit_is_refused_while_somebody_writes(
 ) -> None:
     assert callable(use)
     mounts = [place(places, name) for name in ("ours", "theirs")]
-    full.mount("work", str(mounts[0]))
+    full.mounter.mount("work", str(mounts[0]))
     with by_hand("--bind", source(full), mounts[1]):
         with use(places / where / "file"):
             with pytest.raises(FailedPrecondition) as caught:
@@ -170,7 +170,7 @@ def test_commit_is_refused_while_somebody_writes(
             assert str(places / where) in caught.value.message
             assert full.stat("work").kind is Kind.ACTIVE
             assert all(writable(mount) for mount in mounts)
-            assert [mounted.read_only for mounted in full.list_mounts()] == [False]
+            assert [mounted.read_only for mounted in full.mounter.list_mounts()] == [False]
         full.commit("done", "work")
         assert not any(writable(mount) for mount in mounts)
 
@@ -178,7 +178,7 @@ def test_commit_is_refused_while_somebody_writes(
 @pytest.mark.parametrize("how", ["measure", "sync", "cancel"])
 def test_a_commit_that_fails_later_undoes_it(full: Snapshotter, places: Path, how: str) -> None:
     here = place(places)
-    full.mount("work", str(here))
+    full.mounter.mount("work", str(here))
     job = Job()
     with pytest.MonkeyPatch.context() as patch:
         match how:
@@ -199,16 +199,19 @@ def test_a_commit_that_fails_later_undoes_it(full: Snapshotter, places: Path, ho
 
 def test_what_is_being_committed_is_not_mounted(full: Snapshotter, places: Path) -> None:
     here, there = place(places), place(places, "there")
-    full.mount("work", str(here))
+    full.mounter.mount("work", str(here))
     with ThreadPoolExecutor(1) as pool, gated("measure") as gate:
         committing = pool.submit(full.commit, "done", "work")
         gate.wait_until_reached()
         assert not writable(here)
-        for call in (lambda: full.mount("work", str(there)), lambda: full.open_tree("work")):
+        for call in (
+            lambda: full.mounter.mount("work", str(there)),
+            lambda: full.mounter.open_tree("work"),
+        ):
             with pytest.raises(FailedPrecondition, match="is being committed"):
                 call()
         # Others are not concerned, and do not wait.
-        full.mount("lone", str(there))
+        full.mounter.mount("lone", str(there))
         gate.open()
         committing.result(WAIT)
     assert below(places) == [str(here), str(there)]
@@ -216,8 +219,8 @@ def test_what_is_being_committed_is_not_mounted(full: Snapshotter, places: Path)
 
 def test_a_mount_that_cannot_be_reached_holds_a_commit_up(full: Snapshotter, places: Path) -> None:
     here, there = place(places), place(places, "there")
-    full.mount("work", str(there))
-    full.mount("work", str(here))
+    full.mounter.mount("work", str(there))
+    full.mounter.mount("work", str(here))
     with tmpfs(here):
         with pytest.raises(FailedPrecondition, match="something else over it"):
             full.commit("done", "work")
@@ -232,7 +235,7 @@ def test_a_mount_that_is_hidden_is_turned_read_only_all_the_same(
     """What is mounted in a mount of the snapshot stays as it is."""
     here = place(places)
     (source(full) / "inside").mkdir()
-    full.mount("work", str(here))
+    full.mounter.mount("work", str(here))
     with tmpfs(here / "inside"):
         full.commit("done", "work")
         assert not writable(here)

@@ -193,9 +193,9 @@ from snapd_native.errors import FailedPrecondition
 from snapd_native.snapshotter import Snapshotter
 state = Path(sys.argv[1])
 engine = Snapshotter(state, lambda *_: None, runtime=state.parent / "run")
-os.close(engine.open_tree("look"))
+os.close(engine.mounter.open_tree("look"))
 try:
-    print(engine.mount("work"))
+    print(engine.mounter.mount("work"))
 except FailedPrecondition as error:
     print(error)
 engine.close()
@@ -211,7 +211,7 @@ def test_a_service_whose_mounts_the_host_would_not_see(
     """Process 1 of a name space of processes stands for systemd."""
     with opened(state) as engine:
         fill(engine)
-        engine.mount("look", str(place(places)))
+        engine.mounter.mount("look", str(place(places)))
         lines = engine._store.ledger.lines()
     script = HIDDEN.format(second=second, python=sys.executable, state=state)
     outcome = subprocess.run(

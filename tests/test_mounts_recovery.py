@@ -49,18 +49,18 @@ def test_a_restart_changes_nothing(state: Path, places: Path) -> None:
     with opened(state) as engine:
         fill(engine)
         for target in made:
-            engine.mount("look", target)
-        made.append(engine.mount("work"))
-        before = engine.list_mounts()
+            engine.mounter.mount("look", target)
+        made.append(engine.mounter.mount("work"))
+        before = engine.mounter.list_mounts()
         numbers = [number(target) for target in made]
     for _ in range(2):
         with opened(state) as engine:
-            assert engine.list_mounts() == before
+            assert engine.mounter.list_mounts() == before
             assert [number(target) for target in made] == numbers
             assert sorted(below(state.parent)) == sorted(made)
     with opened(state) as engine:
         for target in made:
-            engine.unmount(target)
+            engine.mounter.unmount(target)
         assert below(state.parent) == []
 
 
@@ -68,12 +68,12 @@ def test_what_was_unmounted_meanwhile_is_forgotten(state: Path, places: Path) ->
     here = str(place(places))
     with opened(state) as engine:
         fill(engine)
-        engine.mount("look", here)
-        own = engine.mount("work")
+        engine.mounter.mount("look", here)
+        own = engine.mounter.mount("work")
     for target in (here, own):
         subprocess.run(["umount", target], check=True)
     with opened(state) as engine:
-        assert engine.list_mounts() == []
+        assert engine.mounter.list_mounts() == []
         assert not Path(own).exists()
         for key in ("look", "work"):
             engine.remove(key)
@@ -83,25 +83,25 @@ def test_what_took_the_place_of_a_mount_is_not_ours(state: Path, places: Path) -
     here = place(places)
     with opened(state) as engine:
         fill(engine)
-        engine.mount("look", str(here))
+        engine.mounter.mount("look", str(here))
     subprocess.run(["umount", str(here)], check=True)
     with tmpfs(here), opened(state) as engine:
-        assert engine.list_mounts() == []
+        assert engine.mounter.list_mounts() == []
         with pytest.raises(NotFound):
-            engine.unmount(str(here))
+            engine.mounter.unmount(str(here))
 
 
 def test_a_number_that_another_mount_has_got_is_not_ours(state: Path, places: Path) -> None:
     here, there = place(places), place(places, "there")
     with opened(state) as engine:
         fill(engine)
-        engine.mount("look", str(here))
+        engine.mounter.mount("look", str(here))
         (line,) = engine._store.ledger.lines()
         subprocess.run(["umount", str(here)], check=True)
         with by_hand("--bind", engine.mounts("work").source, there):
             # The number is given again sooner or later.
             engine._store.ledger.made_again(line.id, line.boot, number(there))
-            assert engine.list_mounts() == []
+            assert engine.mounter.list_mounts() == []
             assert mounted_on(there)
 
 
@@ -112,12 +112,12 @@ def test_a_mount_that_was_moved_is_where_it_is_now(state: Path, places: Path) ->
         subprocess.run(["mount", "--make-private", str(places)], check=True)
         with opened(state) as engine:
             fill(engine)
-            engine.mount("look", str(here))
+            engine.mounter.mount("look", str(here))
             subprocess.run(["mount", "--move", str(here), str(there)], check=True)
             assert targets(engine) == [str(there)]
         with opened(state) as engine:
             assert targets(engine) == [str(there)]
-            engine.unmount(str(there))
+            engine.mounter.unmount(str(there))
             assert mounted_on(there) is None
 
 
@@ -127,22 +127,22 @@ def test_after_a_reboot_persistent_mounts_are_made_again(
     made = [str(place(places, name)) for name in ("look", "work", "ro", "client")]
     with opened(state) as engine:
         fill(engine)
-        engine.mount("look", made[0])
-        engine.mount("work", made[1])
-        engine.mount("work", made[2], read_only=True)
-        engine.mount("work", made[3], lifetime=Lifetime.CLIENT, owner="bus :1.1")
-        own = engine.mount("lone")
-        before = [mounted for mounted in engine.list_mounts() if mounted.target != made[3]]
+        engine.mounter.mount("look", made[0])
+        engine.mounter.mount("work", made[1])
+        engine.mounter.mount("work", made[2], read_only=True)
+        engine.mounter.mount("work", made[3], lifetime=Lifetime.CLIENT, owner="bus :1.1")
+        own = engine.mounter.mount("lone")
+        before = [mounted for mounted in engine.mounter.list_mounts() if mounted.target != made[3]]
     with another_boot(monkeypatch, state.parent):
         for _ in range(2):
             with opened(state) as engine:
-                assert engine.list_mounts() == before
+                assert engine.mounter.list_mounts() == before
                 assert sorted(below(state.parent)) == sorted([*made[:3], own])
                 assert (Path(made[0]) / "file").read_text() == "base"
                 read_only = [bool((entry := mounted_on(t)) and entry.read_only) for t in made[:3]]
                 assert read_only == [True, False, True]
                 assert all(propagation(target) == [] for target in made[:3])
-                assert engine.owners() == frozenset()
+                assert engine.mounter.owners() == frozenset()
 
 
 def test_what_cannot_be_made_again_is_kept_for_the_next_time(
@@ -154,24 +154,24 @@ def test_what_cannot_be_made_again_is_kept_for_the_next_time(
     here, there = place(places), place(places, "there")
     with opened(state) as engine:
         fill(engine)
-        engine.mount("look", str(here))
-        engine.mount("work", str(there))
+        engine.mounter.mount("look", str(here))
+        engine.mounter.mount("work", str(there))
     with another_boot(monkeypatch, state.parent):
         for path in (here, there):
             path.rmdir()
         with opened(state) as engine:
-            assert engine.list_mounts() == []
+            assert engine.mounter.list_mounts() == []
             sentences = [record.getMessage() for record in caplog.records]
             for key, path in (("look", here), ("work", there)):
                 assert any(f'"{key}"' in text and str(path) in text for text in sentences)
             # It can be given up, and stands in nobody's way.
-            engine.unmount(str(there))
+            engine.mounter.unmount(str(there))
             engine.remove("work")
         here.mkdir()
         with opened(state) as engine:
             assert targets(engine) == below(places) == [str(here)]
         with opened(state) as engine:
-            engine.unmount(str(here))
+            engine.mounter.unmount(str(here))
             engine.remove("look")
 
 
@@ -181,7 +181,7 @@ def test_killed_when_it_had_just_made_it_again(
     here = place(places)
     with opened(state) as engine:
         fill(engine)
-        engine.mount("look", str(here))
+        engine.mounter.mount("look", str(here))
     with another_boot(monkeypatch, state.parent):
         with opened(state) as engine:
             (line,) = engine._store.ledger.lines()
@@ -219,11 +219,11 @@ eval(call)
 print("not there", flush=True)
 """
 
-MOUNT = "engine.mount('look', str(Path(state).parent / 'places' / 'here'))"
-WRITABLE = "engine.mount('work', str(Path(state).parent / 'places' / 'here'))"
-OWN = "engine.mount('look')"
-UNMOUNT = "engine.unmount(str(Path(state).parent / 'places' / 'before'))"
-LAZY = "engine.unmount(str(Path(state).parent / 'places' / 'before'), lazy=True)"
+MOUNT = "engine.mounter.mount('look', str(Path(state).parent / 'places' / 'here'))"
+WRITABLE = "engine.mounter.mount('work', str(Path(state).parent / 'places' / 'here'))"
+OWN = "engine.mounter.mount('look')"
+UNMOUNT = "engine.mounter.unmount(str(Path(state).parent / 'places' / 'before'))"
+LAZY = "engine.mounter.unmount(str(Path(state).parent / 'places' / 'before'), lazy=True)"
 COMMIT = "engine.commit('done', 'work')"
 
 STEPS = [
@@ -251,7 +251,7 @@ def test_killed_between_any_two_steps(
     place(places)
     with opened(state) as engine:
         fill(engine)
-        before = engine.mount("work", str(place(places, "before")))
+        before = engine.mounter.mount("work", str(place(places, "before")))
     command = [sys.executable, "-c", CRASH, str(state), call, step, when, str(turn)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=PROJECT) as process:
@@ -274,7 +274,7 @@ def test_killed_between_any_two_steps(
         else:
             assert targets(engine)[0] == before
         for target in targets(engine):
-            engine.unmount(target)
+            engine.mounter.unmount(target)
         assert below(state.parent) == []
         for key in names(engine)[::-1]:
             if key != "base":
@@ -285,7 +285,7 @@ def test_killed_between_any_two_steps(
 
 def check_agreement(engine: Snapshotter, scratch: Path) -> None:
     """Check that what is listed, is mounted, as it was asked for, and nothing else."""
-    listed = {mounted.target: mounted for mounted in engine.list_mounts()}
+    listed = {mounted.target: mounted for mounted in engine.mounter.list_mounts()}
     assert sorted(listed) == sorted(below(scratch))
     for target, mounted in listed.items():
         entry = mounted_on(target)

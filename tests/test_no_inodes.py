@@ -36,32 +36,32 @@ def few(request: pytest.FixtureRequest, loop_directory: Path) -> Iterator[FileSy
 def test_no_call_does_half(few: FileSystem, tmp_path: Path) -> None:
     with opened(few.root / "state") as engine:
         fill(engine)
-        target = engine.mount("look", str(tmp_path))
+        target = engine.mounter.mount("look", str(tmp_path))
         use_up_inodes(few.root)
         calls: dict[str, Callable[[], object]] = {
             "copy": lambda: engine.prepare("copy", "base 1"),
             "empty": lambda: engine.prepare("empty"),
-            "mount on a directory of its own": lambda: engine.mount("work"),
+            "mount on a directory of its own": lambda: engine.mounter.mount("work"),
         }
         check_refused(engine, calls)
-        engine.unmount(target)
+        engine.mounter.unmount(target)
         engine.view("view", "base 1")
         engine.update("base 1", {"a": "b"})
         engine.commit("done", "work")
-        engine.mount("view", str(tmp_path))
-        engine.unmount(target)
+        engine.mounter.mount("view", str(tmp_path))
+        engine.mounter.unmount(target)
         use_up_inodes(few.root)
         for key in ("view", "look", "done", "base 0"):
             engine.remove(key)
-            engine.cleanup()
-        assert engine.check() == []
+            engine.upkeep.cleanup()
+        assert engine.upkeep.check() == []
         make_room(few.root)
         engine.prepare("work", "base 1")
         for call in calls.values():
             call()
-        for mounted_tree in engine.list_mounts():
-            engine.unmount(mounted_tree.target)
-        assert engine.check() == []
+        for mounted_tree in engine.mounter.list_mounts():
+            engine.mounter.unmount(mounted_tree.target)
+        assert engine.upkeep.check() == []
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -87,7 +87,7 @@ def test_starting_without_inodes(few: FileSystem, killed: bool) -> None:
         check_reads(engine)
         assert len(directories(engine)) == 5
         assert ("last" in names(engine)) is killed
-        assert engine.check() == []
+        assert engine.upkeep.check() == []
 
 
 def starts(state: Path) -> bool:

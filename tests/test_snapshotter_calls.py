@@ -170,7 +170,7 @@ def test_remove(full: Snapshotter) -> None:
             full.remove(name)
     assert names(full) == ["lone"]
     assert read(full.prepare("base")) == {}
-    full.cleanup()
+    full.upkeep.cleanup()
     assert directories(full) == {identity(full, "lone"), identity(full, "base")}
     assert not directories(full) & gone
 
@@ -197,7 +197,7 @@ def test_changes_are_told(state: Path) -> None:
         with pytest.raises(FailedPrecondition):
             engine.remove("b")
         engine.remove("c")
-        engine.cleanup()
+        engine.upkeep.cleanup()
     assert told == [
         Added("a", Kind.ACTIVE, ""),
         Committed("b", "a"),

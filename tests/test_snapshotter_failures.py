@@ -129,7 +129,7 @@ def test_a_full_disk_undoes_everything(loop_directory: Path, scarce: str) -> Non
             assert names(engine) == ["base", "one"]
             assert len(directories(engine)) == 2
         engine.remove("one")
-        engine.cleanup()
+        engine.upkeep.cleanup()
         copy = engine.prepare("another", "base")
         assert torture.differences(tree, Path(copy.source)) == ""
 
@@ -231,7 +231,7 @@ engine.view("look", "base")
 engine.update("look", {"a": "b"})
 engine.remove("gone")
 engine._syncer.submit(lambda: None).result()
-engine._settle = lambda: None
+engine._write_back.settle = lambda: None
 engine.prepare("late", "base")
 # FS_IOC_SHUTDOWN with FSOP_GOING_FLAGS_NOLOGFLUSH: what is not on disk by now is lost.
 fd = os.open(root, os.O_RDONLY)

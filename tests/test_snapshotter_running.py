@@ -62,7 +62,7 @@ def test_while_a_prepare_is_running(full: Snapshotter) -> None:
         with pytest.raises(FailedPrecondition, match="it has children"):
             full.remove("base")
         pool.submit(call_everything, full).result(WAIT)
-        full.cleanup()
+        full.upkeep.cleanup()
         gate.open()
         mount = running.result(WAIT)
     assert read(mount) == {"file": "base", "other": "more"}
@@ -109,7 +109,7 @@ def test_while_a_commit_is_running(full: Snapshotter) -> None:
         assert full.update("lone", {"x": "y"}).labels == {"x": "y"}
         assert names(full) == ["base", "lone"]
         pool.submit(full.prepare, "copy", "base").result(WAIT)
-        full.cleanup()
+        full.upkeep.cleanup()
         gate.open()
         running.result(WAIT)
     info = full.stat("new")
@@ -181,14 +181,14 @@ def test_eight_threads_of_everything(full: Snapshotter) -> None:
                 partial(full.remove, key),
                 partial(full.remove, key),
                 partial(full.list, ["kind==active"]),
-                full.cleanup,
+                full.upkeep.cleanup,
             ]
             with suppress(NotFound, AlreadyExists, FailedPrecondition, InvalidArgument):
                 chance.choice(calls)()
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
-    full.cleanup()
+    full.upkeep.cleanup()
     infos = full.list()
     owners = {info.name for info in infos if info.kind is not Kind.VIEW or not info.parent}
     assert directories(full) == {identity(full, name) for name in owners}
@@ -223,7 +223,7 @@ def test_no_file_stays_open(full: Snapshotter) -> None:
                 full.commit(key, "work")
 
     def count() -> int:
-        full.cleanup()
+        full.upkeep.cleanup()
         # The database has a connection for as many as ever read at once.
         return sum("metadata.db" not in path for path in open_files().values())
 
@@ -247,5 +247,5 @@ def test_the_torture_tree(engine: Snapshotter) -> None:
     assert engine.usage("second").inodes == engine.usage("base").inodes
     for name in ("second", "again", "base"):
         engine.remove(name)
-    engine.cleanup()
+    engine.upkeep.cleanup()
     assert directories(engine) == set()

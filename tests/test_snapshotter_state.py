@@ -47,7 +47,7 @@ def test_orphans_are_deleted_and_nothing_else(left: Path) -> None:
 
     with opened(left) as engine:
         litter()
-        engine.cleanup()
+        engine.upkeep.cleanup()
         assert directories(engine) == own | foreign
         litter()
     with opened(left) as again:
@@ -65,7 +65,7 @@ engine = Snapshotter(Path(sys.argv[1]), lambda *_: None)
 engine.remove("work")
 for _ in range(2):
     try:
-        engine.cleanup()
+        engine.upkeep.cleanup()
     except FailedPrecondition as error:
         print(error)
 engine.close()
@@ -215,7 +215,7 @@ def test_a_file_is_no_orphan_of_ours(left: Path) -> None:
     file = left / "snapshots" / "99"
     file.write_text("somebody's")
     with opened(left) as engine:
-        engine.cleanup()
+        engine.upkeep.cleanup()
         assert file.read_text() == "somebody's"
     file.unlink()
 
@@ -307,13 +307,13 @@ def test_what_is_mounted_in_a_tree_is_not_deleted(full: Snapshotter) -> None:
             source, inside = full.mounts("work").source, removed / "mounted"
             subprocess.run(["mount", "--bind", source, str(inside)], check=True)
         with pytest.raises(FailedPrecondition, match="mounted"):
-            full.cleanup()
+            full.upkeep.cleanup()
     finally:
         points = Path("/proc/self/mountinfo").read_text().splitlines()
         under = [line.split()[4] for line in points if str(full.state_directory) in line.split()[4]]
         for point in under:
             subprocess.run(["umount", point], check=True)
-    full.cleanup()
+    full.upkeep.cleanup()
     assert read(full.mounts("work")) == {"file": "base", "other": "more"}
     assert directories(full) == {identity(full, "base"), identity(full, "work")}
 

@@ -110,7 +110,7 @@ def test_nobody_sees_clones(state: Path) -> None:
         await_standby(engine, 3)
         assert seen() == before
         standing = clones(engine)
-        engine.cleanup()
+        engine.upkeep.cleanup()
         assert clones(engine) == standing
         assert engine.standby("base") == (3, 3)
         for name in standing:
@@ -122,7 +122,7 @@ def test_nobody_sees_clones(state: Path) -> None:
 def test_a_parent_with_clones_is_removed_with_them(engine: Snapshotter) -> None:
     based(engine, 3)
     engine.remove("base")
-    engine.cleanup()
+    engine.upkeep.cleanup()
     eventually(lambda: directories(engine) == set())
     with pytest.raises(NotFound):
         engine.standby("base")
@@ -294,7 +294,7 @@ def test_fds_and_threads_do_not_grow(state: Path) -> None:
             await_standby(engine, 1)
             label(engine, 2)
             await_standby(engine, 2)
-            engine.cleanup()
+            engine.upkeep.cleanup()
 
         cycle()
         warm = held()

@@ -153,7 +153,7 @@ def test_a_parent_whose_tree_is_gone_when_it_is_to_be_cloned_ends_quietly(state:
             label(engine, 2)
             gate.wait_until_reached()
             engine.remove("base")
-            engine.cleanup()
+            engine.upkeep.cleanup()
         eventually(lambda: directories(engine) == set())
         based(engine, 2)
 

@@ -118,7 +118,7 @@ def test_clones_are_made_when_a_removal_has_made_room(small: FileSystem) -> None
         label(engine, 1)
         stays(lambda: engine.standby("base") == (0, 1), 0.2)
         engine.remove("large")
-        engine.cleanup()
+        engine.upkeep.cleanup()
         await_standby(engine, 1)
 
 

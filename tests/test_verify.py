@@ -52,7 +52,7 @@ def sealed(full: Snapshotter) -> Snapshotter:
 def test_commit_records_it_when_asked(sealed: Snapshotter) -> None:
     assert re.fullmatch("sha256:[0-9a-f]{64}", digest_of(sealed, "done"))
     assert sealed.stat("done").labels["of"] == "done"
-    assert sealed.verify("done") == digest_of(sealed, "done")
+    assert sealed.upkeep.verify("done") == digest_of(sealed, "done")
     assert DIGEST_LABEL not in sealed.stat("base").labels
 
 
@@ -61,7 +61,7 @@ def test_a_label_asks_for_it_too(full: Snapshotter, text: str) -> None:
     full.prepare("copy", "base")
     full.commit("done", "work", {DIGEST_LABEL: text})
     full.commit("same", "copy", digest=True)
-    assert digest_of(full, "done") == digest_of(full, "same") == full.verify("done")
+    assert digest_of(full, "done") == digest_of(full, "same") == full.upkeep.verify("done")
 
 
 def test_a_label_may_say_what_it_must_be(full: Snapshotter) -> None:
@@ -108,7 +108,7 @@ def test_what_is_no_digest_may_go(left: Path) -> None:
         db.execute("UPDATE snapshots SET labels = ? WHERE name = 'base'", (labels,))
     with opened(left) as engine:
         with unchanged(engine, FailedPrecondition, "no digest was recorded"):
-            engine.verify("base")
+            engine.upkeep.verify("base")
         with unchanged(engine, InvalidArgument, "only Commit"):
             engine.update("base", {DIGEST_LABEL: "else"}, [LABEL])
         assert engine.update("base", {DIGEST_LABEL: "no"}).labels == {DIGEST_LABEL: "no"}
@@ -129,37 +129,37 @@ def test_what_was_changed_behind_its_back_is_found(sealed: Snapshotter) -> None:
     (source / "more").write_text("mere")
     os.utime(source / "more", ns=(times.st_atime_ns, times.st_mtime_ns))
     with unchanged(sealed, DataLoss, '"done" is not what was committed'):
-        sealed.verify("done")
+        sealed.upkeep.verify("done")
     (source / "more").write_text("more")
     os.utime(source / "more", ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert sealed.verify("done") == digest_of(sealed, "done")
+    assert sealed.upkeep.verify("done") == digest_of(sealed, "done")
 
 
 def test_what_is_gone(sealed: Snapshotter) -> None:
     (source,) = (p for p in snapshots(sealed) if (p / "more").exists())
     source.rename(sealed.state_directory / "elsewhere")
     with pytest.raises(DataLoss, match="gone"):
-        sealed.verify("done")
+        sealed.upkeep.verify("done")
 
 
 def test_what_has_none_cannot_be_verified(full: Snapshotter) -> None:
     for name in ("base", "work", "look"):
         with unchanged(full, FailedPrecondition, "no digest was recorded"):
-            full.verify(name)
+            full.upkeep.verify(name)
     with pytest.raises(NotFound):
-        full.verify("nothing")
+        full.upkeep.verify("nothing")
     with pytest.raises(InvalidArgument):
-        full.verify("")
+        full.upkeep.verify("")
 
 
 def test_it_shows_how_far_it_is_and_can_be_cancelled(sealed: Snapshotter) -> None:
     job = Job()
-    sealed.verify("done", job)
+    sealed.upkeep.verify("done", job)
     assert job.done == job.total != Usage(0, 0)
     job = Job()
     job.cancel()
     with unchanged(sealed, Cancelled, "verify"):
-        sealed.verify("done", job)
+        sealed.upkeep.verify("done", job)
 
 
 def snapshots(engine: Snapshotter) -> list[Path]:

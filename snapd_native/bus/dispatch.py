@@ -53,7 +53,7 @@ class Dispatcher:
 
     def __init__(self, snapshotter: Snapshotter, lanes: Lanes) -> None:
         self._lanes = lanes
-        self._snapshotter = snapshotter
+        self._mounter = snapshotter.mounter
         self._bus = ""
         self._jobs = Jobs(self._emit)
         self._manager = Manager(snapshotter, self._jobs)
@@ -74,10 +74,10 @@ class Dispatcher:
         rule = f"type='signal',sender='{DRIVER}',interface='{DRIVER}',member='NameOwnerChanged'"
         await self.connection.ask_driver("AddMatch", "s", [rule + ",arg2=''"])
         (self._bus,) = await self.connection.ask_driver("GetId", "", [])
-        for owner in self._snapshotter.owners():
+        for owner in self._mounter.owners():
             bus, _, sender = owner.partition(" ")
             if bus != self._bus or not await self._is_there(sender):
-                self._snapshotter.release(owner)
+                self._mounter.release(owner)
 
     async def _is_there(self, sender: str) -> bool:
         (there,) = await self.connection.ask_driver("NameHasOwner", "s", [sender])
@@ -103,8 +103,8 @@ class Dispatcher:
         if message.message_type is MessageType.SIGNAL and message.member == "NameOwnerChanged":
             sender = message.body[0]
             self._authority.forget(sender)
-            if (owner := self._owner(sender)) in self._snapshotter.owners():
-                self._snapshotter.release(owner)
+            if (owner := self._owner(sender)) in self._mounter.owners():
+                self._mounter.release(owner)
 
     def _on_call(self, call: Call) -> None:
         self._track(asyncio.get_running_loop().create_task(self._answer(call)))
@@ -168,7 +168,7 @@ class Dispatcher:
         answer = await self._lanes.run(method.lane, caller.uid, run)
         if extra and not self._authority.knows(call.sender):
             # It has left since; nobody else will think of what was mounted for it.
-            self._snapshotter.release(caller.owner)
+            self._mounter.release(caller.owner)
         return answer
 
     async def _authorised(self, call: Call, method: Method) -> Caller:

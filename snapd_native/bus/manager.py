@@ -61,6 +61,8 @@ class Manager:
 
     def __init__(self, snapshotter: Snapshotter, jobs: Jobs) -> None:
         self._snapshotter = snapshotter
+        self._mounter = snapshotter.mounter
+        self._upkeep = snapshotter.upkeep
         self._jobs = jobs
         self.methods = {
             "Prepare": Method(Action.MANAGE, Lane.TREE, self._prepare),
@@ -77,7 +79,9 @@ class Manager:
             "Repair": Method(Action.MANAGE, Lane.TREE, self._repair),
             "Verify": Method(Action.READ, Lane.VERIFY, self._verify),
             "Mount": Method(Action.MOUNT, Lane.MOUNT, self._mount),
-            "Unmount": Method(Action.MOUNT, Lane.MOUNT, self._unmount, user=self._mounter),
+            "Unmount": Method(
+                Action.MOUNT, Lane.MOUNT, self._unmount, user=snapshotter.mounter.user
+            ),
             "ListMounts": Method(Action.READ, Lane.MOUNT, self._list_mounts),
             "OpenTree": Method(Action.MOUNT, Lane.MOUNT, self._open_tree),
             "PrepareJob": Method(Action.MANAGE, Lane.TREE, self._prepare, returns_job=True),
@@ -133,44 +137,41 @@ class Manager:
 
     def _cleanup(self, job: Job, options: Options) -> Body:
         unpack(options)
-        self._snapshotter.cleanup(job)
+        self._upkeep.cleanup(job)
         return []
 
     def _check(self, job: Job, options: Options) -> Body:
         unpack(options)
-        return [[finding_to_wire(finding) for finding in self._snapshotter.check(job)]]
+        return [[finding_to_wire(finding) for finding in self._upkeep.check(job)]]
 
     def _repair(self, job: Job, options: Options) -> Body:
         unpack(options)
-        return [[finding_to_wire(finding) for finding in self._snapshotter.repair(job)]]
+        return [[finding_to_wire(finding) for finding in self._upkeep.repair(job)]]
 
     def _verify(self, job: Job, name: str, options: Options) -> Body:
         unpack(options)
-        return [self._snapshotter.verify(name, job)]
+        return [self._upkeep.verify(name, job)]
 
     def _mount(self, caller: Caller, key: str, target: str, options: Options) -> Body:
         given = unpack(options, read_only="b", lifetime="s")
         lifetime = _lifetime(given.pop("lifetime", Lifetime.PERSISTENT))
         owner = caller.owner if lifetime is Lifetime.CLIENT else ""
         return [
-            self._snapshotter.mount(
+            self._mounter.mount(
                 key, target, **given, lifetime=lifetime, uid=caller.uid, owner=owner
             )
         ]
 
     def _unmount(self, caller: Caller, target: str, options: Options) -> Body:
         given = unpack(options, lazy="b")
-        self._snapshotter.unmount(target, **given, uid=caller.uid if caller.only_own else None)
+        self._mounter.unmount(target, **given, uid=caller.uid if caller.only_own else None)
         return []
 
-    def _mounter(self, target: str) -> int | None:
-        return self._snapshotter.mounter(target)
-
     def _list_mounts(self, _: Caller, key: str) -> Body:
-        return [[mounted_to_wire(mounted) for mounted in self._snapshotter.list_mounts(key)]]
+        return [[mounted_to_wire(mounted) for mounted in self._mounter.list_mounts(key)]]
 
     def _open_tree(self, _: Caller, key: str, options: Options) -> Body:
-        return [self._snapshotter.open_tree(key, **unpack(options, read_only="b"))]
+        return [self._mounter.open_tree(key, **unpack(options, read_only="b"))]
 
     def _list_jobs(self) -> Body:
         return [self._jobs.listing()]

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from snapd_native import linux, trees
+from snapd_native import linux
 from snapd_native.errors import (
-    DataLoss,
     FailedPrecondition,
     InvalidArgument,
-    NotFound,
     Unavailable,
 )
 from snapd_native.filters import parse
 from snapd_native.jobs import Job, Operation
-from snapd_native.metastore import Metastore, Record
+from snapd_native.metastore import Record
 from snapd_native.model import (
-    DIGEST_LABEL,
     Change,
-    Finding,
     Info,
     Kind,
-    Lifetime,
     Mount,
-    Mounted,
     Usage,
     check_labels,
     check_name,
@@ -38,17 +31,17 @@ from snapd_native.model import (
 )
 from snapd_native.snapshotter import digests
 from snapd_native.snapshotter.background import Background
-from snapd_native.snapshotter.check import check, repair
 from snapd_native.snapshotter.contents import Contents
-from snapd_native.snapshotter.failures import explained
+from snapd_native.snapshotter.failures import explained, unless_removed
 from snapd_native.snapshotter.labels import changed, label_key
 from snapd_native.snapshotter.mounting import Mounter
+from snapd_native.snapshotter.opening import open_store
 from snapd_native.snapshotter.reaping import Reaper
 from snapd_native.snapshotter.standby import Standby
 from snapd_native.snapshotter.state import StateDirectory, close_runtime
+from snapd_native.snapshotter.upkeep import Upkeep
+from snapd_native.snapshotter.watching import Watch
 from snapd_native.snapshotter.write_back import WriteBack
-
-log = logging.getLogger(__name__)
 
 DEFAULT_LIMIT = 1000
 """Snapshots in a page of `Snapshotter.list`, unless the caller says."""
@@ -97,41 +90,23 @@ class Snapshotter:
         if not linux.has_mount_setattr():
             raise Unavailable("the kernel is too old: boot Linux 5.12 or newer")
         self._stopping = stopping or threading.Event()
+        self._watch = Watch(self._stopping)
         with explained(f"use {quote_path(str(state))}"), ExitStack() as undo:
             self._state = StateDirectory(state)
             undo.callback(self._state.close)
-            # An id whose directory could not be deleted is never given again.
-            found = self._state.listing()
-            has_snapshots = any(not prefix for _, prefix, _ in found)
-            if has_snapshots and not self._state.has_database():
-                raise DataLoss(
-                    f"{self._state.database} is gone, but its snapshots are there:"
-                    " restore it from a backup, or move the snapshots away"
-                )
-            self._store = Metastore(
-                self._state.database,
-                announce,
-                first_id=self._state.highest_id() + 1,
-                make_room=self._state.ballast.drop,
-                may_be_new=not has_snapshots,
-            )
+            self._store = open_store(self._state, announce)
             undo.callback(self._store.close)
-            for name in self._store.forget_unsettled(self._state.mounting):
-                log.warning(
-                    "%s is gone: it was prepared just before a power cut or a disk's failure",
-                    quote(name),
-                )
-            self._check_directories()
             close_runtime(runtime)
-            self._mounter = Mounter(self._state, self._store, runtime, self._stopping)
-            undo.callback(self._mounter.close)
+            self.mounter = Mounter(self._state, self._store, runtime, self._stopping)
+            """Mounts snapshots for others."""
+            undo.callback(self.mounter.close)
             self._write_back = WriteBack(self._state, self._store, runtime / "doubt")
             self._contents = Contents(self._state, self._write_back)
             undo.callback(self._contents.close)
             self._syncer = Background("syncer", "a new snapshot could not be put on disk")
             undo.callback(self._syncer.close)
-            self._syncer.submit(self._settle)
-            self._reaper = Reaper(self._state, self._store, self._check_stopping)
+            self._syncer.submit(self._write_back.settle)
+            self._reaper = Reaper(self._state, self._store, self._watch.check)
             undo.callback(self._reaper.close)
             self._store.count_changes()
             # By now there is room, if deleting what is left makes any.
@@ -139,6 +114,9 @@ class Snapshotter:
             self._standby = Standby(self._state, self._store, self._write_back, least_free)
             undo.callback(self._standby.close)
             self._state.ballast.take()
+            parts = (self._state, self._store, self._contents, self.mounter, self._reaper)
+            self.upkeep = Upkeep(*parts, self._watch)
+            """Checks, repairs and verifies all this."""
             self._resources = undo.pop_all()
 
     def check_health(self) -> None:
@@ -236,11 +214,11 @@ class Snapshotter:
             job.begin(Operation.COMMIT, key)
             # Most of it is on its way to the disk while the tree is measured.
             self._syncer.submit(self._write_back.sync)
-            with self._mounter.frozen(key, held.id):
+            with self.mounter.frozen(key, held.id):
                 with explained(f"commit {quote(key)}"):
-                    usage = self._contents.measure(held.id, self._watched(job))
+                    usage = self._contents.measure(held.id, self._watch.over(job))
                     if digest:
-                        found = self._contents.digest(held.id, self._watched(job, count=False))
+                        found = self._contents.digest(held.id, self._watch.over(job, count=False))
                         stored = digests.recorded(key, stored, found)
                     self._contents.sync(held.id)
                 job.conclude()
@@ -261,11 +239,8 @@ class Snapshotter:
             raise FailedPrecondition(
                 f"{quote(key)} is committed and has no mount: make a view of it"
             )
-        try:
-            with explained(f"mount {quote(key)}"):
-                self._state.check(record.tree_id)
-        finally:
-            self._check_alive(record)
+        with unless_removed(self._store, record), explained(f"mount {quote(key)}"):
+            self._state.check(record.tree_id)
         return self._mount(record.info.kind, record.tree_id)
 
     def stat(self, key: str) -> Info:
@@ -325,11 +300,8 @@ class Snapshotter:
             return Usage(0, 0)
         job = job or Job()
         job.begin(Operation.USAGE, key)
-        try:
-            with explained(f"measure {quote(key)}"):
-                usage = self._contents.measure(record.id, self._watched(job))
-        finally:
-            self._check_alive(record)
+        with unless_removed(self._store, record), explained(f"measure {quote(key)}"):
+            usage = self._contents.measure(record.id, self._watch.over(job))
         job.conclude()
         return usage
 
@@ -360,147 +332,12 @@ class Snapshotter:
             FailedPrecondition: it has children, is being committed, or is mounted.
         """
         check_name(key)
-        with self._mounter.unmounted() as check, explained(f"remove {quote(key)}"):
+        with self.mounter.unmounted() as check, explained(f"remove {quote(key)}"):
             record = self._store.remove(key, check)
             self._reaper.retire(record)
         # Removing may have needed it, and leaves some of it.
         self._state.ballast.take()
         self._standby.look()
-
-    def mount(
-        self,
-        key: str,
-        target: str = "",
-        read_only: bool | None = None,
-        lifetime: Lifetime = Lifetime.PERSISTENT,
-        uid: int = 0,
-        owner: str = "",
-    ) -> str:
-        """Mount an active snapshot or a view on the directory ``target``, and return that.
-
-        Without a target a directory is made for it. A view is read-only, with all that is mounted
-        in it. A mount with the lifetime ``client`` stands until `release` is called for ``owner``,
-        a persistent one until `unmount`, also over a restart of the service or of the machine.
-
-        Raises:
-            InvalidArgument: the key cannot be; the target is relative, leads over a symbolic link,
-                is no directory, or is in or above the state directory; or a view is to be writable.
-            NotFound: there is no such key.
-            FailedPrecondition: it is committed or being committed, or nobody would see the mount.
-            AlreadyExists: a snapshot is mounted there.
-            ResourceExhausted: there are too many mounts.
-            DataLoss: its directory is gone.
-        """
-        check_name(key)
-        return self._mounter.mount(key, target, read_only, lifetime, uid, owner)
-
-    def unmount(self, target: str, lazy: bool = False, uid: int | None = None) -> None:
-        """Take away what `mount` has mounted on ``target``, if ``lazy`` also while it is in use.
-
-        With ``uid`` only what was mounted for that one.
-
-        Raises:
-            AccessDenied: it was mounted for another.
-            InvalidArgument: the target is relative.
-            NotFound: nothing of the service is mounted there.
-            FailedPrecondition: it is in use, or something else is mounted over it.
-        """
-        self._mounter.unmount(target, lazy, uid)
-
-    def list_mounts(self, key: str = "") -> Sequence[Mounted]:
-        """Return what `mount` has mounted and still stands, of one snapshot or of all.
-
-        Raises:
-            InvalidArgument: the key cannot be.
-            NotFound: there is no such snapshot.
-        """
-        return self._mounter.listing(self._store.get(check_name(key)).id if key else None)
-
-    def open_tree(self, key: str, read_only: bool | None = None) -> int:
-        """Return a mount of an active snapshot or a view that is attached nowhere yet.
-
-        The fd is the caller's, for move_mount(2) in whatever mount name space. Raises as `mount`.
-        """
-        return self._mounter.open_tree(check_name(key), read_only)
-
-    def mounter(self, target: str) -> int | None:
-        """Return the uid that asked for what is mounted on ``target``; None if nothing is."""
-        return self._mounter.user(target)
-
-    def owners(self) -> Collection[str]:
-        """Return all for whom something with the lifetime ``client`` may be mounted."""
-        return self._mounter.owners()
-
-    def release(self, owner: str) -> None:
-        """Take away soon what is mounted for ``owner``, who is gone, even if it is in use."""
-        self._mounter.release(owner)
-
-    def cleanup(self, job: Job | None = None) -> None:
-        """Return when every deferred deletion is done and nothing orphaned is left.
-
-        Raises:
-            FailedPrecondition: something is mounted in what is to be deleted, or protected.
-            Unavailable: the service is stopping.
-        """
-        job = job or Job()
-        job.begin(Operation.CLEANUP, "")
-        report = self._watched(job)
-        with explained("delete what was removed"):
-            try:
-                self._reaper.finish(report)
-            except PermissionError:
-                raise FailedPrecondition(
-                    "cannot delete what was removed: some of it is immutable or append-only,"
-                    " chattr -R -f -ia the directories rm-* of the state directory"
-                ) from None
-        job.conclude()
-
-    def check(self, job: Job | None = None) -> Sequence[Finding]:
-        """Compare records, directories and mounts, and return what is wrong; nothing is changed."""
-        job = job or Job()
-        job.begin(Operation.CHECK, "")
-        with explained("check the state"):
-            found = check(self._state, self._store, self._mounter, self._reaper, self._watched(job))
-        job.conclude()
-        return found
-
-    def repair(self, job: Job | None = None) -> Sequence[Finding]:
-        """Mend what `check` finds, as far as nothing is lost or guessed; return what is mended."""
-        job = job or Job()
-        job.begin(Operation.REPAIR, "")
-        parts = (self._state, self._store, self._mounter, self._reaper, self._watched(job))
-        with explained("repair the state"):
-            found = check(*parts)
-            job.conclude()
-            return repair(found, *parts)
-
-    def verify(self, name: str, job: Job | None = None) -> str:
-        """Compare a committed snapshot's tree with the digest that Commit has recorded.
-
-        Return that. All is read, in the time that nobody else wants the processors and the disk.
-
-        Raises:
-            InvalidArgument: the name cannot be.
-            NotFound: there is no such snapshot.
-            FailedPrecondition: it has no digest.
-            DataLoss: its tree is another than that which was committed, damaged or gone.
-        """
-        record = self._store.get(check_name(name, "name"))
-        expected = digests.of(record)
-        job = job or Job()
-        job.begin(Operation.VERIFY, name, record.usage)
-        try:
-            with explained(f"verify {quote(name)}"):
-                found = self._contents.digest(record.id, self._watched(job), idle=True)
-        finally:
-            self._check_alive(record)
-        if found != expected:
-            raise DataLoss(
-                f"{quote(name)} is not what was committed: its tree was changed or damaged,"
-                " check the disk and restore it from a backup"
-            )
-        job.conclude()
-        return record.info.labels[DIGEST_LABEL]
 
     def _create(
         self, kind: Kind, key: str, parent: str, labels: Mapping[str, str] | None, job: Job
@@ -530,7 +367,7 @@ class Snapshotter:
             self._store.publish(held, kind, stored, boot)
             undo.pop_all()
         if boot is not None:
-            self._syncer.submit(self._settle)
+            self._syncer.submit(self._write_back.settle)
         shown = held.parent if kind is Kind.VIEW and held.parent else held
         return self._mount(kind, shown.id)
 
@@ -539,7 +376,7 @@ class Snapshotter:
 
         Tell whether it is on disk.
         """
-        report = self._watched(job)
+        report = self._watch.over(job)
         ready = self._standby.take(parent.id)
         if ready and self._state.adopt_standby(ready, id_):
             report(job.total.inodes, job.total.size)
@@ -547,42 +384,6 @@ class Snapshotter:
         self._contents.copy(id_, parent.id, report)
         return False
 
-    def _settle(self) -> None:
-        """Put the trees of new snapshots on disk, and record that they are there."""
-        new = self._store.unsettled()
-        if new:
-            self._write_back.sync()
-            # What is in doubt ends with this boot of the machine, whatever is synced later.
-            self._store.settle(id_ for id_ in new if not self._write_back.doubts(id_))
-
     def _mount(self, kind: Kind, tree: int) -> Mount:
         options = ("rbind", "ro" if kind is Kind.VIEW else "rw")
         return Mount("bind", self._state.source(tree), options)
-
-    def _check_alive(self, record: Record) -> None:
-        """Raise NotFound if a snapshot was removed, or committed to another name, meanwhile."""
-        key = record.info.name
-        if self._store.get(key).id != record.id:
-            raise NotFound(f"the snapshot {quote(key)} was removed meanwhile: try again")
-
-    def _watched(self, job: Job, *, count: bool = True) -> trees.Report:
-        """Return what is told of progress, and stops the work when that is to be.
-
-        What is gone through for the second time does not ``count``.
-        """
-
-        def report(inodes: int, size: int) -> None:
-            self._check_stopping()
-            job.report(inodes * count, size * count)
-
-        return report
-
-    def _check_stopping(self, *_: int) -> None:
-        if self._stopping.is_set():
-            raise Unavailable("the service is stopping: try again when it runs")
-
-    def _check_directories(self) -> None:
-        found = {id_ for _, prefix, id_ in self._state.listing() if not prefix}
-        missing = len(self._store.directories().keys() - found)
-        if missing:
-            log.error("%d snapshots have lost their directories", missing)

@@ -1,4 +1,4 @@
-"""What an error of the kernel means to a caller."""
+"""What an error means to a caller."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from snapd_native.errors import (
     DataLoss,
     FailedPrecondition,
     Internal,
+    NotFound,
     ResourceExhausted,
     SnapdError,
 )
+from snapd_native.metastore import Metastore, Record
+from snapd_native.model import quote
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,17 @@ def explained(doing: str) -> Iterator[None]:
         raise DataLoss(f"cannot {doing}: {error}") from error
     except OSError as error:
         raise _meaning(error, f"cannot {doing}") from error
+
+
+@contextmanager
+def unless_removed(store: Metastore, record: Record) -> Iterator[None]:
+    """Raise NotFound instead if a snapshot was removed, or committed to another name, meanwhile."""
+    try:
+        yield
+    finally:
+        key = record.info.name
+        if store.get(key).id != record.id:
+            raise NotFound(f"the snapshot {quote(key)} was removed meanwhile: try again")
 
 
 def _meaning(error: OSError, what: str) -> SnapdError:

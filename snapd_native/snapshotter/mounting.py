@@ -21,11 +21,20 @@ from snapd_native.errors import (
     SnapdError,
 )
 from snapd_native.metastore import Line, Metastore, Record
-from snapd_native.model import Finding, Kind, Lifetime, Mounted, quote, quote_path
+from snapd_native.model import (
+    Finding,
+    Kind,
+    Lifetime,
+    Mounted,
+    check_name,
+    quote,
+    quote_path,
+)
 from snapd_native.mounts import Entry, Table, Target
 from snapd_native.snapshotter.background import Background
 from snapd_native.snapshotter.failures import explained
-from snapd_native.snapshotter.obstacles import enumerated, in_use, named, not_frozen
+from snapd_native.snapshotter.loose import Loose
+from snapd_native.snapshotter.obstacles import enumerated, in_use, not_frozen
 from snapd_native.snapshotter.standing import Standing
 from snapd_native.snapshotter.state import StateDirectory
 
@@ -49,7 +58,7 @@ class Mounter:
         self._standing = Standing(state, store.ledger, runtime / "mounts")
         self._stopping = stopping
         self._lock = Lock()
-        self._loose: list[tuple[int, Entry, int]] = []
+        self._loose = Loose()
         self._frozen: set[int] = set()
         self._owners = {line.owner for line in self._ledger.lines() if line.owner}
         self._releaser = Background("releaser", "what a client has left stays mounted")
@@ -57,19 +66,33 @@ class Mounter:
     def close(self) -> None:
         """End after all that was begun; what is mounted stays."""
         self._releaser.close()
-        for _, _, pin in self._loose:
-            os.close(pin)
+        self._loose.close()
 
     def mount(
         self,
         key: str,
-        target: str,
-        read_only: bool | None,
-        lifetime: Lifetime,
-        uid: int,
-        owner: str,
+        target: str = "",
+        read_only: bool | None = None,
+        lifetime: Lifetime = Lifetime.PERSISTENT,
+        uid: int = 0,
+        owner: str = "",
     ) -> str:
-        """Mount a snapshot on ``target``, or on a directory that is made for it; return that."""
+        """Mount an active snapshot or a view on the directory ``target``, and return that.
+
+        Without a target a directory is made for it. A view is read-only, with all that is mounted
+        in it. A mount with the lifetime ``client`` stands until `release` is called for ``owner``,
+        a persistent one until `unmount`, also over a restart of the service or of the machine.
+
+        Raises:
+            InvalidArgument: the key cannot be; the target is relative, leads over a symbolic link,
+                is no directory, or is in or above the state directory; or a view is to be writable.
+            NotFound: there is no such key.
+            FailedPrecondition: it is committed or being committed, or nobody would see the mount.
+            AlreadyExists: a snapshot is mounted there.
+            ResourceExhausted: there are too many mounts.
+            DataLoss: its directory is gone.
+        """
+        check_name(key)
         if self._standing.blind:
             raise FailedPrecondition(self._standing.blind)
         if not target:
@@ -80,8 +103,17 @@ class Mounter:
             self._mount(record, opened, read_only, lifetime, uid, owner)
             return opened.path
 
-    def unmount(self, target: str, lazy: bool, uid: int | None) -> None:
-        """Take away what was mounted on ``target``; if ``lazy``, also while it is in use."""
+    def unmount(self, target: str, lazy: bool = False, uid: int | None = None) -> None:
+        """Take away what `mount` has mounted on ``target``, if ``lazy`` also while it is in use.
+
+        With ``uid`` only what was mounted for that one.
+
+        Raises:
+            AccessDenied: it was mounted for another.
+            InvalidArgument: the target is relative.
+            NotFound: nothing of the service is mounted there.
+            FailedPrecondition: it is in use, or something else is mounted over it.
+        """
         with self._lock:
             line, entry = self._standing.find(target)
             if uid not in (None, line.uid):
@@ -94,8 +126,14 @@ class Mounter:
                 f"cannot unmount {quote_path(entry.target)}: {in_use(entry)}, or unmount it lazily"
             )
 
-    def listing(self, snapshot: int | None) -> list[Mounted]:
-        """Return what is mounted, in the order in which it was, of one snapshot or all."""
+    def list_mounts(self, key: str = "") -> list[Mounted]:
+        """Return what is mounted, in the order in which it was, of one snapshot or of all.
+
+        Raises:
+            InvalidArgument: the key cannot be.
+            NotFound: there is no such snapshot.
+        """
+        snapshot = self._store.get(check_name(key)).id if key else None
         with self._lock:
             return [
                 Mounted(entry.target, line.key, line.read_only, line.lifetime, line.uid)
@@ -103,19 +141,23 @@ class Mounter:
             ]
 
     def user(self, target: str) -> int | None:
-        """Return who asked for what is mounted on ``target``; None if nothing is."""
+        """Return the uid that asked for what is mounted on ``target``; None if nothing is."""
         with self._lock, suppress(SnapdError):
             line, _ = self._standing.find(target)
             return line.uid
         return None
 
-    def open_tree(self, key: str, read_only: bool | None) -> int:
-        """Return a mount of a snapshot that is attached nowhere; the fd is the caller's."""
+    def open_tree(self, key: str, read_only: bool | None = None) -> int:
+        """Return a mount of an active snapshot or a view that is attached nowhere yet.
+
+        The fd is the caller's, for move_mount(2) in whatever mount name space. Raises as `mount`.
+        """
+        check_name(key)
         with self._lock:
             return self._detached_tree(self._mountable(key, read_only), read_only)
 
     def owners(self) -> Collection[str]:
-        """Return all whose end may be a mount's end."""
+        """Return all for whom something with the lifetime ``client`` may be mounted."""
         return frozenset(self._owners)
 
     def release(self, owner: str) -> None:
@@ -149,7 +191,7 @@ class Mounter:
             FailedPrecondition: a file is open for writing on one of them.
         """
         with self._lock:
-            self._check_not_loose(key, tree)
+            self._loose.check(key, tree)
             entries = [
                 entry for entry in self._standing.showing(Table.read(), tree) if not entry.read_only
             ]
@@ -270,7 +312,7 @@ class Mounter:
         """Take a mount away; False if it is in use."""
         try:
             if lazy and not entry.read_only:
-                self._let_loose(line, entry)
+                self._loose.add(line.tree, entry)
             mounts.detach(entry, lazy=lazy)
         except OSError as error:
             if error.errno == errno.EBUSY:
@@ -284,28 +326,6 @@ class Mounter:
                 raise
         log.debug("%s is unmounted", quote_path(entry.target))
         return True
-
-    def _let_loose(self, line: Line, entry: Entry) -> None:
-        """Make a mount that goes out of sight read-only, or remember that it may be written to."""
-        try:
-            mounts.make_read_only(entry)
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            self._loose.append((line.tree, entry, mounts.pinned(entry)))
-
-    def _check_not_loose(self, key: str, tree: int) -> None:
-        """Refuse a Commit of what can still be written to through a mount that is out of sight."""
-        for number, entry, pin in list(self._loose):
-            processes = mounts.users(entry, but=pin)
-            if not processes:
-                self._loose.remove((number, entry, pin))
-                os.close(pin)
-            elif number == tree:
-                raise FailedPrecondition(
-                    f"cannot commit {quote(key)}: {named(processes)} can still write to it on"
-                    f" {quote_path(entry.target)}, which was unmounted lazily: end that first"
-                )
 
     def _release_all(self, owner: str) -> None:
         for line in self._ledger.lines():

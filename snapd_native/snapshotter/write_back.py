@@ -48,6 +48,18 @@ class WriteBack:
                 self._write()
                 raise
 
+    def settle(self) -> None:
+        """Put the trees of new snapshots on disk, and record that they are there.
+
+        Raises:
+            OSError: as `sync`.
+        """
+        new = self._store.unsettled()
+        if new:
+            self.sync()
+            # What is in doubt ends with this boot of the machine, whatever is synced later.
+            self._store.settle(id_ for id_ in new if not self.doubts(id_))
+
     def doubts(self, id_: int) -> bool:
         """Tell whether something of a snapshot's tree may not be on disk though it was synced."""
         return id_ <= self._last

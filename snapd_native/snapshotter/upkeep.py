@@ -1,0 +1,171 @@
+"""Whether records, directories and mounts agree, and how they are brought to agree again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+
+from snapd_native import trees
+from snapd_native.errors import DataLoss, FailedPrecondition
+from snapd_native.jobs import Job, Operation
+from snapd_native.metastore import Metastore
+from snapd_native.model import DIGEST_LABEL, Finding, Trouble, check_name, is_name, quote
+from snapd_native.snapshotter import digests
+from snapd_native.snapshotter.contents import Contents
+from snapd_native.snapshotter.failures import explained, unless_removed
+from snapd_native.snapshotter.mounting import Mounter
+from snapd_native.snapshotter.reaping import Reaper
+from snapd_native.snapshotter.state import StateDirectory
+from snapd_native.snapshotter.watching import Watch
+
+
+class Upkeep:
+    """What keeps a state directory in order. A ``job`` can have any of it end with `Cancelled`."""
+
+    def __init__(
+        self,
+        state: StateDirectory,
+        store: Metastore,
+        contents: Contents,
+        mounter: Mounter,
+        reaper: Reaper,
+        watch: Watch,
+    ) -> None:
+        self._state = state
+        self._store = store
+        self._contents = contents
+        self._mounter = mounter
+        self._reaper = reaper
+        self._watch = watch
+
+    def cleanup(self, job: Job | None = None) -> None:
+        """Return when every deferred deletion is done and nothing orphaned is left.
+
+        Raises:
+            FailedPrecondition: something is mounted in what is to be deleted, or protected.
+            Unavailable: the service is stopping.
+        """
+        job = job or Job()
+        job.begin(Operation.CLEANUP, "")
+        with explained("delete what was removed"):
+            try:
+                self._reaper.finish(self._watch.over(job))
+            except PermissionError:
+                raise FailedPrecondition(
+                    "cannot delete what was removed: some of it is immutable or append-only,"
+                    " chattr -R -f -ia the directories rm-* of the state directory"
+                ) from None
+        job.conclude()
+
+    def check(self, job: Job | None = None) -> Sequence[Finding]:
+        """Return all that is wrong, after the deletions that are under way are done.
+
+        Nothing is changed. What other calls do meanwhile is not taken for an error.
+        """
+        job = job or Job()
+        job.begin(Operation.CHECK, "")
+        with explained("check the state"):
+            found = self._findings(self._watch.over(job))
+        job.conclude()
+        return found
+
+    def repair(self, job: Job | None = None) -> Sequence[Finding]:
+        """Mend what `check` finds, as far as nothing is lost or guessed; return what is mended.
+
+        Files of the service are closed to others. Indexes of the database are made anew from its
+        tables. What no snapshot owns is deleted, as by `cleanup`. Mounts are made what the ledger
+        says.
+        """
+        job = job or Job()
+        job.begin(Operation.REPAIR, "")
+        report = self._watch.over(job)
+        with explained("repair the state"):
+            found = self._findings(report)
+            job.conclude()
+            if not found:
+                return []
+            for mend in (
+                self._state.close_to_others,
+                self._store.mend,
+                partial(self._reaper.finish, report),
+                self._mounter.mend,
+            ):
+                with suppress(DataLoss, OSError):
+                    mend()
+            left = self._findings(report)
+        return [finding for finding in found if finding not in left]
+
+    def verify(self, name: str, job: Job | None = None) -> str:
+        """Compare a committed snapshot's tree with the digest that Commit has recorded.
+
+        Return that. All is read, in the time that nobody else wants the processors and the disk.
+
+        Raises:
+            InvalidArgument: the name cannot be.
+            NotFound: there is no such snapshot.
+            FailedPrecondition: it has no digest.
+            DataLoss: its tree is another than that which was committed, damaged or gone.
+        """
+        record = self._store.get(check_name(name, "name"))
+        expected = digests.of(record)
+        job = job or Job()
+        job.begin(Operation.VERIFY, name, record.usage)
+        with unless_removed(self._store, record), explained(f"verify {quote(name)}"):
+            found = self._contents.digest(record.id, self._watch.over(job), idle=True)
+        if found != expected:
+            raise DataLoss(
+                f"{quote(name)} is not what was committed: its tree was changed or damaged,"
+                " check the disk and restore it from a backup"
+            )
+        job.conclude()
+        return record.info.labels[DIGEST_LABEL]
+
+    def _findings(self, report: trees.Report) -> list[Finding]:
+        found: list[Finding] = []
+        for part in (
+            self._state.findings,
+            self._store.findings,
+            self._lost,
+            partial(self._left, report),
+            self._set_aside,
+            self._mounter.findings,
+        ):
+            try:
+                found.extend(part())
+            except DataLoss as error:
+                found.append(Finding(Trouble.DATABASE, "", error.message))
+        return [*dict.fromkeys(found)]
+
+    def _lost(self) -> Iterator[Finding]:
+        """Yield the snapshots without a directory."""
+        before = self._store.directories()
+        there = {id_ for _, prefix, id_ in self._state.listing() if not prefix}
+        # An id is never given again: what was there before, and is after, was meanwhile.
+        for id_, name in self._store.directories().items():
+            if id_ in before and id_ not in there:
+                what = "its directory is gone: restore it from a backup, or remove the snapshot"
+                yield Finding(Trouble.TREE, name if is_name(name) else "", what)
+
+    def _left(self, report: trees.Report) -> Iterator[Finding]:
+        """Yield the directories without a snapshot."""
+        # No Remove is half-way between the record, its directory and the reaper.
+        with self._mounter.unmounted():
+            before = set(self._reaper.orphans())
+        self._reaper.catch_up(report)
+        for name in sorted(before.intersection(self._reaper.orphans())):
+            if name.startswith("rm-"):
+                what = f"{name} was removed and is not deleted: call Cleanup, which says why"
+                yield Finding(Trouble.LEFTOVER, "", what)
+            else:
+                yield Finding(Trouble.ORPHAN, "", f"{name} is no snapshot's: call Cleanup")
+
+    def _set_aside(self) -> Iterator[Finding]:
+        """Yield the trees that were set aside."""
+        for name, prefix, _ in self._state.listing():
+            if prefix == "found-":
+                what = (
+                    f"{name} is a tree whose record was lost: restore a metadata.db that has it and"
+                    " restart the service, or move the tree away"
+                )
+                yield Finding(Trouble.ORPHAN, "", what)

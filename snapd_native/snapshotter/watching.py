@@ -1,0 +1,37 @@
+"""What lets long work go on, or ends it."""
+
+from __future__ import annotations
+
+import threading
+
+from snapd_native import trees
+from snapd_native.errors import Unavailable
+from snapd_native.jobs import Job
+
+
+class Watch:
+    """Ends work when the service is stopping, or when its job is cancelled."""
+
+    def __init__(self, stopping: threading.Event) -> None:
+        self._stopping = stopping
+
+    def check(self, *_: int) -> None:
+        """Let work go on that is no job's.
+
+        Raises:
+            Unavailable: the service is stopping.
+        """
+        if self._stopping.is_set():
+            raise Unavailable("the service is stopping: try again when it runs")
+
+    def over(self, job: Job, *, count: bool = True) -> trees.Report:
+        """Return what is told of progress, and raises when the work is to end.
+
+        What is gone through for the second time does not ``count``.
+        """
+
+        def report(inodes: int, size: int) -> None:
+            self.check()
+            job.report(inodes * count, size * count)
+
+        return report
