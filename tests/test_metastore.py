@@ -278,7 +278,7 @@ def test_a_full_disk_fails_one_change_and_no_later_one(loop_directory: Path) -> 
             assert names(store) == full
             assert store.get("before").info.labels == {}
             (disk.root / "ballast").unlink()
-            store.release(store._reserved["large"])
+            store.release(store._reservations._held["large"])
             add(store, "later", labels={"label": "x" * 400_000})
             assert names(store) == [*full, "later"]
         with opened(disk.root / "metadata.db") as store:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from snapd_native.errors import DataLoss, InvalidArgument, NotFound
+from snapd_native.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 from snapd_native.model import Info, Kind, Usage, is_name, is_text, quote
 
 COLUMNS = """
@@ -44,19 +44,16 @@ class Record:
             return self.parent_id
         return self.id
 
+    def check_mountable(self) -> None:
+        """Make sure that a snapshot has a mount.
 
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """A key or name that is held for one call, and what must stay until that call is done.
-
-    It lives in memory: a crash releases it.
-    """
-
-    name: str
-    id: int
-    """The new snapshot's id; of a Commit, the id of the active one."""
-    parent: Record | None
-    committing: Record | None = None
+        Raises:
+            FailedPrecondition: it is committed.
+        """
+        if self.info.kind is Kind.COMMITTED:
+            raise FailedPrecondition(
+                f"{quote(self.info.name)} is committed and has no mount: make a view of it"
+            )
 
 
 def packed(labels: Mapping[str, str]) -> str:

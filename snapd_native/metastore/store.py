@@ -19,7 +19,8 @@ from snapd_native.filters import Filter
 from snapd_native.metastore import records
 from snapd_native.metastore.connections import Connections, transaction
 from snapd_native.metastore.ledger import Ledger, turn_read_only
-from snapd_native.metastore.records import Record, Reservation
+from snapd_native.metastore.records import Record
+from snapd_native.metastore.reservations import Reservation, Reservations
 from snapd_native.metastore.rules import broken_rules, mend
 from snapd_native.metastore.schema import migrate
 from snapd_native.metastore.selection import condition
@@ -67,14 +68,13 @@ class Metastore:
             DataLoss: it cannot be used; or it is new, and not ``may_be_new``.
         """
         self._announce = announce
-        self._reserved: dict[str, Reservation] = {}
         self._connections = Connections(path, make_room)
         self.ledger = Ledger(self._connections)
         with ExitStack() as undo:
             undo.callback(self._connections.close)
             with self._connections.writing() as db:
                 migrate(db, may_be_new=may_be_new)
-                self._next_id = max(records.last_id(db) + 1, first_id)
+                self._reservations = Reservations(max(records.last_id(db) + 1, first_id))
             self.lost_changes = self._connections.lost_changes()
             undo.pop_all()
 
@@ -105,14 +105,8 @@ class Metastore:
         """
         with self._connections.writing() as db:
             record = records.get(db, key)
-            if record.info.kind is Kind.COMMITTED:
-                raise FailedPrecondition(
-                    f"{quote(key)} is committed and has no mount: make a view of it"
-                )
-            if self._is_committing(record):
-                raise FailedPrecondition(
-                    f"cannot mount {quote(key)}: it is being committed, wait for that to end"
-                )
+            record.check_mountable()
+            self._reservations.check_resting(record, "mount")
         return record
 
     def list(self, chosen: Filter, after: str, limit: int) -> list[Info]:
@@ -189,17 +183,17 @@ class Metastore:
             broken = broken_rules(db)
         with self._connections.writing() as db:
             mend(db, broken)
-            self._next_id = max(self._next_id, records.last_id(db) + 1)
+            self._reservations.skip(records.last_id(db))
 
     def last_id(self) -> int:
         """Return the highest id that was given so far."""
         with self._connections.holding():
-            return self._next_id - 1
+            return self._reservations.last_id
 
     def reserved(self) -> set[int]:
         """Return the ids of all reservations."""
         with self._connections.holding():
-            return {reservation.id for reservation in self._reserved.values()}
+            return self._reservations.ids()
 
     def reserve(self, key: str, parent: str) -> Reservation:
         """Hold ``key`` for a new snapshot of ``parent``, and the parent with it.
@@ -214,10 +208,7 @@ class Metastore:
         with self._connections.writing() as db:
             base = records.committed_parent(db, parent) if parent else None
             self._check_free(db, key, "key")
-            reservation = Reservation(key, self._next_id, base)
-            self._next_id += 1
-            self._reserved[key] = reservation
-        return reservation
+            return self._reservations.hold(key, base)
 
     def reserve_commit(self, name: str, key: str, parent: str) -> Reservation:
         """Hold ``name`` for the active snapshot ``key``, and both it and its parent.
@@ -238,8 +229,7 @@ class Metastore:
             if record.info.kind is not Kind.ACTIVE:
                 kind = records.described(record.info.kind)
                 raise FailedPrecondition(f"cannot commit {quote(key)}: it is {kind}, not active")
-            if self._is_committing(record):
-                raise FailedPrecondition(f"cannot commit {quote(key)}: it is being committed")
+            self._reservations.check_resting(record, "commit")
             records.check_parent(db, record)
             base = None
             if parent and record.info.parent not in ("", parent):
@@ -249,15 +239,12 @@ class Metastore:
                 )
             if parent:
                 base = records.committed_parent(db, parent)
-            reservation = Reservation(name, record.id, base, record)
-            self._reserved[name] = reservation
-        return reservation
+            return self._reservations.hold_commit(name, record, base)
 
     def release(self, reservation: Reservation) -> None:
         """Give up a reservation; one that was published is gone already."""
         with self._connections.holding():
-            if self._reserved.get(reservation.name) is reservation:
-                del self._reserved[reservation.name]
+            self._reservations.release(reservation)
 
     def publish(
         self,
@@ -290,7 +277,7 @@ class Metastore:
                         boot,
                     ),
                 )
-            del self._reserved[reservation.name]
+            self._reservations.release(reservation)
             self._announce(Added(reservation.name, kind, parent.info.name if parent else ""))
 
     def publish_commit(
@@ -322,7 +309,7 @@ class Metastore:
                     ),
                 )
                 turn_read_only(db, record.id)
-            del self._reserved[reservation.name]
+            self._reservations.release(reservation)
             self._announce(Committed(reservation.name, record.info.name))
 
     def standbys(self) -> Mapping[int, tuple[int, Usage]]:
@@ -386,21 +373,15 @@ class Metastore:
         """
         with self._connections.writing() as db:
             record = records.doomed(db, key)
-            children = "SELECT 1 FROM snapshots WHERE parent = ? LIMIT 1"
-            if db.execute(children, (record.id,)).fetchone() or any(
-                held.parent is not None and held.parent.id == record.id
-                for held in self._reserved.values()
-            ):
+            child = "SELECT 1 FROM snapshots WHERE parent = ? LIMIT 1"
+            has_child = db.execute(child, (record.id,)).fetchone()
+            if has_child or self._reservations.is_parent(record):
                 raise FailedPrecondition(
                     f"cannot remove {quote(key)}: it has children, remove them first"
                 )
-            if self._is_committing(record):
-                raise FailedPrecondition(
-                    f"cannot remove {quote(key)}: it is being committed, wait for that to end"
-                )
+            self._reservations.check_resting(record, "remove")
             check(record)
-            rows = [(record.id,)]
-            self._connections.delete(db, "DELETE FROM snapshots WHERE id = ?", rows)
+            self._connections.delete(db, "DELETE FROM snapshots WHERE id = ?", [(record.id,)])
             self._announce(Removed(key))
         return record
 
@@ -411,16 +392,7 @@ class Metastore:
                 f"the {what} {quote(name)} is taken by {records.described(taken[0])}:"
                 " choose another or remove that one"
             )
-        if name in self._reserved:
-            raise AlreadyExists(
-                f"the {what} {quote(name)} is taken by a call that is still running:"
-                " choose another or wait"
-            )
-
-    def _is_committing(self, record: Record) -> bool:
-        return any(
-            held.committing is not None and held.id == record.id for held in self._reserved.values()
-        )
+        self._reservations.check_free(name, what)
 
 
 def _now() -> int:

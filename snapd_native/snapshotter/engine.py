@@ -10,7 +10,6 @@ from pathlib import Path
 
 from snapd_native import linux
 from snapd_native.errors import (
-    FailedPrecondition,
     InvalidArgument,
     Unavailable,
 )
@@ -32,13 +31,14 @@ from snapd_native.model import (
 from snapd_native.snapshotter import digests
 from snapd_native.snapshotter.background import Background
 from snapd_native.snapshotter.contents import Contents
+from snapd_native.snapshotter.directories import close_runtime
 from snapd_native.snapshotter.failures import explained, unless_removed
 from snapd_native.snapshotter.labels import changed, label_key
 from snapd_native.snapshotter.mounting import Mounter
 from snapd_native.snapshotter.opening import open_store
 from snapd_native.snapshotter.reaping import Reaper
 from snapd_native.snapshotter.standby import Standby
-from snapd_native.snapshotter.state import StateDirectory, close_runtime
+from snapd_native.snapshotter.state import StateDirectory
 from snapd_native.snapshotter.upkeep import Upkeep
 from snapd_native.snapshotter.watching import Watch
 from snapd_native.snapshotter.write_back import WriteBack
@@ -235,10 +235,7 @@ class Snapshotter:
             DataLoss: its directory is gone.
         """
         record = self._store.get(check_name(key))
-        if record.info.kind is Kind.COMMITTED:
-            raise FailedPrecondition(
-                f"{quote(key)} is committed and has no mount: make a view of it"
-            )
+        record.check_mountable()
         with unless_removed(self._store, record), explained(f"mount {quote(key)}"):
             self._state.check(record.tree_id)
         return self._mount(record.info.kind, record.tree_id)

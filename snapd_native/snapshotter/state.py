@@ -7,7 +7,7 @@ import fcntl
 import os
 import re
 import stat
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -16,6 +16,11 @@ from snapd_native.errors import DataLoss, FailedPrecondition, Unavailable
 from snapd_native.model import Finding, Trouble, Usage, quote_path
 from snapd_native.mounts import Place, Table
 from snapd_native.snapshotter.ballast import Ballast
+from snapd_native.snapshotter.directories import (
+    check_not_shared,
+    close_to_others,
+    own_directory,
+)
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _STANDBY = re.compile(r"(making|ready)-([1-9][0-9]{0,18})-([1-9][0-9]{0,18})", re.ASCII)
@@ -40,10 +45,10 @@ class StateDirectory:
         """
         self.path = path
         with ExitStack() as undo:
-            self._fd = _own_directory(path)
+            self._fd = own_directory(path)
             undo.callback(os.close, self._fd)
-            _check_not_shared(path, self._fd, {"snapshots", "metadata.db"})
-            _close_to_others(self._fd)
+            check_not_shared(path, self._fd, {"snapshots", "metadata.db"})
+            close_to_others(self._fd)
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -53,9 +58,9 @@ class StateDirectory:
                 ) from None
             self.ballast = Ballast(self._fd)
             undo.callback(self.ballast.take)
-            self._snapshots = _own_directory(path / "snapshots")
+            self._snapshots = own_directory(path / "snapshots")
             undo.callback(os.close, self._snapshots)
-            _close_to_others(self._snapshots)
+            close_to_others(self._snapshots)
             os.fsync(self._fd)
             self.mounting = linux.mounting_id(self._snapshots)
             self._place = Table.read().place(self._snapshots)
@@ -340,64 +345,9 @@ class StateDirectory:
         return stat.S_ISDIR(found.st_mode)
 
 
-def close_runtime(path: Path) -> None:
-    """See to it that nobody else reaches what is mounted in the run directory, if there is one.
-
-    Raises:
-        FailedPrecondition: it belongs to somebody else, or is shared with others.
-    """
-    for directory, ours in ((path, {"mounts"}), (path / "mounts", None)):
-        if not os.path.lexists(directory):
-            return
-        fd = _own_directory(directory)
-        try:
-            if ours is not None:
-                _check_not_shared(directory, fd, ours)
-            _close_to_others(fd)
-        finally:
-            os.close(fd)
-
-
 def _is_plain(status: os.stat_result) -> bool:
     return stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
 
 
 def _lost() -> DataLoss:
     return DataLoss("the snapshot's directory is gone, restore it from a backup")
-
-
-def _check_not_shared(path: Path, fd: int, ours: Collection[str]) -> None:
-    """Refuse a directory that others may enter and that holds none of what is the service's."""
-    held = os.listdir(fd)
-    is_ours = not held or not set(ours).isdisjoint(held)
-    if stat.S_IMODE(os.fstat(fd).st_mode) & 0o077 and not is_ours:
-        raise FailedPrecondition(
-            f"{path} is not empty and open to others: choose one of its own for the service,"
-            f" or chmod 700 {path}"
-        )
-
-
-def _close_to_others(fd: int) -> None:
-    os.fchmod(fd, 0o700)
-    # A default ACL would reach into every new snapshot.
-    with suppress(OSError):
-        os.removexattr(fd, "system.posix_acl_default")
-
-
-def _own_directory(path: Path) -> int:
-    """Open a directory that belongs to this user; it is made if there is none."""
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except (FileExistsError, NotADirectoryError):
-        raise FailedPrecondition(
-            f"{path} is not a directory: remove it, or choose another for the service"
-        ) from None
-    owner = os.fstat(fd).st_uid
-    if owner != os.geteuid():
-        os.close(fd)
-        raise FailedPrecondition(
-            f"{path} belongs to uid {owner}: give it to uid {os.geteuid()},"
-            " or choose another directory for the service"
-        )
-    return fd
