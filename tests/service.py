@@ -23,6 +23,7 @@ from snapd_native.private import Daemon, private_bus, private_daemon
 from snapd_native.wire.connection import Connection
 from snapd_native.wire.names import BUS_NAME, MANAGER, OBJECT_PATH
 from snapd_native.wire.values import Body
+from tests.engines import PROJECT
 from tests.filesystems import FileSystem, scratch_on
 
 NOBODY = 65534
@@ -30,6 +31,13 @@ NOBODY = 65534
 
 PATIENCE = 120
 """Seconds until something that hangs is given up."""
+
+AS_INSTALLED = dict(
+    setting.removeprefix("Environment=").split("=", 1)
+    for setting in (PROJECT / "systemd" / "snapd-native.service").read_text().splitlines()
+    if setting.startswith("Environment=")
+)
+"""What the unit has in the daemon's environment."""
 
 _MARK = "SNAPD_NATIVE_TEST"
 

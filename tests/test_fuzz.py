@@ -30,7 +30,7 @@ from snapd_native.wire.names import JOB, JOB_PATH, PEER
 from tests.fuzzing import ANSWERED, CALLS, LAST_JOB, REFUSED, RETURNS
 from tests.mounting import below
 from tests.packets import Packet, Peer
-from tests.service import Service, committed, empty, serving
+from tests.service import AS_INSTALLED, Service, committed, empty, serving
 from tests.waiting import eventually
 
 NUMBER = int(os.environ.get("FUZZ_CALLS", "2000"))
@@ -38,9 +38,6 @@ SEED = int(os.environ.get("FUZZ_SEED", str(random.SystemRandom().randrange(1 << 
 AT_ONCE = 40
 """Calls in an example: it begins with `base` alone, so that a failure can be made small."""
 PEERS = 4
-
-STEADY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17), "MALLOC_ARENA_MAX": "1"}
-"""Environment in which what is freed goes back to the kernel, so that the rest can be judged."""
 
 MEMORY = 12 << 20
 """Bytes that the service may take more after all calls than after the first ones.
@@ -221,7 +218,7 @@ class Fuzzed:
 def fuzzed(on_bus: str, scratch: Path) -> Iterator[Fuzzed]:
     print(f"FUZZ_SEED={SEED}")
     with (
-        serving(on_bus, scratch / "state", STEADY) as service,
+        serving(on_bus, scratch / "state", AS_INSTALLED) as service,
         Fuzzed(service, scratch) as lent,
     ):
         yield lent

@@ -31,7 +31,7 @@ from snapd_native.mounts import Table
 from snapd_native.wire.names import BUS_NAME, MANAGER, PEER
 from tests.engines import PROJECT
 from tests.gauges import MIB, Gauge, growth, table, too_large
-from tests.service import PATIENCE, Service, connection, serving
+from tests.service import AS_INSTALLED, PATIENCE, Service, connection, serving
 from tests.soaking import Order
 from tests.tenants import Signal
 
@@ -62,7 +62,7 @@ one beside others."""
 @pytest.mark.timeout(300 + 90 * MINUTES)
 def test_soak(on_bus: str, scratch: Path) -> None:
     print(f"\nSOAK_SEED={SEED}")
-    with serving(on_bus, scratch / "state") as service, unmounted(scratch):
+    with serving(on_bus, scratch / "state", AS_INSTALLED) as service, unmounted(scratch):
         with BlockingClient() as client:
             bases = {f"/base/{files}": grow(client, f"/base/{files}", files) for files in TREES}
         soak = Soak(service)
