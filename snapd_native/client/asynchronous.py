@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Self
 
-from dbus_next.constants import MessageType
 from dbus_next.errors import SignatureBodyMismatchError
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
+from snapd_native.client.signals import changes_of, signals
 from snapd_native.client.values import Job, Progress, Service, Standby
 from snapd_native.errors import (
     InvalidArgument,
@@ -23,27 +23,20 @@ from snapd_native.errors import (
 )
 from snapd_native.model import (
     DIGEST_LABEL,
-    Added,
     Change,
-    Committed,
     Finding,
     Info,
-    Kind,
     Lifetime,
     Mount,
     Mounted,
-    Removed,
-    Updated,
     Usage,
 )
 from snapd_native.wire.connection import Connection
 from snapd_native.wire.names import (
-    DRIVER,
     JOB,
     JOB_PATH,
     MANAGER,
     OBJECT_PATH,
-    PEER,
     PROPERTIES,
     bus_name,
     error_from,
@@ -288,38 +281,9 @@ class Client:
 
         The iterator raises Unavailable when the service has ended, or the bus is lost.
         """
-        async with self._signals(f"interface='{MANAGER}',path='{OBJECT_PATH}'") as arrived:
-            yield _changes(arrived)
-
-    @asynccontextmanager
-    async def _signals(self, *rules: str) -> AsyncIterator[AsyncIterator[Message]]:
-        """Yield the service's signals that match any of ``rules``, from now on.
-
-        The iterator raises Unavailable when there can be no more.
-        """
-        connection = self._connected()
-        # As any call, this starts a service that is there on demand.
-        await connection.request(self._name, OBJECT_PATH, PEER, "Ping")
-        arrived: asyncio.Queue[Message | None] = asyncio.Queue()
-        lost = f"sender='{DRIVER}',member='NameOwnerChanged',arg0='{self._name}'"
-
-        def on_message(message: Message) -> None:
-            if message.message_type is MessageType.SIGNAL:
-                if message.sender != DRIVER:
-                    arrived.put_nowait(message)
-                elif message.member == "NameOwnerChanged" and message.body[0] == self._name:
-                    arrived.put_nowait(None)
-
-        with ExitStack() as undo:
-            connection.add_message_handler(on_message)
-            undo.callback(connection.remove_message_handler, on_message)
-            undo.enter_context(connection.watched(lambda: arrived.put_nowait(None)))
-            for rule in (lost, *(f"sender='{self._name}',{rule}" for rule in rules)):
-                match = f"type='signal',{rule}"
-                undo.callback(connection.tell_driver, "RemoveMatch", "s", [match])
-                await connection.ask_driver("AddMatch", "s", [match])
-            (owner,) = await connection.ask_driver("GetNameOwner", "s", [self._name])
-            yield _drained(arrived, owner)
+        rule = f"interface='{MANAGER}',path='{OBJECT_PATH}'"
+        async with signals(self._connected(), self._name, rule) as arrived:
+            yield changes_of(arrived)
 
     async def _work(
         self,
@@ -331,11 +295,11 @@ class Client:
         """Have something done by a job, and return when it is."""
         removed = f"interface='{MANAGER}',path='{OBJECT_PATH}',member='JobRemoved'"
         changed = f"interface='{PROPERTIES}',path_namespace='{JOB_PATH}'"
-        async with self._signals(removed, changed) as signals:
+        async with signals(self._connected(), self._name, removed, changed) as arrived:
             begun = asyncio.ensure_future(self._call(member, signature, *arguments))
             try:
                 (path,) = await asyncio.shield(begun)
-                await self._watch(path, signals, progress)
+                await self._watch(path, arrived, progress)
             except asyncio.CancelledError:
                 with suppress(SnapdError):
                     (path,) = await begun
@@ -343,7 +307,7 @@ class Client:
                 raise
 
     async def _watch(
-        self, path: str, signals: AsyncIterator[Message], progress: Callable[[Progress], None]
+        self, path: str, arrived: AsyncIterator[Message], progress: Callable[[Progress], None]
     ) -> None:
         """Return when a job is done, or raise what it ended with."""
         values: dict[str, Variant] = {}
@@ -351,7 +315,7 @@ class Client:
         with suppress(NotFound):
             values = await self._properties(path, JOB)
             progress(_progress(values))
-        async for message in signals:
+        async for message in arrived:
             if message.path == path and values:
                 # What was asked for may be newer than what had been sent by then.
                 for name, value in message.body[1].items():
@@ -398,36 +362,6 @@ def _limit(limit: int) -> Variant:
         return Variant("u", limit)
     except SignatureBodyMismatchError:
         raise InvalidArgument(f"the limit {limit} cannot be: give a positive number") from None
-
-
-def _change(member: str, body: Body) -> Change | None:
-    match member:
-        case "SnapshotAdded":
-            key, kind, parent = body
-            return Added(key, Kind(kind), parent)
-        case "SnapshotCommitted":
-            return Committed(*body)
-        case "SnapshotUpdated":
-            return Updated(*body)
-        case "SnapshotRemoved":
-            return Removed(*body)
-        case _:
-            return None
-
-
-async def _drained(queue: asyncio.Queue[Message | None], sender: str) -> AsyncIterator[Message]:
-    while (message := await queue.get()) is not None:
-        # Anybody may send signals that look the same.
-        if message.sender == sender:
-            yield message
-    raise Unavailable("the service or the system bus is gone: connect again")
-
-
-async def _changes(signals: AsyncIterator[Message]) -> AsyncIterator[Change]:
-    async for message in signals:
-        change = _change(message.member, message.body)
-        if change is not None:
-            yield change
 
 
 def _value(variant: Variant) -> int:

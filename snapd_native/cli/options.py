@@ -1,0 +1,58 @@
+"""What commands share: their options, and a connection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+from snapd_native.errors import InvalidArgument
+from snapd_native.model import quote
+
+if TYPE_CHECKING:
+    from snapd_native.client import BlockingClient
+
+_Command = TypeVar("_Command", bound=Callable[..., None])
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def labels_option(command: _Command) -> _Command:
+    """Let a command take labels, for `parsed_labels`."""
+    return click.option(
+        "-l",
+        "--label",
+        "labels",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Set a label; may be repeated.",
+    )(command)
+
+
+@contextmanager
+def connected() -> Iterator[BlockingClient]:
+    """Speak to the service that the command line names."""
+    from snapd_native.client import BlockingClient
+
+    try:
+        with BlockingClient(click.get_current_context().obj) as client:
+            yield client
+    except KeyboardInterrupt:
+        raise click.Abort from None
+
+
+def parsed_labels(texts: tuple[str, ...]) -> dict[str, str]:
+    """Return labels by their keys.
+
+    Raises:
+        InvalidArgument: a text is no label.
+    """
+    labels = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise InvalidArgument(f"{quote(text)} is no label: write KEY=VALUE")
+        labels[key] = value
+    return labels
