@@ -21,13 +21,14 @@ from snapd_native.errors import (
     Unavailable,
 )
 from snapd_native.private import private_bus
-from snapd_native.wire.names import BUS_NAME, MANAGER, OBJECT_PATH, error_from
+from snapd_native.wire.names import BUS_NAME, JOB, MANAGER, OBJECT_PATH, error_from
 from snapd_native.wire.values import Body
 from tests.filesystems import on_ext4
 from tests.mounting import below, place
 from tests.polkit import POLICY, polkitd
 from tests.service import NOBODY, PATIENCE, Service, as_user, connection, everything, serving
 from tests.waiting import eventually
+from tests.watching import held_up
 
 pytestmark = on_ext4
 
@@ -196,6 +197,25 @@ def test_who_mounted_may_unmount(service: Service, places: Path) -> None:
         assert DENIED in refused(service, ("Unmount", "sa{sv}", target, "0"), user)
     assert service.call("Unmount", "sa{sv}", mine, "0", user=DAEMON).returncode == 0
     assert below(places) == [other]
+
+
+def test_who_began_a_job_may_cancel_it(service: Service) -> None:
+    """Verifying is reading, which the rules allow, and for managing they want a person."""
+    with BlockingClient() as client:
+        client.prepare("read", "base")
+        client.commit("verified", "read", digest=True)
+        # From now on there are workers for it.
+        client.verify("verified")
+        with held_up(service):
+            done = service.call("VerifyJob", "sa{sv}", "verified", "0", user=NOBODY)
+            job = done.stdout.split('"')[1]
+            cancel = ("call", BUS_NAME, job, JOB, "Cancel")
+            assert DENIED in service.busctl(*cancel, user=BIN).stderr
+            assert client.jobs() != []
+            assert service.busctl(*cancel, user=NOBODY).returncode == 0
+        assert client.jobs() == []
+        gone = service.busctl(*cancel, user=NOBODY)
+    assert DENIED in gone.stderr
 
 
 def test_authorization_comes_before_arguments_and_state(service: Service) -> None:

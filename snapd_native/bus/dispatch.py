@@ -133,7 +133,7 @@ class Dispatcher:
                 await self._authority.check(call, Action.READ)
                 return result(call, *self._property(call), serial)
             case names.JOB:
-                uid = await self._authority.check(call, Action.MANAGE)
+                uid = await self._canceller(call)
                 with logged(call, uid, {"job": call.path}, changes=True):
                     check_signature(call, _JOB)
                     await self._jobs.get(call.path).cancel()
@@ -189,6 +189,17 @@ class Dispatcher:
         details = {name: text[:MAX_TEXT] for name, text in texts.items()}
         await self._authority.check(call, method.action, details)
         return Caller(uid, owner)
+
+    async def _canceller(self, call: Call) -> int:
+        """Return the uid of who calls a job's Cancel, if he may: whoever has begun it may too.
+
+        Raises:
+            AccessDenied: he may not.
+        """
+        uid = await self._authority.uid(call.sender)
+        if self._jobs.is_of(call.path, uid):
+            return uid
+        return await self._authority.check(call, Action.MANAGE)
 
     def _texts(self, call: Call) -> dict[str, str]:
         """Return the texts that a call's arguments begin with, by their names in the contract."""

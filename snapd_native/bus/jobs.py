@@ -86,6 +86,10 @@ class Jobs:
             raise NotFound(f"there is no job {number}: it has ended, or never was")
         return self._shown[path]
 
+    def is_of(self, path: str, uid: int) -> bool:
+        """Tell whether there is a job at ``path`` that ``uid`` has asked for."""
+        return path in self._shown and self._shown[path].uid == uid
+
     @staticmethod
     def may_be_at(path: str) -> bool:
         """Tell whether ``path`` is one that jobs have."""
