@@ -79,6 +79,47 @@ def test_a_log_that_is_lost(left: Path, tmp_path: Path, how: str) -> None:
         assert Trouble.DATABASE in troubles(engine)
 
 
+def updated_and_killed(state: Path, killed: Path) -> str:
+    """Commit a snapshot, and change another until the log begins anew; return its directory."""
+    with opened(state) as engine:
+        new = commit(engine, "new")
+        for number in range(100):
+            engine.update("base", {"number": str(number)})
+        subprocess.run(["cp", "-a", state, killed], check=True)
+    return new
+
+
+def test_an_older_database_under_a_newer_log(left: Path, tmp_path: Path) -> None:
+    """As after a kill, with the copy put in place of the database, and the log still there.
+
+    SQLite puts the log's pages into it: they have the last changes, and not those before them.
+    """
+    with opened(left) as engine:
+        for number in range(10):
+            # So many that the new record is on another page than the one that is changed.
+            engine.view(f"view {number}", "base", {"long": "x" * 1000})
+        before = names(engine)
+    shutil.copy2(left / "metadata.db", tmp_path / "old")
+    copy = tmp_path / "state"
+    new = updated_and_killed(left, copy)
+    shutil.copyfile(tmp_path / "old", copy / "metadata.db")
+    with opened(copy) as engine:
+        assert engine.stat("base").labels == {"number": "99"}
+        assert names(engine) == before
+        assert (copy / "snapshots" / f"found-{new}" / "file").read_text() == "new"
+        assert troubles(engine) == {Trouble.DATABASE, Trouble.ORPHAN}
+
+
+def test_a_log_that_the_next_start_puts_into_its_database(left: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "state"
+    new = updated_and_killed(left, copy)
+    for _ in range(2):
+        with opened(copy) as engine:
+            assert names(engine) == sorted([*BEFORE, "new"])
+            assert new in directories(engine)
+            assert engine.check() == []
+
+
 def test_a_damaged_database_takes_no_tree_with_it(left: Path) -> None:
     with opened(left) as engine:
         lone = identity(engine, "lone")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 class Changes:
-    """The number of changes so far, in a file beside the database.
+    """The number of changes so far, and how many of them need no log, in a file by the database.
 
-    It is written after each change is durable, and not synced: it may be too low, never too high.
+    They are written after that is durable, and not synced: they may be too low, never too high.
     """
 
     def __init__(self, path: Path) -> None:
@@ -22,12 +22,16 @@ class Changes:
         """Close the file."""
         os.close(self._fd)
 
-    def read(self) -> int:
-        """Return the number; 0 if none was ever written."""
-        text = os.pread(self._fd, 20, 0)
-        return int(text) if text.isdigit() else 0
+    def read(self) -> tuple[int, int]:
+        """Return both numbers; 0 if none was ever written."""
+        count, put_back = (os.pread(self._fd, 20, offset) for offset in (0, 21))
+        return _number(count), _number(put_back)
 
-    def write(self, count: int) -> None:
-        """Set the number; on a full disk it may stay."""
+    def write(self, count: int, put_back: int) -> None:
+        """Set both numbers; on a full disk they may stay."""
         with suppress(OSError):
-            os.pwrite(self._fd, b"%020d\n" % count, 0)
+            os.pwrite(self._fd, b"%020d\n%020d\n" % (count, put_back), 0)
+
+
+def _number(text: bytes) -> int:
+    return int(text) if text.isdigit() else 0

@@ -9,7 +9,7 @@ import sqlite3
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -59,6 +59,8 @@ class Connections:
         self._counted: int | None = None
         self._put = 0
         _make(path)
+        self._without_log = _changes_without_log(path)
+        self._put_back_changes = self._without_log or 0
         with translated(self._path.parent), ExitStack() as undo:
             self._writer = self._connect()
             undo.callback(self._writer.close)
@@ -125,9 +127,16 @@ class Connections:
                 self._put_back("PASSIVE")
 
     def lost_changes(self) -> int:
-        """Return how many of the changes that were once durable the database does not have."""
+        """Return how many of the changes that were once durable the database does not have.
+
+        An older copy under the newer log has the last ones, and not those between the two.
+        """
         with self._lock, translated(self._path.parent):
-            return max(self._changes.read() - _changes(self._writer), 0)
+            count, put_back = self._changes.read()
+            lost = count - _changes(self._writer)
+            if self._without_log is not None:
+                lost = max(lost, put_back - self._without_log)
+            return max(lost, 0)
 
     def count_changes(self) -> None:
         """Take for all that there is what the database has, and count on from there."""
@@ -173,7 +182,7 @@ class Connections:
 
     def _note(self) -> None:
         self._counted = self._writer.total_changes
-        self._changes.write(_changes(self._writer))
+        self._changes.write(_changes(self._writer), self._put_back_changes)
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
@@ -185,7 +194,9 @@ class Connections:
     def _put_back(self, how: str) -> None:
         """Put as much of the WAL into the database as readers allow, as a checkpoint that is so."""
         try:
-            self._writer.execute(f"PRAGMA wal_checkpoint({how})").fetchone()
+            checkpoint = self._writer.execute(f"PRAGMA wal_checkpoint({how})")
+            _, frames, put_back = checkpoint.fetchone()
+            count = _changes(self._writer)
         except sqlite3.Error:
             # Where readers have let it do only a part, SQLite has not synced that, and takes it for
             # done. If the disk has lost it, the WAL has the only copy: all of it is put back again.
@@ -194,6 +205,8 @@ class Connections:
                 os.pwrite(self._index, bytes(4), _BACKFILLED)
         else:
             self._put = self._writer.total_changes
+            if put_back == frames:
+                self._put_back_changes = count
 
     def _reserve(self) -> None:
         # SQLite takes what follows the last frame for nothing.
@@ -276,6 +289,24 @@ def _changes(db: sqlite3.Connection) -> int:
     row = db.execute("SELECT count FROM changes WHERE id = 1").fetchone()
     # Where the disk has lost the count, all changes are taken for lost.
     return row[0] if row and isinstance(row[0], int) else 0
+
+
+def _changes_without_log(path: Path) -> int | None:
+    """Return what a database that nobody has open counts by itself, on disk; None if unknown.
+
+    It need not be whole: what was being put into it when the service ended is in the log too.
+    """
+    with suppress(sqlite3.Error, OSError):
+        # It is read as if there were no log, and nothing is made or locked.
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)) as db:
+            count = _changes(db)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        return count
+    return None
 
 
 def _overwrite(db: sqlite3.Connection) -> None:
