@@ -16,3 +16,5 @@ pytest_plugins = [
 
 # A job in the background of a script ignores it, and so would everything that is tested here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Whatever ends a run early, what it has mounted and started is cleaned up.
+signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -62,7 +62,7 @@ one beside others."""
 @pytest.mark.timeout(300 + 90 * MINUTES)
 def test_soak(on_bus: str, scratch: Path) -> None:
     print(f"\nSOAK_SEED={SEED}")
-    with serving(on_bus, scratch / "state", AS_INSTALLED) as service, unmounted(scratch):
+    with serving(on_bus, scratch / "state", AS_INSTALLED) as service, unmounted(service):
         with BlockingClient() as client:
             bases = {f"/base/{files}": grow(client, f"/base/{files}", files) for files in TREES}
         soak = Soak(service)
@@ -88,15 +88,16 @@ def grow(client: BlockingClient, name: str, files: int) -> int:
 
 
 @contextmanager
-def unmounted(path: Path) -> Iterator[None]:
-    """See to it that nothing more of a file system is mounted after the block than before it."""
-    before = mounts_of(path)
+def unmounted(service: Service) -> Iterator[None]:
+    """See to it that the service has nothing more mounted after the block than before it."""
+    before = mounts_of(service.state)
     try:
         yield
-        assert mounts_of(path) == before
+        assert mounts_of(service.state) == before
     finally:
-        for target in {*mounts_of(path)} - {*before}:
-            # The service takes those away itself whose client is gone.
+        # It may still be about to mount what was asked for, and unmounts for clients that are gone.
+        service.daemon.stop()
+        for target in reversed([one for one in mounts_of(service.state) if one not in before]):
             subprocess.run(["umount", "--lazy", target], check=False)
 
 
@@ -200,17 +201,17 @@ async def crowd(bases: Mapping[str, int]) -> AsyncIterator[list[Process]]:
         for number in range(PROCESSES)
     ]
     orders.append({"seed": SEED, "bases": {**bases}, "tenants": [], "onlookers": ONLOOKERS})
-    started = [
-        await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "tests.soaking"),
-            cwd=PROJECT,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=64 * MIB,
-        )
-        for _ in orders
-    ]
+    started: list[asyncio.subprocess.Process] = []
     try:
+        for _ in orders:
+            one = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "tests.soaking"),
+                cwd=PROJECT,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=64 * MIB,
+            )
+            started.append(one)
         processes = [*map(Process, started)]
         for process, order in zip(processes, orders, strict=True):
             process.tell(json.dumps(order))
@@ -219,6 +220,7 @@ async def crowd(bases: Mapping[str, int]) -> AsyncIterator[list[Process]]:
         for one in started:
             with suppress(ProcessLookupError):
                 one.kill()
+        for one in started:
             await one.communicate()
 
 
@@ -259,18 +261,18 @@ class Soak:
 
     async def _work(self, processes: Sequence[Process], seconds: float) -> None:
         """Have all clients work for a while, and look at the daemon meanwhile."""
-        working = asyncio.ensure_future(self._tell(processes, "work", "rest"))
         samples: list[Gauge] = []
         self.rounds.append(samples)
         end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0 and not working.done():
-            await asyncio.wait({working}, timeout=min(1, left))
-            samples.append(Gauge.read(self._service))
-            if len(samples) % 10 == 0:
-                print(f"round {len(self.rounds)} of {ROUNDS}: {self._progress()}", flush=True)
-        for process in processes:
-            process.tell("rest")
-        await working
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._tell(processes, "work", "rest"))
+            while (left := end - time.monotonic()) > 0:
+                await asyncio.sleep(min(1, left))
+                samples.append(Gauge.read(self._service))
+                if len(samples) % 10 == 0:
+                    print(f"round {len(self.rounds)} of {ROUNDS}: {self._progress()}", flush=True)
+            for process in processes:
+                process.tell("rest")
 
     async def _compare(self, client: Client, bus: connection) -> None:
         """With nothing going on, compare what there is with what was told."""
