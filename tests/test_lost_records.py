@@ -117,7 +117,7 @@ def test_a_log_that_the_next_start_puts_into_its_database(left: Path, tmp_path: 
         with opened(copy) as engine:
             assert names(engine) == sorted([*BEFORE, "new"])
             assert new in directories(engine)
-            assert engine.check() == []
+            assert engine.upkeep.check() == []
 
 
 def test_a_damaged_database_takes_no_tree_with_it(left: Path) -> None:
