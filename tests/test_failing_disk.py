@@ -332,6 +332,20 @@ def test_a_file_system_that_gives_up(disk: FailingDisk, tmp_path: Path, how: str
             assert [info.name for info in before] == [n for n in names(engine) if n != "see base"]
 
 
+def test_a_disk_that_cannot_be_read_is_not_called_a_damaged_database(
+    disk: FailingDisk, tmp_path: Path
+) -> None:
+    with opened(disk, tmp_path) as engine:
+        fill(engine, disk)
+        for name in names(engine):
+            # More than SQLite has in memory.
+            engine.update(name, {str(number): "x" * 4000 for number in range(250)})
+        disk.shut_down()
+        with pytest.raises(DataLoss, match="check the disk"):
+            engine.list()
+    disk.mount_again()
+
+
 @on_xfs
 def test_the_database_forgets_nothing_that_was_put_into_it_while_somebody_read(
     disk: FailingDisk, tmp_path: Path

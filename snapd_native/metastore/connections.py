@@ -327,9 +327,13 @@ def _meaning(error: sqlite3.Error, directory: Path) -> SnapdError:
         return ResourceExhausted("no room is left for the metadata: free some and try again")
     if code == sqlite3.SQLITE_IOERR or refusal:
         return _unreachable(os.strerror(refusal) if refusal else str(error))
-    # SQLite has no codes of their own for what it does not understand.
+    # SQLite has no codes of their own for what it does not understand, and that of a damaged page
+    # for one that the disk does not give.
     if code in _DAMAGED or str(error).startswith(_NOT_UNDERSTOOD):
-        return DataLoss(f"metadata.db cannot be used ({error}): restore it from a backup")
+        return DataLoss(
+            f"metadata.db cannot be used ({error}): check the disk and the kernel's log, and if all"
+            " is well there restore it from a backup"
+        )
     return Internal(f"the metadata could not be used ({error}): see the service's log")
 
 
