@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import os
 import random
-import select
 import signal
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -21,10 +18,9 @@ import pytest
 
 from snapd_native.client import BlockingClient
 from snapd_native.errors import DataLoss, ResourceExhausted
-from tests.engines import PROJECT
 from tests.failing_disks import KINDS, FailingDisk, failing_disk
-from tests.service import PATIENCE, Service, serving
-from tests.test_storm import found
+from tests.service import serving
+from tests.storms import found, rage
 from tests.vm.ledger import Book, Ledger
 
 FAILURES = int(os.environ.get("FAILURES", "2"))
@@ -50,7 +46,9 @@ def test_what_was_acknowledged_is_there(on_bus: str, disk: FailingDisk) -> None:
         with serving(on_bus, state, status=-signal.SIGKILL if is_killed else 0) as service:
             assert ledger.compare(found()) == [], f"after failure {number}"
             disk.trim()
-            rage(book, ledger, service, disk, number, chance)
+            order = book.order(number, CLIENTS)
+            commits, seconds = chance.randrange(3, 15), chance.uniform(0, 0.05)
+            rage(book, service, order, commits, seconds, disk.fail)
             check_errors(ledger, number)
             if is_killed:
                 service.daemon.process.kill()
@@ -65,44 +63,6 @@ def test_what_was_acknowledged_is_there(on_bus: str, disk: FailingDisk) -> None:
     print(f"{FAILURES} failures, {ledger.acknowledged} commits acknowledged")
     # It must have had something to lose.
     assert ledger.acknowledged >= FAILURES
-
-
-def rage(
-    book: Book,
-    ledger: Ledger,
-    service: Service,
-    disk: FailingDisk,
-    number: int,
-    chance: random.Random,
-) -> None:
-    """Have clients change all they can until the disk fails, and a call with it."""
-    load = subprocess.Popen(
-        [sys.executable, PROJECT / "tests" / "vm" / "load.py"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert load.stdin is not None
-    assert load.stdout is not None
-    load.stdin.write(book.order(number, CLIENTS) + "\n")
-    load.stdin.flush()
-    enough = ledger.acknowledged + chance.randrange(3, 15)
-    while ledger.acknowledged < enough:
-        line = load.stdout.readline()
-        assert line, "the load has ended by itself"
-        book.read(line)
-    # The instant is anywhere in what comes next.
-    ended = os.pidfd_open(service.pid)
-    assert not select.select([ended], [], [], chance.uniform(0, 0.05))[0]
-    os.close(ended)
-    disk.fail()
-    for line in load.stdout:
-        # The last one may be cut off: it ends when the first call fails.
-        if line.endswith("\n"):
-            book.read(line)
-    book.end()
-    load.communicate(timeout=PATIENCE)
 
 
 def check_errors(ledger: Ledger, number: int) -> None:
