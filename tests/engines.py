@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -141,3 +144,16 @@ def fail(code: int) -> Callable[..., None]:
         raise OSError(code, os.strerror(code), "/a/path/of/the/service")
 
     return failing
+
+
+def kill_where_it_stands(program: str, *arguments: str | Path) -> None:
+    """Run a program with an engine of its own until it prints ``there``, and kill it then."""
+    command = [sys.executable, "-c", program, *arguments]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=PROJECT) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "there\n"
+        finally:
+            process.kill()
+        assert process.wait(WAIT) == -signal.SIGKILL

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +15,7 @@ from snapd_native.errors import NotFound
 from snapd_native.model import Lifetime
 from snapd_native.mounts import Table
 from snapd_native.snapshotter import Snapshotter
-from tests.engines import PROJECT, WAIT, fill, names, opened
+from tests.engines import fill, kill_where_it_stands, names, opened
 from tests.mounting import below, by_hand, mounted_on, place, propagation, targets, tmpfs
 
 pytestmark = pytest.mark.usefixtures("places")
@@ -252,15 +250,7 @@ def test_killed_between_any_two_steps(
     with opened(state) as engine:
         fill(engine)
         before = engine.mounter.mount("work", str(place(places, "before")))
-    command = [sys.executable, "-c", CRASH, str(state), call, step, when, str(turn)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=PROJECT) as process:
-        assert process.stdout is not None
-        try:
-            assert process.stdout.readline() == "there\n"
-        finally:
-            process.kill()
-        assert process.wait(WAIT) == -signal.SIGKILL
+    kill_where_it_stands(CRASH, state, call, step, when, str(turn))
     with opened(state) as engine:
         check_agreement(engine, state.parent)
         # All or nothing.

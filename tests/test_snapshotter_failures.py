@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,10 +25,10 @@ from tests import torture
 from tests.engines import (
     BEFORE,
     PROJECT,
-    WAIT,
     directories,
     fail,
     identity,
+    kill_where_it_stands,
     names,
     opened,
     read,
@@ -189,15 +188,7 @@ EMPTY, VIEW, REMOVE = "engine.prepare('new')", "engine.view('new', 'base')", "en
     ],
 )
 def test_a_crash_leaves_nothing(left: Path, where: str, call: str, after: list[str]) -> None:
-    command = [sys.executable, "-c", CRASH, str(left), where, call]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=PROJECT) as process:
-        assert process.stdout is not None
-        try:
-            assert process.stdout.readline() == "there\n"
-        finally:
-            process.kill()
-        assert process.wait(WAIT) == -signal.SIGKILL
+    kill_where_it_stands(CRASH, left, where, call)
     with opened(left) as engine:
         assert names(engine) == after
         owners = {name for name in after if name != "look"}

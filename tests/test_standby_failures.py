@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,13 +19,12 @@ from snapd_native import trees
 from snapd_native.model import STANDBY_LABEL
 from snapd_native.snapshotter import Snapshotter
 from tests.engines import (
-    PROJECT,
-    WAIT,
     directories,
     fail,
     gated,
     identity,
     ignore,
+    kill_where_it_stands,
     names,
     opened,
     read,
@@ -65,8 +63,6 @@ engine.update("base", {"snapd-native.standby": "2"})
 sys.stdin.read()
 """
 
-PIPE = subprocess.PIPE
-
 
 @pytest.fixture
 def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[list[logging.LogRecord]]:
@@ -103,14 +99,7 @@ def test_a_crash_while_a_clone_is_made_costs_that_clone_only(state: Path, where:
     with opened(state) as engine:
         committed_wide(engine)
         inodes = engine.usage("base").inodes
-    command = [sys.executable, "-c", CRASH, str(state), where]
-    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True, cwd=PROJECT) as process:
-        assert process.stdout is not None
-        try:
-            assert process.stdout.readline() == "there\n"
-        finally:
-            process.kill()
-        assert process.wait(WAIT) == -signal.SIGKILL
+    kill_where_it_stands(CRASH, state, where)
     standing = [name for name in os.listdir(state / "snapshots") if name.startswith("ready-")]
     assert len(standing) == 1
     kept = (state / "snapshots" / standing[0]).stat().st_ino
