@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 from snapd_native.errors import ResourceExhausted
 from snapd_native.model import quote
 from snapd_native.snapshotter import Snapshotter
-from tests.engines import state_of
+from tests.engines import PROJECT, state_of
 from tests.service import check_sentence
 from tests.waiting import eventually
 
@@ -78,6 +81,28 @@ def fill(engine: Snapshotter) -> None:
         engine.commit(f"base {number}", "preparing")
     engine.prepare("work", "base 0")
     engine.view("look", "base 0")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from snapd_native.snapshotter import Snapshotter
+
+state = Path(sys.argv[1])
+engine = Snapshotter(state, lambda *_: None, runtime=state.parent / "run")
+engine.update("work", {"killed": "after this"})
+engine.view("last", "base 1")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def kill(state: Path) -> None:
+    """Leave what a service that was killed leaves: a WAL to recover from, and things to delete."""
+    done = subprocess.run([sys.executable, "-c", KILLED, state], check=False, cwd=PROJECT)
+    assert done.returncode == -signal.SIGKILL
+    assert (state / "metadata.db-wal").stat().st_size > 0
+    for name in ("new-900", "rm-901", "902", "making-1-903"):
+        (state / "snapshots" / name / "deep").mkdir(parents=True)
 
 
 def use_up_wal(engine: Snapshotter) -> None:

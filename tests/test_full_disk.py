@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count
@@ -16,7 +13,7 @@ import pytest
 from snapd_native.client import BlockingClient
 from snapd_native.errors import ResourceExhausted
 from snapd_native.snapshotter import Snapshotter
-from tests.engines import PROJECT, directories, names, opened
+from tests.engines import directories, names, opened
 from tests.filesystems import FileSystem, mounted
 from tests.full_disks import (
     MIB,
@@ -24,6 +21,7 @@ from tests.full_disks import (
     check_reads,
     check_refused,
     fill,
+    kill,
     make_room,
     use_up,
     use_up_wal,
@@ -44,12 +42,6 @@ def notifications(tmp_path: Path) -> Iterator[Notifications]:
     made = Notifications(tmp_path)
     yield made
     made.socket.close()
-
-
-@pytest.fixture
-def small_ext4(loop_directory: Path) -> Iterator[FileSystem]:
-    with mounted("ext4", SIZES["ext4"], loop_directory) as made:
-        yield made
 
 
 def test_no_call_does_half(small: FileSystem, tmp_path: Path) -> None:
@@ -152,19 +144,6 @@ def test_the_wal_cannot_be_put_into_the_database(small: FileSystem) -> None:
         remove_all(engine, small.root)
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from snapd_native.snapshotter import Snapshotter
-
-state = Path(sys.argv[1])
-engine = Snapshotter(state, lambda *_: None, runtime=state.parent / "run")
-engine.update("work", {"killed": "after this"})
-engine.view("last", "base 1")
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
 @pytest.mark.parametrize("killed", [False, True])
 def test_starting_without_room(small: FileSystem, killed: bool) -> None:
     """Also where SQLite finds a WAL to recover from, and directories have to be deleted."""
@@ -172,11 +151,7 @@ def test_starting_without_room(small: FileSystem, killed: bool) -> None:
     with opened(state) as engine:
         fill(engine)
     if killed:
-        done = subprocess.run([sys.executable, "-c", KILLED, state], check=False, cwd=PROJECT)
-        assert done.returncode == -signal.SIGKILL
-        assert (state / "metadata.db-wal").stat().st_size > 0
-        for name in ("new-900", "rm-901", "902", "making-1-903"):
-            (state / "snapshots" / name / "deep").mkdir(parents=True)
+        kill(state)
     for _ in range(2):
         use_up(small.root)
         with opened(state) as engine:
@@ -204,11 +179,12 @@ def test_unmounting_without_room(small: FileSystem) -> None:
         assert engine.upkeep.check() == []
 
 
-def test_a_directory_that_has_no_room_for_another_name(small_ext4: FileSystem) -> None:
-    snapshots = small_ext4.root / "state" / "snapshots"
-    with opened(small_ext4.root / "state") as engine:
+@pytest.mark.parametrize("small", ["ext4"], indirect=True)
+def test_a_directory_that_has_no_room_for_another_name(small: FileSystem) -> None:
+    snapshots = small.root / "state" / "snapshots"
+    with opened(small.root / "state") as engine:
         fill(engine)
-        use_up(small_ext4.root)
+        use_up(small.root)
         with suppress(OSError):
             for number in count():
                 os.mknod(snapshots / f"f{number}")

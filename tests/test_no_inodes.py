@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from snapd_native.errors import ResourceExhausted
-from tests.engines import PROJECT, directories, names, opened
+from tests.engines import directories, names, opened
 from tests.filesystems import FileSystem, mounted
 from tests.full_disks import (
     FEW_INODES,
@@ -19,10 +16,10 @@ from tests.full_disks import (
     check_reads,
     check_refused,
     fill,
+    kill,
     make_room,
     use_up_inodes,
 )
-from tests.test_full_disk import KILLED
 from tests.waiting import eventually
 
 
@@ -71,10 +68,7 @@ def test_starting_without_inodes(few: FileSystem, killed: bool) -> None:
     with opened(state) as engine:
         fill(engine)
     if killed:
-        done = subprocess.run([sys.executable, "-c", KILLED, state], check=False, cwd=PROJECT)
-        assert done.returncode == -signal.SIGKILL
-        for name in ("new-900", "rm-901", "902", "making-1-903"):
-            (state / "snapshots" / name / "deep").mkdir(parents=True)
+        kill(state)
     use_up_inodes(few.root)
     for _ in range(0 if killed else 2):
         with pytest.raises(ResourceExhausted, match="free"), opened(state):
