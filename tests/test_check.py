@@ -102,7 +102,8 @@ def test_a_mount_that_the_ledger_does_not_know(full: Snapshotter, places: Path) 
     assert full.upkeep.check() == []
 
 
-def test_a_mount_of_another_boot_that_is_not_made_again(state: Path, places: Path) -> None:
+def mounted_in_another_boot(state: Path, places: Path) -> Path:
+    """Leave `work` mounted by the records only, on a directory that is gone; return that."""
     target = place(places)
     with opened(state) as engine:
         fill(engine)
@@ -111,6 +112,11 @@ def test_a_mount_of_another_boot_that_is_not_made_again(state: Path, places: Pat
     target.rmdir()
     with closing(sqlite3.connect(state / "metadata.db")) as db, db:
         db.execute("UPDATE mounts SET boot = 'another'")
+    return target
+
+
+def test_a_mount_of_another_boot_that_is_not_made_again(state: Path, places: Path) -> None:
+    target = mounted_in_another_boot(state, places)
     with opened(state) as engine:
         kind, key, what = only([*engine.upkeep.check()])
         assert (kind, key) == (Trouble.MOUNT, "work")
@@ -158,14 +164,7 @@ def test_repair_mends_what_it_can(full: Snapshotter, places: Path) -> None:
 
 
 def test_repair_makes_again_what_is_not_mounted(state: Path, places: Path) -> None:
-    target = place(places)
-    with opened(state) as engine:
-        fill(engine)
-        engine.mounter.mount("work", str(target))
-    subprocess.run(["umount", target], check=True)
-    target.rmdir()
-    with closing(sqlite3.connect(state / "metadata.db")) as db, db:
-        db.execute("UPDATE mounts SET boot = 'another'")
+    target = mounted_in_another_boot(state, places)
     with opened(state) as engine:
         assert engine.upkeep.repair() == []
         target.mkdir()
