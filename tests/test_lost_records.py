@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import sys
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -118,6 +119,34 @@ def test_a_log_that_the_next_start_puts_into_its_database(left: Path, tmp_path: 
             assert names(engine) == sorted([*BEFORE, "new"])
             assert new in directories(engine)
             assert engine.upkeep.check() == []
+
+
+CHECKPOINTING = """
+import fcntl, sys
+with open(sys.argv[1], "r+b") as index:
+    # SQLite's lock for it, of https://www.sqlite.org/walformat.html.
+    fcntl.lockf(index, fcntl.LOCK_EX, 1, 121)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_log_that_another_program_puts_into_the_database(left: Path, tmp_path: Path) -> None:
+    """What the service cannot do meanwhile it does not take for done."""
+    copy = tmp_path / "state"
+    pipe = subprocess.PIPE
+    with opened(left) as engine:
+        command = [sys.executable, "-c", CHECKPOINTING, str(left / "metadata.db-shm")]
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"held\n"
+            for number in range(100):
+                engine.update("base", {"number": str(number)})
+            process.communicate()
+        subprocess.run(["cp", "-a", left, copy], check=True)
+    with opened(copy) as engine:
+        assert engine.stat("base").labels == {"number": "99"}
+        assert engine.upkeep.check() == []
 
 
 def test_a_damaged_database_takes_no_tree_with_it(left: Path) -> None:

@@ -62,7 +62,10 @@ one beside others."""
 @pytest.mark.timeout(300 + 90 * MINUTES)
 def test_soak(on_bus: str, scratch: Path) -> None:
     print(f"\nSOAK_SEED={SEED}")
-    with serving(on_bus, scratch / "state", AS_INSTALLED) as service, unmounted(service):
+    with (
+        serving(on_bus, scratch / "state", AS_INSTALLED) as service,
+        stopped_and_unmounted(service),
+    ):
         with BlockingClient() as client:
             bases = {f"/base/{files}": grow(client, f"/base/{files}", files) for files in TREES}
         soak = Soak(service)
@@ -88,8 +91,11 @@ def grow(client: BlockingClient, name: str, files: int) -> int:
 
 
 @contextmanager
-def unmounted(service: Service) -> Iterator[None]:
-    """See to it that the service has nothing more mounted after the block than before it."""
+def stopped_and_unmounted(service: Service) -> Iterator[None]:
+    """See to it that nothing more of the state's file system is mounted after the block.
+
+    The service is stopped then.
+    """
     before = mounts_of(service.state)
     try:
         yield

@@ -182,8 +182,8 @@ class Dispatcher:
             return Caller(uid, owner)
         texts = self._texts(call)
         if texts and method.user is not None:
-            mounter = partial(method.user, *texts.values())
-            user = await self._lanes.run(Lane.USER, uid, mounter)
+            asking = partial(method.user, *texts.values())
+            user = await self._lanes.run(Lane.USER, uid, asking)
             if uid == user:
                 return Caller(uid, owner, only_own=True)
         details = {name: text[:MAX_TEXT] for name, text in texts.items()}
@@ -191,10 +191,9 @@ class Dispatcher:
         return Caller(uid, owner)
 
     async def _canceller(self, call: Call) -> int:
-        """Return the uid of who calls a job's Cancel, if he may: whoever has begun it may too.
+        """Return the uid of who calls a job's Cancel, if he may; who has begun it always may.
 
-        Raises:
-            AccessDenied: he may not.
+        Raises as `Authority.check`.
         """
         uid = await self._authority.uid(call.sender)
         if self._jobs.is_of(call.path, uid):

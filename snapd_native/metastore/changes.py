@@ -10,7 +10,8 @@ from pathlib import Path
 class Changes:
     """The number of changes so far, and how many of them need no log, in a file by the database.
 
-    They are written after that is durable, and not synced: they may be too low, never too high.
+    They are written after that is durable, and not synced: they may be too low. Only the second can
+    be too high, where a start has found the log half put into the database.
     """
 
     def __init__(self, path: Path) -> None:

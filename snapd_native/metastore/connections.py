@@ -204,9 +204,13 @@ class Connections:
             with suppress(OSError):
                 os.pwrite(self._index, bytes(4), _BACKFILLED)
         else:
-            self._put = self._writer.total_changes
-            if put_back == frames:
+            # Where another process is putting the WAL into the database, both are -1.
+            if frames >= 0:
+                self._put = self._writer.total_changes
+            if 0 <= frames == put_back:
                 self._put_back_changes = count
+                if self._counted is not None:
+                    self._changes.write(count, count)
 
     def _reserve(self) -> None:
         # SQLite takes what follows the last frame for nothing.
@@ -299,7 +303,8 @@ def _changes_without_log(path: Path) -> int | None:
     with suppress(sqlite3.Error, OSError):
         # It is read as if there were no log, and nothing is made or locked.
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)) as db:
-            count = _changes(db)
+            has_table = "SELECT 1 FROM sqlite_schema WHERE name = 'changes'"
+            count = _changes(db) if db.execute(has_table).fetchone() else 0
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             os.fsync(fd)

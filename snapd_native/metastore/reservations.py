@@ -69,7 +69,7 @@ class Reservations:
                 " choose another or wait"
             )
 
-    def check_resting(self, record: Record, doing: str) -> None:
+    def check_not_committing(self, record: Record, doing: str) -> None:
         """Make sure that a snapshot is not being committed, before ``doing`` something to it.
 
         Raises:

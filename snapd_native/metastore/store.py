@@ -106,7 +106,7 @@ class Metastore:
         with self._connections.writing() as db:
             record = records.get(db, key)
             record.check_mountable()
-            self._reservations.check_resting(record, "mount")
+            self._reservations.check_not_committing(record, "mount")
         return record
 
     def list(self, chosen: Filter, after: str, limit: int) -> list[Info]:
@@ -229,7 +229,7 @@ class Metastore:
             if record.info.kind is not Kind.ACTIVE:
                 kind = records.described(record.info.kind)
                 raise FailedPrecondition(f"cannot commit {quote(key)}: it is {kind}, not active")
-            self._reservations.check_resting(record, "commit")
+            self._reservations.check_not_committing(record, "commit")
             records.check_parent(db, record)
             base = None
             if parent and record.info.parent not in ("", parent):
@@ -379,7 +379,7 @@ class Metastore:
                 raise FailedPrecondition(
                     f"cannot remove {quote(key)}: it has children, remove them first"
                 )
-            self._reservations.check_resting(record, "remove")
+            self._reservations.check_not_committing(record, "remove")
             check(record)
             self._connections.delete(db, "DELETE FROM snapshots WHERE id = ?", [(record.id,)])
             self._announce(Removed(key))

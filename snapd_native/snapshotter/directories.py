@@ -51,7 +51,7 @@ def check_not_shared(path: Path, fd: int, ours: Collection[str]) -> None:
         )
 
 
-def close_to_others(fd: int) -> None:
+def make_private(fd: int) -> None:
     """Let nobody else reach what is in a directory, now or later."""
     os.fchmod(fd, 0o700)
     # A default ACL would reach into every new snapshot.
@@ -72,6 +72,6 @@ def close_runtime(path: Path) -> None:
         try:
             if ours is not None:
                 check_not_shared(directory, fd, ours)
-            close_to_others(fd)
+            make_private(fd)
         finally:
             os.close(fd)

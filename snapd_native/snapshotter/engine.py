@@ -9,10 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from snapd_native import linux
-from snapd_native.errors import (
-    InvalidArgument,
-    Unavailable,
-)
+from snapd_native.errors import InvalidArgument, Unavailable
 from snapd_native.filters import parse
 from snapd_native.jobs import Job, Operation
 from snapd_native.metastore import Record
@@ -114,8 +111,9 @@ class Snapshotter:
             self._standby = Standby(self._state, self._store, self._write_back, least_free)
             undo.callback(self._standby.close)
             self._state.ballast.take()
-            parts = (self._state, self._store, self._contents, self.mounter, self._reaper)
-            self.upkeep = Upkeep(*parts, self._watch)
+            self.upkeep = Upkeep(
+                self._state, self._store, self._contents, self.mounter, self._reaper, self._watch
+            )
             """Checks, repairs and verifies all this."""
             self._resources = undo.pop_all()
 

@@ -18,7 +18,7 @@ from snapd_native.mounts import Place, Table
 from snapd_native.snapshotter.ballast import Ballast
 from snapd_native.snapshotter.directories import (
     check_not_shared,
-    close_to_others,
+    make_private,
     own_directory,
 )
 
@@ -48,7 +48,7 @@ class StateDirectory:
             self._fd = own_directory(path)
             undo.callback(os.close, self._fd)
             check_not_shared(path, self._fd, {"snapshots", "metadata.db"})
-            close_to_others(self._fd)
+            make_private(self._fd)
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -60,7 +60,7 @@ class StateDirectory:
             undo.callback(self.ballast.take)
             self._snapshots = own_directory(path / "snapshots")
             undo.callback(os.close, self._snapshots)
-            close_to_others(self._snapshots)
+            make_private(self._snapshots)
             os.fsync(self._fd)
             self.mounting = linux.mounting_id(self._snapshots)
             self._place = Table.read().place(self._snapshots)

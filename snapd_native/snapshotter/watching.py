@@ -16,11 +16,7 @@ class Watch:
         self._stopping = stopping
 
     def check(self, *_: int) -> None:
-        """Let work go on that is no job's.
-
-        Raises:
-            Unavailable: the service is stopping.
-        """
+        """Raise Unavailable if the service is stopping; for work that is no job's."""
         if self._stopping.is_set():
             raise Unavailable("the service is stopping: try again when it runs")
 

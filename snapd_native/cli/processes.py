@@ -1,0 +1,85 @@
+"""Commands that run the daemon."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from snapd_native.errors import AccessDenied
+
+
+@click.command()
+@click.option(
+    "--state-directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where snapshots and metadata lie."
+    " [default: $STATE_DIRECTORY, /var/lib/snapd-native[@NAME]]",
+)
+@click.option(
+    "--runtime-directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where mounts are made. [default: $RUNTIME_DIRECTORY, /run/snapd-native[@NAME]]",
+)
+@click.option(
+    "--standby-free",
+    type=click.FloatRange(0, 100),
+    metavar="PERCENT",
+    default=10,
+    show_default=True,
+    help="Space and inodes that standby clones leave free.",
+)
+@click.option("-v", "--verbose", "level", flag_value=logging.DEBUG, help="Log reads too.")
+@click.option("-q", "--quiet", "level", flag_value=logging.WARNING, help="Log problems only.")
+@click.pass_obj
+def daemon(
+    instance: str,
+    state_directory: Path | None,
+    runtime_directory: Path | None,
+    standby_free: float,
+    level: int | None,
+) -> None:
+    """Serve on the system bus; systemd runs this."""
+    from snapd_native import logs
+    from snapd_native.daemon import run
+    from snapd_native.wire.names import bus_name, unit_name
+
+    logs.configure(level or logging.INFO)
+    if os.geteuid() != 0:
+        raise AccessDenied("the daemon needs root: run it as root")
+    name = bus_name(instance)
+    unit = unit_name(name)
+    state = state_directory or Path(os.environ.get("STATE_DIRECTORY", f"/var/lib/{unit}"))
+    runtime = runtime_directory or Path(os.environ.get("RUNTIME_DIRECTORY", f"/run/{unit}"))
+    sys.exit(run(name, state.absolute(), runtime.absolute(), standby_free / 100))
+
+
+@click.command()
+@click.option(
+    "--tree",
+    "source",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=Path("/usr/share"),
+    show_default=True,
+    help="The directory tree to take.",
+)
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=Path("/var/tmp"),  # noqa: S108 - a private directory is made in it
+    show_default=True,
+    help="Where the demonstration keeps its snapshots meanwhile.",
+)
+def demo(source: Path, directory: Path) -> None:
+    """Show the service at work, on a private bus and on a real tree of this machine."""
+    from snapd_native.cli.demo import run
+
+    if os.geteuid() != 0:
+        raise AccessDenied("the demonstration starts the daemon: run it as root")
+    try:
+        run(source, directory)
+    except KeyboardInterrupt:
+        raise click.Abort from None
