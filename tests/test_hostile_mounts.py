@@ -1,4 +1,4 @@
-"""Mounts in trees that lead back into themselves, into the state, or everywhere."""
+"""Mounts in trees that lead back into themselves, into the state, or everywhere; and moved ones."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from snapd_native import mounts
 from snapd_native.errors import FailedPrecondition
+from snapd_native.model import Lifetime
 from snapd_native.snapshotter import Snapshotter
 from tests.engines import gated, identity
 from tests.filesystems import on_ext4
-from tests.mounting import below, place
+from tests.mounting import below, place, targets
 from tests.plots import run
+from tests.service import check_sentence
+from tests.waiting import eventually
 
 pytestmark = on_ext4
 
@@ -153,3 +157,60 @@ def unmount(tree: Path) -> None:
     for target in reversed(below(tree)):
         run("umount", "--lazy", target)
     assert below(tree) == []
+
+
+@pytest.mark.parametrize(
+    ("step", "call"),
+    [
+        pytest.param("detach", lambda e, here: e.mounter.unmount(here), id="unmount"),
+        pytest.param("detach", lambda e, here: e.mounter.unmount(here, lazy=True), id="lazily"),
+        pytest.param(
+            *("make_read_only", lambda e, here: e.mounter.unmount(here, lazy=True)), id="read-only"
+        ),
+        pytest.param("make_read_only", lambda e, _: e.commit("done", "work"), id="commit"),
+    ],
+)
+def test_a_mount_that_is_moved_meanwhile_stays(
+    full: Snapshotter,
+    places: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    call: Callable[[Snapshotter, str], object],
+) -> None:
+    """What is mounted on cannot be renamed, but the directory above it can."""
+    before, after = places / "before", places / "after"
+    before.mkdir()
+    here = place(before)
+    full.mounter.mount("work", str(here))
+    real = getattr(mounts, step)
+
+    def moving(*arguments: object, **options: object) -> None:
+        before.rename(after)
+        real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mounts, step, moving)
+        with pytest.raises(FailedPrecondition, match="is being moved, try again") as caught:
+            call(full, str(here))
+    check_sentence(caught.value.message, str(here))
+    assert targets(full) == [str(after / "here")]
+    call(full, str(after / "here"))
+
+
+def test_a_mount_of_a_client_that_is_moved_meanwhile(
+    full: Snapshotter, places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = places / "before", places / "after"
+    before.mkdir()
+    here = place(before)
+    full.mounter.mount("look", str(here), lifetime=Lifetime.CLIENT, owner="a client")
+    real = mounts.detach
+
+    def moving(entry: mounts.Entry, *, lazy: bool = False) -> None:
+        if before.exists():
+            before.rename(after)
+        real(entry, lazy=lazy)
+
+    monkeypatch.setattr(mounts, "detach", moving)
+    full.mounter.release("a client")
+    eventually(lambda: below(places) == [])

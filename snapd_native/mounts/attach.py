@@ -47,7 +47,8 @@ def detach(entry: Entry, *, lazy: bool = False) -> None:
     """Take a mount away, with what stands on it if ``lazy``.
 
     Raises:
-        OSError: EBUSY if it is in use, ESTALE if another one has come over it.
+        OSError: EBUSY if it is in use, ESTALE if another one has come over it, ENOENT or what else
+            a path is answered that was moved.
     """
     flags = linux.UMOUNT_NOFOLLOW | (linux.MNT_DETACH if lazy else 0)
     parent, name = os.path.split(entry.target)

@@ -34,7 +34,7 @@ from snapd_native.mounts import Entry, Table, Target
 from snapd_native.snapshotter.background import Background
 from snapd_native.snapshotter.failures import explained
 from snapd_native.snapshotter.loose import Loose
-from snapd_native.snapshotter.obstacles import enumerated, in_use, not_frozen
+from snapd_native.snapshotter.obstacles import MOVED, enumerated, in_use, not_frozen
 from snapd_native.snapshotter.standing import Standing
 from snapd_native.snapshotter.state import StateDirectory
 
@@ -322,6 +322,10 @@ class Mounter:
                     f"cannot unmount {quote_path(entry.target)}: something else is mounted over it,"
                     " unmount that first"
                 ) from None
+            if error.errno in MOVED:
+                raise FailedPrecondition(
+                    f"cannot unmount {quote_path(entry.target)}: it is being moved, try again"
+                ) from None
             with explained(f"unmount {quote_path(entry.target)}"):
                 raise
         log.debug("%s is unmounted", quote_path(entry.target))
@@ -334,6 +338,7 @@ class Mounter:
         self._owners.discard(owner)
 
     def _release(self, line: Line) -> None:
+        failure: Exception | None = None
         # What the one who is gone used itself is free in a moment.
         for lazy in (False,) * _TRIES + (True,):
             with self._lock:
@@ -341,8 +346,7 @@ class Mounter:
                 try:
                     busy = entry is not None and not self._detached(line, entry, lazy)
                 except (SnapdError, OSError) as error:
-                    log.warning("a mount of a client that is gone stays: %s", error)
-                    return
+                    failure, busy = error, True
                 if not busy:
                     self._standing.forget(line)
                     if lazy:
@@ -354,6 +358,7 @@ class Mounter:
                         log.info("%s is unmounted: its client left", quote_path(line.target))
                     return
             self._stopping.wait(_PAUSE)
+        log.warning("a mount of a client that is gone stays: %s", failure)
 
     def _check_unmounted(self, record: Record) -> None:
         table = Table.read()

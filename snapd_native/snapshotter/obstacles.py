@@ -13,6 +13,9 @@ from snapd_native.mounts import Entry, Table
 _NAMED = 5
 """Processes or paths that a sentence names at most."""
 
+MOVED = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL}
+"""What the kernel says of a mount's path that leads elsewhere by now."""
+
 
 def not_frozen(key: str, entry: Entry, error: OSError) -> SnapdError:
     """Return what a Commit fails with whose mount cannot be made read-only."""
@@ -27,6 +30,10 @@ def not_frozen(key: str, entry: Entry, error: OSError) -> SnapdError:
         return FailedPrecondition(
             f"cannot commit {quote(key)}: it is mounted on {target} with something else over it,"
             " unmount that first"
+        )
+    if error.errno in MOVED:
+        return FailedPrecondition(
+            f"cannot commit {quote(key)}: its mount on {target} is being moved, try again"
         )
     return DataLoss(f"cannot commit {quote(key)}: {target} cannot be made read-only ({error})")
 
