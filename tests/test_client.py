@@ -20,6 +20,8 @@ from snapd_native.errors import InvalidArgument, SnapdError, Unavailable
 from snapd_native.model import Added, Committed, Info, Kind, Mount, Removed, Updated
 from snapd_native.private import private_bus
 from snapd_native.snapshotter import Snapshotter
+from snapd_native.snapshotter.mounting import Mounter
+from snapd_native.snapshotter.upkeep import Upkeep
 from snapd_native.wire.names import error_from, error_name
 from tests import service as running
 from tests.filesystems import FileSystem, scratch_on
@@ -100,7 +102,7 @@ def test_both_clients_and_the_engine_have_the_same_methods() -> None:
     asynchronous, blocking = methods(Client), methods(BlockingClient)
     del asynchronous["changes"]
     assert asynchronous == blocking
-    engine = methods(Snapshotter)
+    engine = {**methods(Snapshotter), **methods(Mounter), **methods(Upkeep)}
     for name in blocking.keys() & engine.keys():
         # The bus knows who calls; a caller knows of jobs only by their progress.
         inner = {"job", "uid", "owner"}
