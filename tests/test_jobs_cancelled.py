@@ -92,14 +92,16 @@ def test_a_call_that_is_cancelled_within_leaves_nothing(full: Snapshotter, membe
 def test_a_copy_is_undone_in_its_middle(engine: Snapshotter) -> None:
     grow(engine, "base", 5000)
     before = state_of(engine)
-    with ThreadPoolExecutor(1) as pool:
-        job = Job()
-        running = pool.submit(engine.prepare, "key", "base", None, job)
-        while not job.done.inodes and not running.done():
-            pass
-        assert job.cancel()
-        with refused(Cancelled, "was cancelled"):
-            running.result(WAIT)
+
+    class Impatient(Job):
+        def report(self, inodes: int, size: int) -> None:
+            super().report(inodes, size)
+            if inodes:
+                assert self.cancel()
+
+    job = Impatient()
+    with refused(Cancelled, "was cancelled"):
+        engine.prepare("key", "base", job=job)
     assert 0 < job.done.inodes < job.total.inodes
     assert state_of(engine) == before
     copy = Path(engine.prepare("key", "base").source)
