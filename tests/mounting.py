@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,15 @@ def mounted_on(path: Path | str) -> Entry | None:
 def below(path: Path) -> list[str]:
     """Return where something is mounted below a directory, in its order."""
     return [entry.target for entry in Table.read() if entry.target.startswith(f"{path}/")]
+
+
+def writable(path: Path) -> bool:
+    """Tell whether a file can be made in a directory; one is, called ``new``."""
+    try:
+        (path / "new").write_text("text")
+    except OSError as error:
+        return error.errno != errno.EROFS
+    return True
 
 
 def propagation(path: Path | str) -> list[str]:

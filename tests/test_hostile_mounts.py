@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from snapd_native import mounts
-from snapd_native.errors import FailedPrecondition
+from snapd_native import mounts, trees
+from snapd_native.errors import DataLoss, FailedPrecondition
 from snapd_native.model import Lifetime
 from snapd_native.snapshotter import Snapshotter
 from tests.engines import gated, identity
 from tests.filesystems import on_ext4
-from tests.mounting import below, place, targets
+from tests.mounting import below, place, targets, writable
 from tests.plots import run
 from tests.service import check_sentence
 from tests.waiting import eventually
@@ -194,7 +195,27 @@ def test_a_mount_that_is_moved_meanwhile_stays(
             call(full, str(here))
     check_sentence(caught.value.message, str(here))
     assert targets(full) == [str(after / "here")]
+    assert writable(after / "here")
     call(full, str(after / "here"))
+
+
+def test_a_mount_that_is_moved_while_its_snapshot_is_committed(
+    full: Snapshotter, places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = places / "before", places / "after"
+    before.mkdir()
+    full.mounter.mount("work", str(place(before)))
+
+    def moving(*_: object) -> None:
+        assert not writable(before / "here")
+        before.rename(after)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trees.Crew, "measure", moving)
+        with pytest.raises(DataLoss):
+            full.commit("done", "work")
+    assert writable(after / "here")
 
 
 def test_a_mount_of_a_client_that_is_moved_meanwhile(

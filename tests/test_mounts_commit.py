@@ -19,21 +19,13 @@ from snapd_native.model import Kind, Lifetime, Mounted
 from snapd_native.snapshotter import Snapshotter
 from snapd_native.snapshotter.state import StateDirectory
 from tests.engines import WAIT, directories, fail, gated, identity, names, opened
-from tests.mounting import below, by_hand, mounted_on, place, targets, tmpfs
+from tests.mounting import below, by_hand, mounted_on, place, targets, tmpfs, writable
 
 pytestmark = pytest.mark.usefixtures("places")
 
 
 def source(engine: Snapshotter, key: str = "work") -> Path:
     return Path(engine.mounts(key).source)
-
-
-def writable(path: Path) -> bool:
-    try:
-        (path / "new").write_text("text")
-    except OSError as error:
-        return error.errno != errno.EROFS
-    return True
 
 
 def whole(engine: Snapshotter, _: Path) -> list[str | Path]:

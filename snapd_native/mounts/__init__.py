@@ -1,12 +1,13 @@
 """Mounts, on the kernel's new mount API: make them, find them, and tell who uses them."""
 
-from snapd_native.mounts.attach import attach, detach, detached, make_read_only, restore
+from snapd_native.mounts.attach import MOVED, attach, detach, detached, make_read_only, restore
 from snapd_native.mounts.namespace import hidden_from_host
 from snapd_native.mounts.table import Entry, Place, Table
 from snapd_native.mounts.targets import Target, open_target
 from snapd_native.mounts.users import pinned, users
 
 __all__ = [
+    "MOVED",
     "Entry",
     "Place",
     "Table",

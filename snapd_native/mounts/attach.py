@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from snapd_native import linux
 from snapd_native.mounts.table import Entry
 
+MOVED = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL}
+"""What the kernel says where a mount's path leads elsewhere by now."""
+
 _RECURSIVE = linux.AT_EMPTY_PATH | linux.AT_RECURSIVE
 
 
@@ -47,8 +50,8 @@ def detach(entry: Entry, *, lazy: bool = False) -> None:
     """Take a mount away, with what stands on it if ``lazy``.
 
     Raises:
-        OSError: EBUSY if it is in use, ESTALE if another one has come over it, ENOENT or what else
-            a path is answered that was moved.
+        OSError: EBUSY if it is in use, ESTALE if another one has come over it, one of `MOVED` if
+            its directory was moved.
     """
     flags = linux.UMOUNT_NOFOLLOW | (linux.MNT_DETACH if lazy else 0)
     parent, name = os.path.split(entry.target)
@@ -70,7 +73,8 @@ def make_read_only(entry: Entry, read_only: bool = True) -> None:
     """Make a mount read-only, or writable again, without those on it.
 
     Raises:
-        OSError: EBUSY if a file is open for writing, ESTALE if another mount has come over it.
+        OSError: EBUSY if a file is open for writing, ESTALE if another mount has come over it, one
+            of `MOVED` if its directory was moved.
     """
     with _opened(entry) as fd:
         attribute = linux.MOUNT_ATTR_RDONLY

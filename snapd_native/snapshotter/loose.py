@@ -32,6 +32,12 @@ class Loose:
                 raise
             self._pinned.append((tree, entry, mounts.pinned(entry)))
 
+    def take_back(self, entry: Entry) -> None:
+        """Forget a mount that has not gone out of sight after all."""
+        for remembered in [each for each in self._pinned if each[1].id == entry.id]:
+            self._pinned.remove(remembered)
+            os.close(remembered[2])
+
     def check(self, key: str, tree: int) -> None:
         """Refuse a Commit of what can still be written to.
 

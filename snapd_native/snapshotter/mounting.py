@@ -34,8 +34,8 @@ from snapd_native.mounts import Entry, Table, Target
 from snapd_native.snapshotter.background import Background
 from snapd_native.snapshotter.failures import explained
 from snapd_native.snapshotter.loose import Loose
-from snapd_native.snapshotter.obstacles import MOVED, enumerated, in_use, not_frozen
-from snapd_native.snapshotter.standing import Standing
+from snapd_native.snapshotter.obstacles import enumerated, in_use, not_frozen
+from snapd_native.snapshotter.standing import Standing, thaw
 from snapd_native.snapshotter.state import StateDirectory
 
 log = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ class Mounter:
                     break
                 done.append(entry)
             if failed:
-                _thaw(done)
+                thaw(done)
             else:
                 self._frozen.add(tree)
         if failed:
@@ -214,7 +214,7 @@ class Mounter:
             yield
         except BaseException:
             with self._lock:
-                _thaw(done)
+                thaw(done)
             raise
         finally:
             with self._lock:
@@ -315,6 +315,9 @@ class Mounter:
                 self._loose.add(line.tree, entry)
             mounts.detach(entry, lazy=lazy)
         except OSError as error:
+            if lazy and not entry.read_only:
+                self._loose.take_back(entry)
+                thaw([entry])
             if error.errno == errno.EBUSY:
                 return False
             if error.errno == errno.ESTALE:
@@ -322,7 +325,7 @@ class Mounter:
                     f"cannot unmount {quote_path(entry.target)}: something else is mounted over it,"
                     " unmount that first"
                 ) from None
-            if error.errno in MOVED:
+            if error.errno in mounts.MOVED:
                 raise FailedPrecondition(
                     f"cannot unmount {quote_path(entry.target)}: it is being moved, try again"
                 ) from None
@@ -393,11 +396,3 @@ _PAUSE = 0.1
 
 def _is_read_only(record: Record, read_only: bool | None) -> bool:
     return record.info.kind is Kind.VIEW or bool(read_only)
-
-
-def _thaw(entries: Sequence[Entry]) -> None:
-    for entry in entries:
-        try:
-            mounts.make_read_only(entry, read_only=False)
-        except OSError as error:
-            log.warning("%s stays read-only: %s", quote_path(entry.target), error)

@@ -13,9 +13,6 @@ from snapd_native.mounts import Entry, Table
 _NAMED = 5
 """Processes or paths that a sentence names at most."""
 
-MOVED = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL}
-"""What the kernel says of a mount's path that leads elsewhere by now."""
-
 
 def not_frozen(key: str, entry: Entry, error: OSError) -> SnapdError:
     """Return what a Commit fails with whose mount cannot be made read-only."""
@@ -31,7 +28,7 @@ def not_frozen(key: str, entry: Entry, error: OSError) -> SnapdError:
             f"cannot commit {quote(key)}: it is mounted on {target} with something else over it,"
             " unmount that first"
         )
-    if error.errno in MOVED:
+    if error.errno in mounts.MOVED:
         return FailedPrecondition(
             f"cannot commit {quote(key)}: its mount on {target} is being moved, try again"
         )

@@ -195,3 +195,16 @@ _CHROOT = (
     "what the service mounts cannot be looked up: it runs in a chroot that is no mount point,"
     " start it outside"
 )
+
+
+def thaw(entries: Sequence[Entry]) -> None:
+    """Make mounts writable again that were for a moment not, wherever they are by now."""
+    table = Table.read()
+    for entry in entries:
+        now = table.get(entry.id)
+        if now is None or now.root != entry.root or not now.read_only:
+            continue
+        try:
+            mounts.make_read_only(now, read_only=False)
+        except OSError as error:
+            log.warning("%s stays read-only: %s", quote_path(now.target), error)
