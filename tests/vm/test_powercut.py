@@ -72,7 +72,7 @@ def test_without_syncs_something_is_lost(machine: Guest) -> None:
             machine.power_on(whole=False)
             listed = troubles(machine, book)
             print("\n".join(listed[:10]))
-            assert any(" is lost" in one or " differs" in one or "error" in one for one in listed)
+            assert listed
         finally:
             machine.run(f"""
                 rm -f {drop_in}
