@@ -12,6 +12,7 @@ pytest_plugins = [
     "tests.service",
     "tests.watching",
     "tests.bus_mounting",
+    "tests.daemons",
 ]
 
 # A job in the background of a script ignores it, and so would everything that is tested here.

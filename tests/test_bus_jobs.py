@@ -25,6 +25,7 @@ from snapd_native.errors import (
     Unavailable,
 )
 from snapd_native.wire.names import BUS_NAME, JOB, JOB_PATH, OBJECT_PATH
+from tests.daemons import IMPATIENT, Notifications, started
 from tests.filesystems import on_ext4
 from tests.service import (
     Service,
@@ -35,7 +36,6 @@ from tests.service import (
     refused,
     serving,
 )
-from tests.test_daemon import IMPATIENT, Notifications, started
 from tests.watching import Watch, count_open, held_up, watch
 
 pytestmark = on_ext4
@@ -362,10 +362,9 @@ def test_a_job_that_waits_is_not_lost_when_the_daemon_is_asked_to_end(
 
 
 def test_a_job_that_takes_too_long_at_the_end_is_undone(
-    on_bus: str, scratch: Path, tmp_path: Path
+    on_bus: str, scratch: Path, notifications: Notifications
 ) -> None:
     state = scratch / "state"
-    notifications = Notifications(tmp_path)
 
     async def scenario(watched: Watch) -> None:
         (path,) = await watched.call(*PREPARE)
@@ -380,7 +379,6 @@ def test_a_job_that_takes_too_long_at_the_end_is_undone(
         with BlockingClient() as client:
             committed_big(client, "base")
         watch(scenario)
-    notifications.socket.close()
     assert len(list((state / "snapshots").iterdir())) == 1
 
 

@@ -13,6 +13,7 @@ import pytest
 from snapd_native.client import BlockingClient
 from snapd_native.errors import ResourceExhausted
 from snapd_native.snapshotter import Snapshotter
+from tests.daemons import Notifications, started
 from tests.engines import directories, names, opened
 from tests.filesystems import FileSystem, mounted
 from tests.full_disks import (
@@ -28,20 +29,12 @@ from tests.full_disks import (
 )
 from tests.mounting import mounted_on
 from tests.service import committed, everything, refused, serving
-from tests.test_daemon import Notifications, started
 
 
 @pytest.fixture(params=SIZES)
 def small(request: pytest.FixtureRequest, loop_directory: Path) -> Iterator[FileSystem]:
     with mounted(request.param, SIZES[request.param], loop_directory) as made:
         yield made
-
-
-@pytest.fixture
-def notifications(tmp_path: Path) -> Iterator[Notifications]:
-    made = Notifications(tmp_path)
-    yield made
-    made.socket.close()
 
 
 def test_no_call_does_half(small: FileSystem, tmp_path: Path) -> None:

@@ -63,7 +63,10 @@ def packed(labels: Mapping[str, str]) -> str:
 
 def fault(row: Row) -> str:
     """Say what of a row cannot be; nothing if all can."""
-    return ", ".join(what for what, is_right in _RULES.items() if not is_right(row))
+    wrong = [what for what, is_right in _RULES.items() if not is_right(row)]
+    if _unpacked(row[7]) is None:
+        wrong.append("labels")
+    return ", ".join(wrong)
 
 
 def record_of(row: Row) -> Record:
@@ -72,17 +75,23 @@ def record_of(row: Row) -> Record:
     Raises:
         DataLoss: it is damaged.
     """
-    if what := fault(row):
+    record = readable(row)
+    if record is None:
         raise DataLoss(
-            f"the record of {quote(str(row[1]))} is damaged ({what}):"
+            f"the record of {quote(str(row[1]))} is damaged ({fault(row)}):"
             " restore metadata.db from a backup, or remove the snapshot"
         )
-    return _record(row)
+    return record
 
 
 def readable(row: Row) -> Record | None:
     """Return the record in a row; None if it is damaged."""
-    return None if fault(row) else _record(row)
+    labels = _unpacked(row[7])
+    if labels is None or not all(is_right(row) for is_right in _RULES.values()):
+        return None
+    id_, name, kind, parent_id, parent, created, updated, _, size, inodes = row
+    info = Info(name, Kind(kind), parent, created, updated, labels)
+    return Record(id_, parent_id, info, None if size is None else Usage(size, inodes))
 
 
 def doomed(db: sqlite3.Connection, key: str) -> Record:
@@ -167,12 +176,6 @@ def last_id(db: sqlite3.Connection) -> int:
     return int(last)
 
 
-def _record(row: Row) -> Record:
-    id_, name, kind, parent_id, parent, created, updated, labels, size, inodes = row
-    info = Info(name, Kind(kind), parent, created, updated, json.loads(labels))
-    return Record(id_, parent_id, info, None if size is None else Usage(size, inodes))
-
-
 def _find(db: sqlite3.Connection, name: str) -> Row | None:
     row: Row | None = db.execute(f"SELECT {COLUMNS} WHERE s.name = ?", (name,)).fetchone()
     return row
@@ -212,7 +215,6 @@ _RULES: Mapping[str, Callable[[Row], bool]] = {
     "kind": lambda row: row[2] in _DESCRIPTIONS,
     "parent": lambda row: _is_parent(row[3], row[4]),
     "times": lambda row: _is_count(row[5]) and _is_count(row[6]),
-    "labels": lambda row: _unpacked(row[7]) is not None,
     "usage": lambda row: _is_usage(row[2], row[8], row[9]),
 }
-"""What holds for every row that the service has written."""
+"""What holds for every row that the service has written, beside labels that can be unpacked."""
