@@ -129,14 +129,14 @@ def crowd(address: str, count: int, uid: int = 0) -> Iterator[Sequence[Raw]]:
         yield made
 
 
-def holds_up(address: str, service: str = BUS_NAME) -> bool:
-    """Tell whether the bus takes nothing from the service: too much of it waits to be read."""
+def waiting(address: str, what: str = "Bytes") -> int:
+    """Tell how many bytes, or ``FDs``, of the service wait at the bus for others to read them."""
     with crowd(address, 1) as (asking,):
         asking.socket.sendall(
             asking.packed(
                 "GetConnectionStats",
                 "s",
-                service,
+                BUS_NAME,
                 destination=DRIVER,
                 path=DRIVER_PATH,
                 interface=f"{DRIVER}.Debug.Stats",
@@ -144,8 +144,14 @@ def holds_up(address: str, service: str = BUS_NAME) -> bool:
         )
         (reply,) = asking.replies(1).values()
     (found,) = reply.body
-    limits = {"IncomingBytes": 127 << 20, "IncomingFDs": 64}
-    return any(found[name].value >= limit for name, limit in limits.items())
+    return int(found[f"Incoming{what}"].value)
+
+
+def pid_of_bus(address: str) -> int:
+    with crowd(address, 1) as (asking,):
+        asking.ask_driver("GetConnectionUnixProcessID", "s", DRIVER)
+        (reply,) = asking.replies(1).values()
+    return int(reply.body[0])
 
 
 def names_of(replies: Iterable[Message]) -> set[str]:

@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 from dbus_next.constants import MessageFlag
 
-from snapd_native.bus.connection import MOST_PASSING
+from snapd_native.bus.backlog import DESCRIPTOR, OWN_IN_ALL, ROOM
+from snapd_native.bus.introspection import document
 from snapd_native.bus.lanes import Lane
 from snapd_native.client import BlockingClient, Client
 from snapd_native.model import Info
 from snapd_native.private import private_bus
-from snapd_native.wire.names import INTROSPECTABLE, JOB_PATH
+from snapd_native.wire.names import INTROSPECTABLE, JOB_PATH, OBJECT_PATH
 from tests.bus_mounting import OPEN_TREE, has_open, stock
 from tests.filesystems import on_ext4
-from tests.hostile import MOST, crowd, holds_up, names_of, peak, threads
+from tests.hostile import MOST, crowd, names_of, peak, pid_of_bus, threads, waiting
 from tests.polkit import POLICY, polkitd
 from tests.service import (
     NOBODY,
@@ -38,6 +39,7 @@ pytestmark = on_ext4
 
 SILENT = MessageFlag.NO_REPLY_EXPECTED
 MEBIBYTE = 1 << 20
+PAGE = 8 * MEBIBYTE
 
 RULES = """
 polkit.addRule(function(action, subject) {
@@ -59,7 +61,7 @@ def is_served() -> None:
 
     async def scenario(client: Client) -> None:
         assert (await client.stat("base")).name == "base"
-        assert "base" in [info.name for info in await client.list()]
+        assert "base" in [info.name async for info in client.walk()]
         await client.prepare("new", "base")
         await client.update("new", {"a": "1"})
         await client.usage("new")
@@ -194,47 +196,81 @@ def fat(stocked: Service) -> Service:
     return stocked
 
 
-def test_who_does_not_read_large_answers_does_not_take_all_memory(fat: Service) -> None:
-    """The bus takes nothing more from the service then, until such a client has left."""
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_who_does_not_read_large_answers_is_in_nobody_s_way(fat: Service, count: int) -> None:
     is_served()
     before, grown = fat.descriptors(), peak(fat.pid)
-    with crowd(fat.address, 3) as clients:
+    with crowd(fat.address, count) as clients:
         for raw in clients:
             raw.call("List", "asa{sv}", [], {}, times=MOST)
-        eventually(lambda: holds_up(fat.address))
+        eventually(lambda: waiting(fat.address) > ROOM * count // (count + 1) - 2 * PAGE)
         # Hundreds of pages are asked for.
-        stays(lambda: peak(fat.pid) - grown < 160 * MEBIBYTE, 5)
+        for _ in range(20):
+            is_served()
+            assert waiting(fat.address) < ROOM + OWN_IN_ALL
+        assert peak(fat.pid) - grown < 160 * MEBIBYTE
+        for raw in clients:
+            names = names_of(raw.replies(MOST).values())
+            assert names <= REFUSED
+            assert "ResourceExhausted" in names
     is_served()
     eventually(lambda: has_open(fat, before))
+
+
+def test_strangers_who_do_not_read_are_in_nobody_s_way(stocked: Service) -> None:
+    """What anybody may ask for is small, and comes to a lot."""
+    is_served()
+    grown = peak(stocked.pid)
+    rounds = 2 * ROOM // len(document(OBJECT_PATH, []) or "") // (100 * MOST) + 1
+    with crowd(stocked.address, 100, NOBODY) as strangers:
+        for _ in range(rounds):
+            for number, raw in enumerate(strangers):
+                for _ in range(MOST):
+                    raw.socket.sendall(raw.packed("Introspect", interface=INTROSPECTABLE))
+                if number % 10 == 0:
+                    is_served()
+        assert ROOM * 0.9 < waiting(stocked.address) < ROOM + OWN_IN_ALL
+    assert peak(stocked.pid) - grown < 64 * MEBIBYTE
 
 
 def test_who_does_not_read_descriptors_does_not_take_them_all(stocked: Service) -> None:
     is_served()
     before = stocked.descriptors()
     with crowd(stocked.address, 60) as clients:
-
-        def ask_for_more() -> bool:
-            # So few at once that none is refused.
+        for _ in range(8):
+            # So few at once that none is refused for their number.
             for raw in clients:
                 raw.call("OpenTree", OPEN_TREE, "work", {}, times=4)
-            return holds_up(stocked.address)
-
-        eventually(ask_for_more)
-        for _ in range(8):
-            ask_for_more()
-        # Thousands are asked for; as many more as there may be wait for their turn.
-        stays(lambda: len(stocked.descriptors()) - len(before) < 2 * MOST_PASSING + 64, 3)
+            is_served()
+            assert waiting(stocked.address, "FDs") <= ROOM // DESCRIPTOR
+        for raw in clients:
+            assert names_of(raw.replies(32).values()) <= REFUSED
+        eventually(lambda: has_open(stocked, before))
     is_served()
-    eventually(lambda: has_open(stocked, before))
 
 
 def test_the_end_does_not_wait_for_who_does_not_read(fat: Service) -> None:
     with crowd(fat.address, 3) as clients:
         for raw in clients:
             raw.call("List", "asa{sv}", [], {}, times=MOST)
-        eventually(lambda: holds_up(fat.address))
+        eventually(lambda: waiting(fat.address) > ROOM // 2)
         fat.daemon.process.terminate()
         assert fat.daemon.process.wait(PATIENCE) == 0
+
+
+def test_a_bus_that_takes_nothing_does_not_take_all_memory(fat: Service) -> None:
+    is_served()
+    grown, bus = peak(fat.pid), pid_of_bus(fat.address)
+    with crowd(fat.address, 3) as clients:
+        for raw in clients:
+            raw.call("List", "asa{sv}", [], {}, times=MOST)
+        eventually(lambda: waiting(fat.address) > 0)
+        os.kill(bus, signal.SIGSTOP)
+        try:
+            stays(lambda: peak(fat.pid) - grown < 160 * MEBIBYTE, 5)
+        finally:
+            os.kill(bus, signal.SIGCONT)
+    is_served()
 
 
 def test_clients_that_send_and_vanish(stocked: Service) -> None:

@@ -18,6 +18,7 @@ from dbus_next.message import Message
 from dbus_next.signature import Variant
 
 from snapd_native.bus.authority import Action, Authority
+from snapd_native.bus.backlog import Backlog
 from snapd_native.bus.connection import ServiceConnection, close
 from snapd_native.bus.incoming import MAX_TEXT, Call
 from snapd_native.bus.introspection import contract, document, shapes
@@ -26,7 +27,7 @@ from snapd_native.bus.lanes import Lane, Lanes
 from snapd_native.bus.log import logged
 from snapd_native.bus.manager import Caller, Manager, Method, signal
 from snapd_native.bus.replies import ERROR, Answer, check_signature, failure, marshalled, result
-from snapd_native.errors import Unavailable
+from snapd_native.errors import ResourceExhausted, Unavailable
 from snapd_native.jobs import Job
 from snapd_native.model import Change, quote
 from snapd_native.snapshotter import Snapshotter
@@ -62,6 +63,7 @@ class Dispatcher:
         self._stopping = False
         self.connection = ServiceConnection(self._on_call)
         self._authority = Authority(self.connection)
+        self._backlog = Backlog(self.connection)
         self.connection.add_message_handler(self._on_message)
 
     async def start(self) -> None:
@@ -91,6 +93,7 @@ class Dispatcher:
         """From now on, answer every call with Unavailable, and wait for no person."""
         self._stopping = True
         self._authority.close()
+        self._backlog.close()
         self.connection.leave()
 
     async def finish(self, seconds: float | None) -> bool:
@@ -103,10 +106,12 @@ class Dispatcher:
         if message.message_type is MessageType.SIGNAL and message.member == "NameOwnerChanged":
             sender = message.body[0]
             self._authority.forget(sender)
+            self._backlog.forget(sender)
             if (owner := self._owner(sender)) in self._mounter.owners():
                 self._mounter.release(owner)
 
     def _on_call(self, call: Call) -> None:
+        self._backlog.meet(call)
         self._track(asyncio.get_running_loop().create_task(self._answer(call)))
 
     def _track(self, task: asyncio.Task[None] | asyncio.Task[Body]) -> None:
@@ -116,13 +121,20 @@ class Dispatcher:
     async def _answer(self, call: Call) -> None:
         serial = self.connection.next_serial()
         try:
+            self._backlog.check(call)
             answer = await self._handle(call, serial)
         except Exception as error:
             answer = failure(call, error, serial)
-        if call.wants_reply:
-            self.connection.send_marshalled(*answer)
-        else:
+        if not call.wants_reply:
             close(answer.fds)
+            return
+        method = self._manager.methods.get(call.member)
+        changes = method is not None and method.action is not Action.READ
+        if not await self._backlog.admit(call.sender, answer, changes=changes):
+            close(answer.fds)
+            answer = failure(call, _no_room(call), serial)
+            await self._backlog.admit(call.sender, answer)
+        self.connection.send_marshalled(*answer)
 
     async def _handle(self, call: Call, serial: int) -> Answer:
         """Return the marshalled reply to ``call``."""
@@ -160,6 +172,7 @@ class Dispatcher:
             if method.lane is Lane.LIST:
                 # Pages are large; all other answers are not.
                 self.connection.has_room.wait()
+                self._backlog.has_decided.wait()
             try:
                 return result(call, returns, self._perform(call, method, caller, *extra), serial)
             except Exception as error:
@@ -298,7 +311,9 @@ class Dispatcher:
     def _emit(self, path: str, interface: str, member: str, body: Body) -> None:
         signals = self._shape.signals if interface == MANAGER else _PROPERTY_SIGNALS
         message = Message.new_signal(path, interface, member, signals[member], body)
-        self.connection.send_marshalled(marshalled(message, self.connection.next_serial()))
+        data = marshalled(message, self.connection.next_serial())
+        self._backlog.count(len(data))
+        self.connection.send_marshalled(data)
 
 
 _PEER = {"Ping": "", "GetMachineId": ""}
@@ -306,6 +321,13 @@ _INTROSPECTABLE = {"Introspect": ""}
 _PROPERTIES = {"Get": "ss", "GetAll": "s", "Set": "ssv"}
 _PROPERTY_SIGNALS = {"PropertiesChanged": "sa{sv}as"}
 _JOB = {"Cancel": ""}
+
+
+def _no_room(call: Call) -> ResourceExhausted:
+    return ResourceExhausted(
+        f"there is no room at the bus for so large an answer to {call.member}: read what waits"
+        " there, ask for less, or try again later"
+    )
 
 
 def _machine_id() -> str:

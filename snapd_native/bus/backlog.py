@@ -1,0 +1,262 @@
+"""What waits at the bus for clients that do not read it, so that none is in another's way.
+
+dbus-daemon takes nothing more from a connection while 127 MiB of its messages, or 64 descriptors,
+wait for others to read them (``max_incoming_bytes`` and ``max_incoming_unix_fds`` in
+dbus-daemon(1)): one client that reads nothing could hold up the answers to everybody. So as much
+may wait for each as is left free for all. A client that reads nothing gets half of the whole, two
+get a third each. Switches that share one memory among their ports do the same (Choudhury and Hahne,
+Dynamic Queue Length Thresholds, 1998), and keep a little for each that nobody else gets.
+
+Answers are counted as they are sent, as if nobody read any. When that comes near to what may wait,
+the bus is asked what does wait, which root may.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Coroutine
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from snapd_native.bus.incoming import Call
+from snapd_native.bus.replies import Answer
+from snapd_native.errors import ResourceExhausted, SnapdError
+from snapd_native.wire.names import DRIVER, DRIVER_PATH
+from snapd_native.wire.values import Body
+
+log = logging.getLogger(__name__)
+
+ROOM = 96 << 20
+"""Bytes that may wait in all, beside what each client has of its own."""
+
+OWN = 64 << 10
+"""Bytes that may wait for each client, whatever waits for others."""
+
+OWN_IN_ALL = 16 << 20
+"""What that comes to at most; the rest of what the bus allows is for signals."""
+
+DESCRIPTOR = ROOM // 48
+"""What a file descriptor counts as."""
+
+LARGE = 64 << 10
+"""Bytes of an answer that is not kept until there is room for it, unless it tells of a change."""
+
+PAUSE = 0.1
+"""Seconds, at least, after which the bus is asked again; three quarters of the time it is not."""
+
+
+class Bus(Protocol):
+    """The part of a connection that asks others on it."""
+
+    @property
+    def unique_name(self) -> str | None:
+        """Return the name that the bus has given the connection."""
+
+    def request(
+        self,
+        destination: str,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str = "",
+        body: Body | None = None,
+    ) -> Coroutine[Any, Any, Body]:
+        """Call a method and return what it answers."""
+
+
+class _Held(NamedTuple):
+    cost: int
+    is_released: asyncio.Future[None]
+
+
+@dataclass(slots=True)
+class _Account:
+    sent: int = 0
+    read: int = 0
+    """At least."""
+
+    @property
+    def waiting(self) -> int:
+        """Return what waits at the bus at most."""
+        return self.sent - self.read
+
+
+@dataclass(slots=True)
+class _Client(_Account):
+    held: deque[_Held] = field(default_factory=deque)
+    """Answers that are sent when it has read others."""
+    is_behind: bool = False
+    """Whether it was refused an answer, and has not read on since."""
+
+
+class Backlog:
+    """Lets answers pass as long as there is room at the bus for them."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._all = _Account()
+        self._clients: dict[str, _Client] = {}
+        self._suspects: set[str] = set()
+        """Those about whom the bus is asked again and again."""
+        self._asking: asyncio.Task[None] | None = None
+        self._undecided = 0
+        self._closed = False
+        self.has_decided = threading.Event()
+        """Not set while it is open whether a large answer is to be sent: no other is made then."""
+        self.has_decided.set()
+
+    def meet(self, call: Call) -> None:
+        """Count what is sent to a client from its first call on, until it is forgotten."""
+        if call.sender not in self._clients:
+            self._clients[call.sender] = _Client()
+
+    def check(self, call: Call) -> None:
+        """Refuse the call of a client that has to read first.
+
+        Raises:
+            ResourceExhausted: answers to it are held, or it was refused one.
+        """
+        client = self._clients.get(call.sender)
+        if call.wants_reply and client and (client.held or client.is_behind):
+            raise ResourceExhausted(
+                f"{call.member} was not called: answers to {call.sender} wait at the bus,"
+                " read them and call again"
+            )
+
+    def count(self, size: int) -> None:
+        """Note that a signal of ``size`` bytes is sent."""
+        self._all.sent += size
+
+    async def admit(self, receiver: str, answer: Answer, *, changes: bool = False) -> bool:
+        """Wait until there is room for an answer, and return true; or false, if there is none now.
+
+        The latter only if it has descriptors, or is large and does not tell that something
+        ``changes``: the caller can be told to call again.
+        """
+        client = self._clients.get(receiver)
+        if self._closed or client is None:
+            return True
+        cost = len(answer.data) + DESCRIPTOR * len(answer.fds)
+        if not answer.fds and (changes or len(answer.data) <= LARGE):
+            if client.held or not self._fits(client, cost):
+                await self._hold(receiver, client, cost)
+                return True
+        elif not self._fits(client, cost):
+            await self._ask_now(receiver, client)
+            if self._clients.get(receiver) is client and not self._fits(client, cost):
+                self._refuse(receiver, client)
+                return False
+        self._add(client, cost)
+        if self._has_much(client):
+            self._suspect(receiver)
+        return True
+
+    def forget(self, receiver: str) -> None:
+        """Let pass what is held for a connection that has left: the bus throws it away."""
+        self._suspects.discard(receiver)
+        if client := self._clients.pop(receiver, None):
+            for held in client.held:
+                held.is_released.set_result(None)
+
+    def close(self) -> None:
+        """Let everything pass from now on."""
+        self._closed = True
+        for receiver in [*self._clients]:
+            self.forget(receiver)
+
+    def _fits(self, client: _Client, cost: int) -> bool:
+        left = ROOM - self._all.waiting - cost
+        return client.waiting + cost <= max(left, OWN) and left > -OWN_IN_ALL
+
+    def _has_much(self, client: _Client) -> bool:
+        """Tell whether more than half of what may wait for a client does."""
+        return 2 * client.waiting > max(ROOM - self._all.waiting, OWN)
+
+    def _add(self, client: _Client, cost: int) -> None:
+        client.sent += cost
+        self._all.sent += cost
+
+    async def _hold(self, receiver: str, client: _Client, cost: int) -> None:
+        held = _Held(cost, asyncio.get_running_loop().create_future())
+        client.held.append(held)
+        self._suspect(receiver)
+        await held.is_released
+
+    def _refuse(self, receiver: str, client: _Client) -> None:
+        # Others may have left no room for what one that reads well has asked for.
+        if self._has_much(client) and not client.is_behind:
+            client.is_behind = True
+            self._suspect(receiver)
+
+    async def _ask_now(self, receiver: str, client: _Client) -> None:
+        self._undecided += 1
+        self.has_decided.clear()
+        try:
+            await self._ask()
+            await self._ask_about(receiver, client)
+        except SnapdError:
+            self.close()
+        finally:
+            self._undecided -= 1
+            if not self._undecided:
+                self.has_decided.set()
+
+    def _suspect(self, receiver: str) -> None:
+        self._suspects.add(receiver)
+        if self._asking is None:
+            self._asking = asyncio.get_running_loop().create_task(self._ask_on())
+
+    async def _ask_on(self) -> None:
+        """Ask what waits, and let pass what there is room for, until nobody is suspected."""
+        loop = asyncio.get_running_loop()
+        try:
+            while self._suspects:
+                begin = loop.time()
+                await self._ask()
+                for receiver in [*self._suspects]:
+                    if client := self._clients.get(receiver):
+                        await self._ask_about(receiver, client)
+                        self._release(receiver, client)
+                await asyncio.sleep(max(PAUSE, 3 * (loop.time() - begin)))
+        except SnapdError as error:
+            if not self._closed:
+                log.warning("nothing is held for clients that do not read: %s", error)
+            self.close()
+        finally:
+            self._asking = None
+
+    async def _ask(self) -> None:
+        await self._update(self._all, self._bus.unique_name or "", "Incoming")
+
+    async def _ask_about(self, receiver: str, client: _Client) -> None:
+        # If it leaves meanwhile, the bus says so at once.
+        with suppress(SnapdError):
+            await self._update(client, receiver, "Outgoing")
+
+    async def _update(self, account: _Account, name: str, direction: str) -> None:
+        # All that was sent before has reached the bus when it is asked.
+        sent = account.sent
+        (stats,) = await self._bus.request(
+            DRIVER, DRIVER_PATH, f"{DRIVER}.Debug.Stats", "GetConnectionStats", "s", [name]
+        )
+        sizes = {what: stats[f"{direction}{what}"].value for what in ("Bytes", "FDs")}
+        account.read = sent - int(sizes["Bytes"] + DESCRIPTOR * sizes["FDs"])
+
+    def _release(self, receiver: str, client: _Client) -> None:
+        if self._clients.get(receiver) is not client:
+            return
+        was_behind = client.is_behind
+        while client.held and self._fits(client, client.held[0].cost):
+            held = client.held.popleft()
+            self._add(client, held.cost)
+            held.is_released.set_result(None)
+        has_much = self._has_much(client)
+        client.is_behind = bool(client.held) or (client.is_behind and has_much)
+        if client.is_behind and not was_behind:
+            log.warning("%s does not read its answers, and gets no more", receiver)
+        if not client.is_behind and not has_much:
+            self._suspects.discard(receiver)
