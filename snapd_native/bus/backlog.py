@@ -43,10 +43,16 @@ DESCRIPTOR = ROOM // 48
 """What a file descriptor counts as."""
 
 LARGE = 64 << 10
-"""Bytes of an answer that is not kept until there is room for it, unless it tells of a change."""
+"""Bytes from which on an answer does not wait for long, unless it tells of a change."""
+
+HELD = 4 << 20
+"""Bytes of those that may wait here, or 32 descriptors, beyond which no more are made."""
+
+PATIENCE = 0.5
+"""Seconds within which a client has to read so much that what waits here can be sent."""
 
 PAUSE = 0.1
-"""Seconds, at least, after which the bus is asked again; three quarters of the time it is not."""
+"""Seconds after which the bus is asked again if nobody has read anything, or else sooner."""
 
 
 class Bus(Protocol):
@@ -70,7 +76,10 @@ class Bus(Protocol):
 
 class _Held(NamedTuple):
     cost: int
-    is_released: asyncio.Future[None]
+    size: int
+    since: float
+    can_be_dropped: bool
+    is_sent: asyncio.Future[bool]
 
 
 @dataclass(slots=True)
@@ -89,8 +98,10 @@ class _Account:
 class _Client(_Account):
     held: deque[_Held] = field(default_factory=deque)
     """Answers that are sent when it has read others."""
+    kept: int = 0
+    """Bytes of those that cannot be dropped."""
     is_behind: bool = False
-    """Whether it was refused an answer, and has not read on since."""
+    """Whether it has not read on in time."""
 
 
 class Backlog:
@@ -103,11 +114,11 @@ class Backlog:
         self._suspects: set[str] = set()
         """Those about whom the bus is asked again and again."""
         self._asking: asyncio.Task[None] | None = None
-        self._undecided = 0
+        self._held = 0
         self._closed = False
-        self.has_decided = threading.Event()
-        """Not set while it is open whether a large answer is to be sent: no other is made then."""
-        self.has_decided.set()
+        self.has_room = threading.Event()
+        """Not set while so many large answers wait here that no other is to be made."""
+        self.has_room.set()
 
     def meet(self, call: Call) -> None:
         """Count what is sent to a client from its first call on, until it is forgotten."""
@@ -118,10 +129,10 @@ class Backlog:
         """Refuse the call of a client that has to read first.
 
         Raises:
-            ResourceExhausted: answers to it are held, or it was refused one.
+            ResourceExhausted: it has not read on in time, or too much waits here for it.
         """
         client = self._clients.get(call.sender)
-        if call.wants_reply and client and (client.held or client.is_behind):
+        if call.wants_reply and client and (client.is_behind or client.kept > OWN):
             raise ResourceExhausted(
                 f"{call.member} was not called: answers to {call.sender} wait at the bus,"
                 " read them and call again"
@@ -132,7 +143,7 @@ class Backlog:
         self._all.sent += size
 
     async def admit(self, receiver: str, answer: Answer, *, changes: bool = False) -> bool:
-        """Wait until there is room for an answer, and return true; or false, if there is none now.
+        """Wait until there is room for an answer, and return true; or false, if none comes.
 
         The latter only if it has descriptors, or is large and does not tell that something
         ``changes``: the caller can be told to call again.
@@ -141,26 +152,26 @@ class Backlog:
         if self._closed or client is None:
             return True
         cost = len(answer.data) + DESCRIPTOR * len(answer.fds)
-        if not answer.fds and (changes or len(answer.data) <= LARGE):
-            if client.held or not self._fits(client, cost):
-                await self._hold(receiver, client, cost)
-                return True
-        elif not self._fits(client, cost):
-            await self._ask_now(receiver, client)
-            if self._clients.get(receiver) is client and not self._fits(client, cost):
-                self._refuse(receiver, client)
-                return False
-        self._add(client, cost)
-        if self._has_much(client):
-            self._suspect(receiver)
-        return True
+        if self._fits(client, cost) and not client.held:
+            self._add(client, cost)
+            if self._has_much(client):
+                self._suspect(receiver)
+            return True
+        loop = asyncio.get_running_loop()
+        size = len(answer.data) + HELD // 32 * len(answer.fds)
+        can_be_dropped = bool(answer.fds) or (len(answer.data) > LARGE and not changes)
+        held = _Held(cost, size, loop.time(), can_be_dropped, loop.create_future())
+        client.held.append(held)
+        self._note(client, held, size)
+        self._suspect(receiver)
+        return await held.is_sent
 
     def forget(self, receiver: str) -> None:
         """Let pass what is held for a connection that has left: the bus throws it away."""
         self._suspects.discard(receiver)
         if client := self._clients.pop(receiver, None):
             for held in client.held:
-                held.is_released.set_result(None)
+                self._decide(client, held, is_sent=True)
 
     def close(self) -> None:
         """Let everything pass from now on."""
@@ -180,30 +191,21 @@ class Backlog:
         client.sent += cost
         self._all.sent += cost
 
-    async def _hold(self, receiver: str, client: _Client, cost: int) -> None:
-        held = _Held(cost, asyncio.get_running_loop().create_future())
-        client.held.append(held)
-        self._suspect(receiver)
-        await held.is_released
+    def _note(self, client: _Client, held: _Held, size: int) -> None:
+        if not held.can_be_dropped:
+            client.kept += size
+            return
+        self._held += size
+        if self._held < HELD:
+            self.has_room.set()
+        else:
+            self.has_room.clear()
 
-    def _refuse(self, receiver: str, client: _Client) -> None:
-        # Others may have left no room for what one that reads well has asked for.
-        if self._has_much(client) and not client.is_behind:
-            client.is_behind = True
-            self._suspect(receiver)
-
-    async def _ask_now(self, receiver: str, client: _Client) -> None:
-        self._undecided += 1
-        self.has_decided.clear()
-        try:
-            await self._ask()
-            await self._ask_about(receiver, client)
-        except SnapdError:
-            self.close()
-        finally:
-            self._undecided -= 1
-            if not self._undecided:
-                self.has_decided.set()
+    def _decide(self, client: _Client, held: _Held, *, is_sent: bool) -> None:
+        self._note(client, held, -held.size)
+        if is_sent:
+            self._add(client, held.cost)
+        held.is_sent.set_result(is_sent)
 
     def _suspect(self, receiver: str) -> None:
         self._suspects.add(receiver)
@@ -216,12 +218,11 @@ class Backlog:
         try:
             while self._suspects:
                 begin = loop.time()
-                await self._ask()
-                for receiver in [*self._suspects]:
-                    if client := self._clients.get(receiver):
-                        await self._ask_about(receiver, client)
-                        self._release(receiver, client)
-                await asyncio.sleep(max(PAUSE, 3 * (loop.time() - begin)))
+                await self._update(self._all, self._bus.unique_name or "", "Incoming")
+                have_read = [await self._ask_about(receiver) for receiver in [*self._suspects]]
+                pause = 0 if any(have_read) else PAUSE
+                # Three quarters of the time it is not asked.
+                await asyncio.sleep(max(pause, 3 * (loop.time() - begin)))
         except SnapdError as error:
             if not self._closed:
                 log.warning("nothing is held for clients that do not read: %s", error)
@@ -229,13 +230,18 @@ class Backlog:
         finally:
             self._asking = None
 
-    async def _ask(self) -> None:
-        await self._update(self._all, self._bus.unique_name or "", "Incoming")
-
-    async def _ask_about(self, receiver: str, client: _Client) -> None:
+    async def _ask_about(self, receiver: str) -> bool:
+        """Ask what waits for a client, let pass what can, and return whether it has read on."""
+        client = self._clients.get(receiver)
+        if client is None:
+            return False
+        read = client.read
         # If it leaves meanwhile, the bus says so at once.
         with suppress(SnapdError):
             await self._update(client, receiver, "Outgoing")
+        if self._clients.get(receiver) is client:
+            self._release(receiver, client)
+        return client.read > read
 
     async def _update(self, account: _Account, name: str, direction: str) -> None:
         # All that was sent before has reached the bus when it is asked.
@@ -247,16 +253,24 @@ class Backlog:
         account.read = sent - int(sizes["Bytes"] + DESCRIPTOR * sizes["FDs"])
 
     def _release(self, receiver: str, client: _Client) -> None:
-        if self._clients.get(receiver) is not client:
-            return
-        was_behind = client.is_behind
+        """Decide about what is held, now that the bus has been asked."""
         while client.held and self._fits(client, client.held[0].cost):
-            held = client.held.popleft()
-            self._add(client, held.cost)
-            held.is_released.set_result(None)
+            self._decide(client, client.held.popleft(), is_sent=True)
         has_much = self._has_much(client)
-        client.is_behind = bool(client.held) or (client.is_behind and has_much)
-        if client.is_behind and not was_behind:
-            log.warning("%s does not read its answers, and gets no more", receiver)
-        if not client.is_behind and not has_much:
+        if client.held and asyncio.get_running_loop().time() - client.held[0].since > PATIENCE:
+            if not client.is_behind:
+                log.warning("%s does not read its answers, and gets no more", receiver)
+            client.is_behind = True
+        elif not has_much:
+            client.is_behind = False
+        if client.is_behind or not has_much:
+            # If it has not much, others have left no room.
+            self._drop(client)
+        if not client.held and not has_much:
             self._suspects.discard(receiver)
+
+    def _drop(self, client: _Client) -> None:
+        for held in [*client.held]:
+            if held.can_be_dropped:
+                client.held.remove(held)
+                self._decide(client, held, is_sent=False)

@@ -15,7 +15,7 @@ from snapd_native.wire.connection import Connection
 AT_ONCE = 32
 """Messages that are read before everything else has its turn."""
 
-MOST_WAITING = 16 << 20
+MOST_WAITING = 8 << 20
 """Bytes of answers that the bus has not taken, beyond which no more calls are read."""
 
 MOST_PASSING = 256
@@ -44,7 +44,7 @@ class ServiceConnection(Connection):
         self._leaving = True
         self._on_written()
 
-    def send_marshalled(self, message: bytes, fds: Sequence[int] = ()) -> None:
+    def send_marshalled(self, message: bytearray, fds: Sequence[int] = ()) -> None:
         """Send a message that was marshalled elsewhere; it is dropped when the bus is gone.
 
         With it go ``fds``, which are closed here, whatever happens.

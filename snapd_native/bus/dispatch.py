@@ -169,10 +169,10 @@ class Dispatcher:
         extra = [caller] if method.lane is Lane.MOUNT else []
 
         def run() -> Answer:
-            if method.lane is Lane.LIST:
-                # Pages are large; all other answers are not.
+            if method.lane is Lane.LIST or "h" in returns:
+                # Pages are large, and descriptors few; all other answers are small.
                 self.connection.has_room.wait()
-                self._backlog.has_decided.wait()
+                self._backlog.has_room.wait()
             try:
                 return result(call, returns, self._perform(call, method, caller, *extra), serial)
             except Exception as error:
@@ -325,8 +325,8 @@ _JOB = {"Cancel": ""}
 
 def _no_room(call: Call) -> ResourceExhausted:
     return ResourceExhausted(
-        f"there is no room at the bus for so large an answer to {call.member}: read what waits"
-        " there, ask for less, or try again later"
+        f"the answer to {call.member} has found no room at the bus: read what waits there,"
+        " ask for less, or try again later"
     )
 
 

@@ -45,7 +45,7 @@ def check_signature(call: Call, members: dict[str, str]) -> None:
 class Answer(NamedTuple):
     """A marshalled message, and the file descriptors that go with it."""
 
-    data: bytes
+    data: bytearray
     fds: Sequence[int] = ()
 
 
@@ -96,7 +96,7 @@ def described(error: BaseException) -> tuple[str, str]:
     return name, shown(text)
 
 
-def marshalled(message: Message, serial: int) -> bytes:
+def marshalled(message: Message, serial: int) -> bytearray:
     """Return a message as bytes.
 
     Raises:
@@ -105,7 +105,8 @@ def marshalled(message: Message, serial: int) -> bytes:
     if _has_nul(message.body):
         raise ValueError(f"a NUL is in a message of the type ({message.signature})")
     message.serial = serial
-    return bytes(message._marshall(negotiate_unix_fd=True))
+    data: bytearray = message._marshall(negotiate_unix_fd=True)
+    return data
 
 
 def _has_nul(value: object) -> bool:

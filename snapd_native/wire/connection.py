@@ -236,13 +236,13 @@ class _Writer(_MessageWriter):
         self.waiting = 0
         """Bytes of the messages that the bus has not begun to take."""
 
-    def put(self, data: bytes, fds: Sequence[int], sent: asyncio.Future[None] | None) -> None:
+    def put(self, data: bytearray, fds: Sequence[int], sent: asyncio.Future[None] | None) -> None:
         """Queue a message, and say when it is sent."""
         self.waiting += len(data)
         self.messages.put_nowait((data, [*fds], sent))
 
     def buffer_message(self, msg: Message, future: asyncio.Future[None] | None = None) -> None:
-        data = bytes(msg._marshall(negotiate_unix_fd=self.negotiate_unix_fd))
+        data: bytearray = msg._marshall(negotiate_unix_fd=self.negotiate_unix_fd)
         self.put(data, msg.unix_fds or (), future)
 
     def write_callback(self) -> None:
