@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections import deque
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -43,10 +42,7 @@ DESCRIPTOR = ROOM // 48
 """What a file descriptor counts as."""
 
 LARGE = 64 << 10
-"""Bytes from which on an answer does not wait for long, unless it tells of a change."""
-
-HELD = 4 << 20
-"""Bytes of those that may wait here, or 32 descriptors, beyond which no more are made."""
+"""Bytes beyond which an answer is better dropped than kept, unless it tells of a change."""
 
 PATIENCE = 0.5
 """Seconds within which a client has to read so much that what waits here can be sent."""
@@ -76,9 +72,8 @@ class Bus(Protocol):
 
 class _Held(NamedTuple):
     cost: int
-    size: int
     since: float
-    can_be_dropped: bool
+    may_drop: bool
     is_sent: asyncio.Future[bool]
 
 
@@ -114,11 +109,7 @@ class Backlog:
         self._suspects: set[str] = set()
         """Those about whom the bus is asked again and again."""
         self._asking: asyncio.Task[None] | None = None
-        self._held = 0
         self._closed = False
-        self.has_room = threading.Event()
-        """Not set while so many large answers wait here that no other is to be made."""
-        self.has_room.set()
 
     def meet(self, call: Call) -> None:
         """Count what is sent to a client from its first call on, until it is forgotten."""
@@ -142,11 +133,10 @@ class Backlog:
         """Note that a signal of ``size`` bytes is sent."""
         self._all.sent += size
 
-    async def admit(self, receiver: str, answer: Answer, *, changes: bool = False) -> bool:
-        """Wait until there is room for an answer, and return true; or false, if none comes.
+    async def admit(self, receiver: str, answer: Answer, *, may_drop: bool = False) -> bool:
+        """Wait until there is room for an answer, and return true.
 
-        The latter only if it has descriptors, or is large and does not tell that something
-        ``changes``: the caller can be told to call again.
+        With ``may_drop`` it waits `PATIENCE` at most, and returns false if there is none by then.
         """
         client = self._clients.get(receiver)
         if self._closed or client is None:
@@ -158,11 +148,11 @@ class Backlog:
                 self._suspect(receiver)
             return True
         loop = asyncio.get_running_loop()
-        size = len(answer.data) + HELD // 32 * len(answer.fds)
-        can_be_dropped = bool(answer.fds) or (len(answer.data) > LARGE and not changes)
-        held = _Held(cost, size, loop.time(), can_be_dropped, loop.create_future())
+        if may_drop and client.is_behind:
+            return False
+        held = _Held(cost, loop.time(), may_drop, loop.create_future())
         client.held.append(held)
-        self._note(client, held, size)
+        client.kept += 0 if may_drop else cost
         self._suspect(receiver)
         return await held.is_sent
 
@@ -191,18 +181,8 @@ class Backlog:
         client.sent += cost
         self._all.sent += cost
 
-    def _note(self, client: _Client, held: _Held, size: int) -> None:
-        if not held.can_be_dropped:
-            client.kept += size
-            return
-        self._held += size
-        if self._held < HELD:
-            self.has_room.set()
-        else:
-            self.has_room.clear()
-
     def _decide(self, client: _Client, held: _Held, *, is_sent: bool) -> None:
-        self._note(client, held, -held.size)
+        client.kept -= 0 if held.may_drop else held.cost
         if is_sent:
             self._add(client, held.cost)
         held.is_sent.set_result(is_sent)
@@ -271,6 +251,6 @@ class Backlog:
 
     def _drop(self, client: _Client) -> None:
         for held in [*client.held]:
-            if held.can_be_dropped:
+            if held.may_drop:
                 client.held.remove(held)
                 self._decide(client, held, is_sent=False)

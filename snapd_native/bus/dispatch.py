@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection, Mapping
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from dbus_next.message import Message
 from dbus_next.signature import Variant
 
 from snapd_native.bus.authority import Action, Authority
-from snapd_native.bus.backlog import Backlog
+from snapd_native.bus.backlog import LARGE, Backlog
 from snapd_native.bus.connection import ServiceConnection, close
 from snapd_native.bus.incoming import MAX_TEXT, Call
 from snapd_native.bus.introspection import contract, document, shapes
@@ -120,24 +121,34 @@ class Dispatcher:
 
     async def _answer(self, call: Call) -> None:
         serial = self.connection.next_serial()
-        try:
-            self._backlog.check(call)
-            answer = await self._handle(call, serial)
-        except Exception as error:
-            answer = failure(call, error, serial)
-        if not call.wants_reply:
-            close(answer.fds)
-            return
+        async with AsyncExitStack() as until_sent:
+            try:
+                self._backlog.check(call)
+                answer = await self._handle(call, serial, until_sent)
+            except Exception as error:
+                answer = failure(call, error, serial)
+            if call.wants_reply:
+                await self._send(call, answer, serial, until_sent)
+            else:
+                close(answer.fds)
+
+    async def _send(
+        self, call: Call, answer: Answer, serial: int, until_sent: AsyncExitStack
+    ) -> None:
         method = self._manager.methods.get(call.member)
         changes = method is not None and method.action is not Action.READ
-        if not await self._backlog.admit(call.sender, answer, changes=changes):
+        # The caller can be told to call again.
+        can_be_dropped = bool(answer.fds) or (len(answer.data) > LARGE and not changes)
+        if can_be_dropped and not await self._backlog.admit(call.sender, answer, may_drop=True):
             close(answer.fds)
-            answer = failure(call, _no_room(call), serial)
+            answer, can_be_dropped = failure(call, _no_room(call), serial), False
+        if not can_be_dropped:
+            await until_sent.aclose()
             await self._backlog.admit(call.sender, answer)
         self.connection.send_marshalled(*answer)
 
-    async def _handle(self, call: Call, serial: int) -> Answer:
-        """Return the marshalled reply to ``call``."""
+    async def _handle(self, call: Call, serial: int, until_sent: AsyncExitStack) -> Answer:
+        """Return the marshalled reply to ``call``, and keep what is to be kept until it is sent."""
         match self._interface(call):
             case names.PEER | names.INTROSPECTABLE:
                 return result(call, *self._standard(call), serial)
@@ -150,9 +161,9 @@ class Dispatcher:
                     check_signature(call, _JOB)
                     await self._jobs.get(call.path).cancel()
                 return result(call, "", [], serial)
-        return await self._manage(call, serial)
+        return await self._manage(call, serial, until_sent)
 
-    async def _manage(self, call: Call, serial: int) -> Answer:
+    async def _manage(self, call: Call, serial: int, until_sent: AsyncExitStack) -> Answer:
         """Call a method of the manager."""
         method = self._manager.methods.get(call.member)
         if method is None:
@@ -168,17 +179,23 @@ class Dispatcher:
             return result(call, returns, await self._work(call, method, caller), serial)
         extra = [caller] if method.lane is Lane.MOUNT else []
 
+        # Pages are, and descriptors are few. The next is not made before such a one is sent.
+        is_large = method.lane is Lane.LIST or "h" in returns
+
         def run() -> Answer:
-            if method.lane is Lane.LIST or "h" in returns:
-                # Pages are large, and descriptors few; all other answers are small.
+            if is_large:
                 self.connection.has_room.wait()
-                self._backlog.has_room.wait()
             try:
                 return result(call, returns, self._perform(call, method, caller, *extra), serial)
             except Exception as error:
                 return failure(call, error, serial)
 
-        answer = await self._lanes.run(method.lane, caller.uid, run)
+        turn = self._lanes.turn(method.lane, caller.uid)
+        async with AsyncExitStack() as until_done:
+            pool = await (until_sent if is_large else until_done).enter_async_context(turn)
+            # The caller may have fallen behind while it waited for its turn.
+            self._backlog.check(call)
+            answer = await asyncio.get_running_loop().run_in_executor(pool, run)
         if extra and not self._authority.knows(call.sender):
             # It has left since; nobody else will think of what was mounted for it.
             self._mounter.release(caller.owner)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from enum import Enum
 from typing import TypeVar
 
@@ -50,10 +51,12 @@ class Lanes:
             for lane in Lane
             for root in (True, False)
         }
+        self._turns = {way: asyncio.Semaphore(way[0].threads) for way in self._pools}
         self._admitted = dict.fromkeys(self._pools, 0)
 
-    async def run(self, lane: Lane, uid: int, work: Callable[[], _T]) -> _T:
-        """Run ``work`` for ``uid`` in a thread of ``lane`` and return its result.
+    @asynccontextmanager
+    async def turn(self, lane: Lane, uid: int) -> AsyncIterator[ThreadPoolExecutor]:
+        """Wait for a thread of ``lane`` to be free for ``uid``, and keep it free for the caller.
 
         Raises:
             ResourceExhausted: the lane is full.
@@ -65,9 +68,18 @@ class Lanes:
             )
         self._admitted[way] += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pools[way], work)
+            async with self._turns[way]:
+                yield self._pools[way]
         finally:
             self._admitted[way] -= 1
+
+    async def run(self, lane: Lane, uid: int, work: Callable[[], _T]) -> _T:
+        """Run ``work`` for ``uid`` in a thread of ``lane`` and return its result.
+
+        Raises as `turn`.
+        """
+        async with self.turn(lane, uid) as pool:
+            return await asyncio.get_running_loop().run_in_executor(pool, work)
 
     def close(self) -> None:
         """Wait for all threads to end."""
