@@ -72,7 +72,6 @@ class Bus(Protocol):
 
 class _Held(NamedTuple):
     cost: int
-    since: float
     may_drop: bool
     is_sent: asyncio.Future[bool]
 
@@ -95,6 +94,8 @@ class _Client(_Account):
     """Answers that are sent when it has read others."""
     kept: int = 0
     """Bytes of those that cannot be dropped."""
+    since: float | None = None
+    """When the bus has first said that it has much to read, and no room for the first of them."""
     is_behind: bool = False
     """Whether it has not read on in time."""
 
@@ -147,10 +148,9 @@ class Backlog:
             if self._has_much(client):
                 self._suspect(receiver)
             return True
-        loop = asyncio.get_running_loop()
         if may_drop and client.is_behind:
             return False
-        held = _Held(cost, loop.time(), may_drop, loop.create_future())
+        held = _Held(cost, may_drop, asyncio.get_running_loop().create_future())
         client.held.append(held)
         client.kept += 0 if may_drop else cost
         self._suspect(receiver)
@@ -236,12 +236,17 @@ class Backlog:
         """Decide about what is held, now that the bus has been asked."""
         while client.held and self._fits(client, client.held[0].cost):
             self._decide(client, client.held.popleft(), is_sent=True)
+            client.since = None
         has_much = self._has_much(client)
-        if client.held and asyncio.get_running_loop().time() - client.held[0].since > PATIENCE:
-            if not client.is_behind:
-                log.warning("%s does not read its answers, and gets no more", receiver)
+        now = asyncio.get_running_loop().time()
+        if not (client.held and has_much):
+            client.since = None
+        elif client.since is None:
+            client.since = now
+        elif now - client.since > PATIENCE and not client.is_behind:
             client.is_behind = True
-        elif not has_much:
+            log.warning("%s does not read its answers, and gets no more", receiver)
+        if not has_much:
             client.is_behind = False
         if client.is_behind or not has_much:
             # If it has not much, others have left no room.
