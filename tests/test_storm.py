@@ -38,12 +38,14 @@ def test_kills_at_any_instant(on_bus: str, scratch: Path) -> None:
         if chance.random() < 0.1:
             kill_while_it_starts(on_bus, scratch / "state", chance.uniform(0, 0.8))
         with serving(on_bus, scratch / "state", status=-signal.SIGKILL) as service:
-            assert ledger.compare(found()) == [], f"after kill {number}"
+            troubles = ledger.compare(found())
+            assert troubles == [], f"after kill {number}\n{book.story(troubles)}"
             order = book.order(number, CLIENTS)
             commits, seconds = chance.randrange(1, 12), chance.uniform(0, 0.05)
             total += rage(book, service, order, commits, seconds, service.daemon.process.kill)
     with serving(on_bus, scratch / "state"):
-        assert ledger.compare(found()) == []
+        troubles = ledger.compare(found())
+        assert troubles == [], book.story(troubles)
         with BlockingClient() as client:
             assert client.check() == []
     print(f"{KILLS} kills, {total} calls acknowledged, {ledger.acknowledged} of them commits")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,8 @@ class Ledger:
     """View was begun, and Remove not done; whether it must be there."""
     labels: dict[str, list[Labels]] = field(default_factory=dict)
     """What committed snapshots may have; one, unless Update was begun and nothing heard of it."""
+    removing: Counter[str] = field(default_factory=Counter)
+    """How many have begun to remove it and have not heard of it."""
     acknowledged: int = 0
     """Commits."""
     failures: list[str] = field(default_factory=list)
@@ -33,6 +36,7 @@ class Ledger:
 
     def begin(self, call: dict[str, Any]) -> None:
         key = call["key"]
+        self.removing[key] += call["operation"] == "remove"
         match call["operation"]:
             case "prepare":
                 parent = call["parent"]
@@ -51,6 +55,7 @@ class Ledger:
 
     def done(self, call: dict[str, Any]) -> None:
         key = call["key"]
+        self.removing[key] -= call["operation"] == "remove"
         match call["operation"]:
             case "commit":
                 self.acknowledged += 1
@@ -70,10 +75,12 @@ class Ledger:
 
     def refused(self, call: dict[str, Any], *, gone: bool) -> None:
         assert call["operation"] != "commit", f"{call} was refused"
+        self.removing[call["key"]] -= call["operation"] == "remove"
         self._undone(call, gone=gone)
 
     def failed(self, call: dict[str, Any], error: str) -> None:
         self.failures.append(error)
+        self.removing[call["key"]] -= call["operation"] == "remove"
         if not call.get("doubtful"):
             self._undone(call, gone=False)
 
@@ -91,7 +98,7 @@ class Ledger:
             case "update":
                 self.labels[key].remove(call["labels"])
             # It may be gone by another's Remove, whose line is not written yet.
-            case "remove" if key in self.perhaps and not gone:
+            case "remove" if key in self.perhaps and not gone and not self.removing[key]:
                 self.committed[key] = self.perhaps.pop(key)
             case "remove" if key in self.views:
                 self.views[key] = True
@@ -131,6 +138,7 @@ class Ledger:
         self.views = {n: True for n, o in there.items() if o["kind"] == "view"}
         self.labels = {n: [o["labels"]] for n, o in there.items() if o["kind"] == "committed"}
         self.perhaps = {}
+        self.removing.clear()
         return troubles
 
     def _compare_active(self, key: str, files: Files) -> list[str]:
@@ -147,8 +155,10 @@ class Book:
     def __init__(self, instances: tuple[str, ...]) -> None:
         self.ledgers = {instance: Ledger() for instance in instances}
         self._calls: dict[int, dict[str, Any]] = {}
+        self._lines: list[str] = []
 
     def read(self, line: str) -> None:
+        self._lines.append(line)
         told = json.loads(line)
         if told["at"] == "begin":
             self._calls[told["call"]] = told
@@ -177,8 +187,17 @@ class Book:
         """Tell how many commits the instance has acknowledged that has done the fewest."""
         return min(ledger.acknowledged for ledger in self.ledgers.values())
 
+    def story(self, troubles: list[str]) -> str:
+        """Return what the last load has told of the snapshots in ``troubles``."""
+        names = {json.dumps(word) for trouble in troubles for word in trouble.split()}
+        calls = {
+            json.loads(line)["call"] for line in self._lines if any(name in line for name in names)
+        }
+        return "".join(line for line in self._lines if json.loads(line)["call"] in calls)
+
     def order(self, seed: int, workers: int, patient: bool = False) -> str:
-        """Return what a load is to be told."""
+        """Return what a load is to be told, and forget what the last one has."""
+        self._lines.clear()
         return json.dumps(
             {
                 "seed": seed,
