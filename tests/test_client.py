@@ -29,12 +29,12 @@ from tests.service import (
     NOBODY,
     PATIENCE,
     committed,
-    committed_big,
     refused,
     run,
     serving,
     wait_until_held,
 )
+from tests.watching import held_up
 
 
 def test_a_life_with_coroutines(shared: running.Service, filesystem: FileSystem) -> None:
@@ -314,17 +314,18 @@ def test_a_service_that_is_killed_in_a_call(on_bus: str, scratch: Path) -> None:
     with serving(on_bus, scratch / "state", status=-signal.SIGKILL) as service:
 
         async def scenario(client: Client) -> None:
-            preparing = asyncio.ensure_future(client.prepare("key", "big"))
-            async with Client() as other:
-                await wait_until_held(other, "key")
-                service.daemon.process.kill()
-                with refused(Unavailable, "ended before it answered"):
-                    await preparing
-                with refused(Unavailable, "not running"):
-                    await other.list()
+            with held_up(service):
+                preparing = asyncio.ensure_future(client.prepare("key", "base"))
+                async with Client() as other:
+                    await wait_until_held(other, "key")
+                    service.daemon.process.kill()
+                    with refused(Unavailable, "ended before it answered"):
+                        await preparing
+                    with refused(Unavailable, "not running"):
+                        await other.list()
 
         with BlockingClient() as client:
-            committed_big(client, "big", 5000)
+            committed(client, "base")
         run(scenario)
 
 
@@ -337,17 +338,18 @@ def test_a_bus_that_ends_in_a_call(
         with serving(address, scratch / "state", status=1) as service:
 
             async def scenario(client: Client) -> None:
-                preparing = asyncio.ensure_future(client.prepare("key", "big"))
-                async with Client() as other:
-                    await wait_until_held(other, "key")
-                await asyncio.to_thread(stack.close)
-                with refused(Unavailable, "the system bus is gone"):
-                    await preparing
+                with held_up(service):
+                    preparing = asyncio.ensure_future(client.prepare("key", "base"))
+                    async with Client() as other:
+                        await wait_until_held(other, "key")
+                    await asyncio.to_thread(stack.close)
+                    with refused(Unavailable, "the system bus is gone"):
+                        await preparing
                 with refused(Unavailable, "the system bus is gone"):
                     await client.list()
 
             with BlockingClient() as client:
-                committed_big(client, "big", 5000)
+                committed(client, "base")
             run(scenario)
             service.daemon.process.wait(PATIENCE)
     assert caplog.text == ""

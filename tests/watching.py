@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import pytest
 from dbus_next.constants import MessageType
@@ -20,9 +20,17 @@ from snapd_native.errors import NotFound
 from snapd_native.wire.connection import Connection
 from snapd_native.wire.names import BUS_NAME, JOB, JOB_PATH, MANAGER, OBJECT_PATH, PROPERTIES
 from snapd_native.wire.values import Body
-from tests.service import PATIENCE, Service, connection, processes, request
+from tests.service import PATIENCE, Service, connection, request
 
 _T = TypeVar("_T")
+
+
+class Process(Protocol):
+    """A daemon, whoever runs it."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
 
 
 class Watch:
@@ -104,13 +112,13 @@ def watch(scenario: Callable[[Watch], Coroutine[Any, Any, _T]]) -> _T:
 
 
 @contextmanager
-def held_up(service: Service) -> Iterator[None]:
+def held_up(daemon: Process) -> Iterator[None]:
     """Stop the workers that wait for the next job: it will not go on inside the block.
 
     Only jobs that come while another is there have workers of their own. There must have been a
     job before, a Commit for instance, that was there alone.
     """
-    stopped = workers(service)
+    stopped = workers(daemon)
     assert stopped
     try:
         for pid in stopped:
@@ -123,14 +131,27 @@ def held_up(service: Service) -> Iterator[None]:
                 os.kill(pid, signal.SIGCONT)
 
 
-def workers(service: Service) -> list[int]:
-    """Find the service's worker processes."""
+def workers(daemon: Process) -> list[int]:
+    """Find a daemon's worker processes."""
     found = []
-    for pid in processes(service.mark):
+    for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if b"snapd_native.trees.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
+            _, parent, *_ = (process / "stat").read_text().rpartition(")")[2].split()
+            command = (process / "cmdline").read_bytes()
+            if int(parent) == daemon.pid and b"snapd_native.trees.worker" in command:
+                found.append(int(process.name))
     return found
+
+
+def directories_copied(state: Path) -> int | None:
+    """Count the directories in the tree that is being copied; None if there is none."""
+    for name in os.listdir(state / "snapshots"):
+        if name.startswith("new-"):
+            try:
+                return len(os.listdir(state / "snapshots" / name))
+            except FileNotFoundError:
+                break
+    return None
 
 
 def count_open(service: Service) -> tuple[int, int]:
