@@ -37,6 +37,7 @@ def test_nothing_is_wrong_with_what_is_in_use(full: Snapshotter, places: Path) -
     full.mounter.mount("work")
     full.mounter.mount("look", str(place(places)))
     full.remove("lone")
+    full.upkeep.cleanup()
     full.update("base", {"of": "base", "snapd-native.standby": "1"})
     eventually(lambda: full.standby("base")[0] == 1)
     before = state_of(full)

@@ -29,6 +29,7 @@ from tests.full_disks import (
 )
 from tests.mounting import mounted_on
 from tests.service import committed, everything, refused, serving
+from tests.waiting import eventually
 
 
 @pytest.fixture(params=SIZES)
@@ -149,7 +150,7 @@ def test_starting_without_room(small: FileSystem, killed: bool) -> None:
         use_up(small.root)
         with opened(state) as engine:
             check_reads(engine)
-            assert len(directories(engine)) == 5
+            eventually(lambda: len(directories(engine)) == 5)
             assert engine.upkeep.check() == []
             assert engine.stat("work").labels == ({"killed": "after this"} if killed else {})
             assert ("last" in names(engine)) is killed
@@ -234,7 +235,7 @@ def test_the_watchdog_is_fed(on_bus: str, small: FileSystem, notifications: Noti
         fill(engine)
     (small.root / "state-run").mkdir()
     use_up(small.root)
-    with started(on_bus, small.root / "state", notifications, WATCHDOG_USEC="60000") as daemon:
+    with started(on_bus, small.root / "state", notifications, WATCHDOG_USEC="600000") as daemon:
         notifications.until("READY=1")
         use_up(small.root)
         # So many that the last ones are of after that.

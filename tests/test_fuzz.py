@@ -152,7 +152,7 @@ class Fuzzed:
                 status = tree.stat()
                 trees.append((tree.name, status.st_mode, status.st_mtime_ns, os.listdir(tree)))
         places = [(path, path.lstat().st_mode) for path in (self.scratch / "places").iterdir()]
-        return snapshots, mounts, sorted(trees), sorted(places), below(Path("/"))
+        return snapshots, mounts, sorted(trees), sorted(places), below(self.scratch)
 
     def judge(self, packet: Packet, answer: Message, others: Iterable[str] = ()) -> bool:
         """Check that an answer is one of the contract's; return whether the call was refused."""

@@ -136,6 +136,7 @@ def test_the_journal_has_an_entry_for_each_change(journal: Journal, tmp_path: Pa
     state = tmp_path / "state"
     with daemon(journal.command, state) as said:
         some_calls()
+        eventually(lambda: bool(journal.entries("SNAPD_NATIVE_OPERATION=Update")))
     assert said.read_text() == ""
     found = journal.entries("SYSLOG_IDENTIFIER=snapd-native")
     assert found[0]["MESSAGE"].startswith(f"serving {state} on ")
