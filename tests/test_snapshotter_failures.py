@@ -34,7 +34,7 @@ from tests.engines import (
     read,
 )
 from tests.filesystems import mounted
-from tests.waiting import eventually
+from tests.waiting import WAIT, eventually
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,8 @@ def test_a_failing_system_call_undoes_everything(
         call = full.commit if committing else full.prepare
         with pytest.raises(error) as caught:
             call("new", "work" if committing else "base")
+        # What is synced in the background fails now or never.
+        full._syncer.submit(lambda: None).result(WAIT)
     assert "/a/path" not in str(caught.value)
     assert (directories(full), full.list()) == before
     full.prepare("new", "base")
@@ -80,6 +82,7 @@ def test_what_a_failed_write_may_have_cost_is_never_committed(full: Snapshotter,
         patch.setattr(StateDirectory, "sync", fail(code))
         with pytest.raises(SnapdError):
             full.commit("done", "work")
+        full._syncer.submit(lambda: None).result(WAIT)
     for key in ("work", "lone"):
         with pytest.raises(DataLoss, match="prepare it anew"):
             full.commit("done", key)
