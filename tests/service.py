@@ -283,6 +283,15 @@ def committed_big(client: BlockingClient, name: str, files: int = 20_000) -> Pat
     return root
 
 
+def with_larger_and_larger(client: BlockingClient, scenario: Callable[[], bool]) -> None:
+    """Repeat a scenario that deletes `big`, until it says that this took long enough."""
+    for files in (40_000, 80_000, 160_000):
+        committed_big(client, "big", files)
+        if scenario():
+            return
+    pytest.fail("everything is deleted before anything else is answered")
+
+
 async def wait_until_held(client: Client, key: str) -> None:
     """Return when a call that is still running holds ``key``; nothing is changed by asking."""
     while True:

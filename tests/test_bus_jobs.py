@@ -37,8 +37,9 @@ from tests.service import (
     everything,
     refused,
     serving,
+    with_larger_and_larger,
 )
-from tests.watching import Watch, count_open, directories_copied, held_up, watch
+from tests.watching import Watch, count_open, held_up, is_half_copied, watch
 
 pytestmark = on_ext4
 
@@ -65,7 +66,7 @@ def test_a_job_from_its_beginning_to_its_end(
         removed = await watched.signal("JobRemoved", path)
         number = int(path.removeprefix(f"{JOB_PATH}/"))
         # What takes effect at once may do so before the job is told of.
-        order = [name for name in watched.order() if name != "PropertiesChanged"]
+        order = watched.order()
         assert sorted(order) == sorted(["JobNew", "reply", change, "JobRemoved"])
         assert [name for name in order if name != change] == ["JobNew", "reply", "JobRemoved"]
         assert order[-1] == "JobRemoved"
@@ -163,19 +164,16 @@ def test_progress_is_told_five_times_a_second_at_most(
     committed_big(shared_client, "base")
     usage = shared_client.usage("base")
 
-    def is_half_done() -> bool:
-        return 0 < (directories_copied(shared.state) or 0) < 20
-
     async def scenario(watched: Watch) -> None:
         for number in count():
             watched.forget()
             begun = time.monotonic()
             (path,) = await watched.call("PrepareJob", "ssa{sv}", f"{number}", "base", {})
-            while not (watched.signals("JobRemoved") or is_half_done()):
+            while not (watched.signals("JobRemoved") or is_half_copied(shared.state, 20)):
                 await watched.call("Stat", "s", "base")
             with held_up(shared):
                 # A fast copy may be done before anybody could stop it.
-                if is_half_done():
+                if is_half_copied(shared.state, 20):
                     await watched.signal("PropertiesChanged", path)
                     break
             await watched.signal("JobRemoved", path)
@@ -226,7 +224,7 @@ def test_a_call_that_takes_long_shows_as_a_job(filled: Service, member: str) -> 
             assert (job.id, job.operation, job.key, job.uid) == (number, operation, key, 0)
         await calling
         order = ["JobNew", *([change] if change else []), "JobRemoved", "reply"]
-        assert [name for name in watched.order() if name != "PropertiesChanged"] == order
+        assert watched.order() == order
         (removed,) = watched.signals("JobRemoved")
         assert removed.body == [number, path, key, "done", "", ""]
 
@@ -259,12 +257,7 @@ def test_a_cleanup_that_takes_long_shows_as_a_job_that_can_be_cancelled(
         assert removed[:4] == [number, path, "", "cancelled"]
         return True
 
-    for files in (40_000, 80_000, 160_000):
-        committed_big(shared_client, "big", files)
-        if watch(scenario):
-            break
-    else:
-        pytest.fail("everything is deleted at once")
+    with_larger_and_larger(shared_client, lambda: watch(scenario))
     shared_client.cleanup()
     assert shared.directories() == []
 
@@ -412,7 +405,7 @@ def test_who_wants_no_reply_gets_a_job_all_the_same(filled: Service) -> None:
         )
         await watched.bus.send(message)
         assert (await watched.signal("JobRemoved"))[3] == "done"
-        order = [name for name in watched.order() if name != "PropertiesChanged"]
+        order = watched.order()
         assert sorted(order) == ["JobNew", "JobRemoved", "SnapshotAdded"]
         assert order[-1] == "JobRemoved"
 

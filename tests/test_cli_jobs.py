@@ -20,8 +20,9 @@ from snapd_native.cli.exits import INTERRUPTED, STATUSES
 from snapd_native.client import BlockingClient, Job
 from snapd_native.model import DIGEST_LABEL, STANDBY_LABEL
 from tests.filesystems import FileSystem, scratch_on
-from tests.service import PATIENCE, Service, committed, committed_big, processes, serving
+from tests.service import PATIENCE, Service, committed, committed_big, serving
 from tests.waiting import eventually
+from tests.watching import workers
 
 FILES = 20_000
 
@@ -73,7 +74,7 @@ def stopped_crew(service: Service) -> Iterator[Callable[[], None]]:
     pids: set[int] = set()
 
     def stop() -> None:
-        for pid in filter(is_worker, processes(service.mark)):
+        for pid in workers(service):
             os.kill(pid, signal.SIGSTOP)
             pids.add(pid)
 
@@ -92,12 +93,6 @@ def stopped_crew(service: Service) -> Iterator[Callable[[], None]]:
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
-
-
-def is_worker(pid: int) -> bool:
-    with suppress(OSError):
-        return b"snapd_native.trees.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    return False
 
 
 @contextmanager

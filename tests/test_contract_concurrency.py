@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 
-import pytest
 from dbus_next.constants import MessageType
 from dbus_next.message import Message
 
@@ -26,11 +25,11 @@ from snapd_native.wire.names import BUS_NAME, OBJECT_PATH
 from tests.service import (
     Service,
     committed,
-    committed_big,
     connection,
     refused,
     run,
     wait_until_held,
+    with_larger_and_larger,
 )
 from tests.watching import held_up
 
@@ -300,9 +299,4 @@ def test_nobody_waits_for_a_deletion(shared: Service, shared_client: BlockingCli
         await cleaning
         return was_longer
 
-    for files in (40_000, 80_000, 160_000):
-        committed_big(shared_client, "big", files)
-        if run(scenario):
-            break
-    else:
-        pytest.fail("the calls were answered only after the deletion")
+    with_larger_and_larger(shared_client, lambda: run(scenario))

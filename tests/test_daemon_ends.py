@@ -23,7 +23,7 @@ from tests.service import (
     serving,
     wait_until_held,
 )
-from tests.watching import directories_copied, held_up
+from tests.watching import directories_copied, held_up, is_half_copied
 
 FILES = 10_000
 """In the tree that is copied when the end comes."""
@@ -102,11 +102,11 @@ def test_a_copy_that_takes_too_long_at_the_end_is_undone(
             while True:
                 running = asyncio.ensure_future(client.prepare("new", "big"))
                 async with Client() as other:
-                    while not (running.done() or is_half_done(state)):
+                    while not (running.done() or is_half_copied(state, FILES // 1000)):
                         await other.stat("big")
                 with held_up(daemon):
                     # A fast copy may be done before anybody could stop it.
-                    if is_half_done(state):
+                    if is_half_copied(state, FILES // 1000):
                         daemon.terminate()
                         with refused(Unavailable, "is stopping"):
                             await running
@@ -156,10 +156,6 @@ def test_a_crash_leaves_all_or_nothing(
             client.prepare("key", "big")
         run(scenario)
     assert consistent(on_bus, state).keys() in allowed
-
-
-def is_half_done(state: Path) -> bool:
-    return 0 < (directories_copied(state) or 0) < FILES // 1000
 
 
 def test_what_was_acknowledged_survives_a_crash(on_bus: str, scratch: Path) -> None:

@@ -89,3 +89,23 @@ def test_what_one_has_removed_another_cannot_bring_back(load: Load) -> None:
     load.refused(first, gone=False)
     load.done(second)
     assert load.compare() == []
+
+
+def test_a_view_that_another_may_still_remove_is_not_missed(load: Load) -> None:
+    load.done(load.begin("view", "look"))
+    load.begin("remove", "look")
+    load.refused(load.begin("remove", "look"), gone=False)
+    assert load.compare("base") == []
+
+
+def test_a_view_that_another_has_removed_is_not_missed(load: Load) -> None:
+    load.done(load.begin("view", "look"))
+    load.begin("remove", "look")
+    load.refused(load.begin("remove", "look"), gone=True)
+    assert load.compare("base") == []
+
+
+def test_a_view_whose_remove_was_refused_is_missed(load: Load) -> None:
+    load.done(load.begin("view", "look"))
+    load.refused(load.begin("remove", "look"), gone=False)
+    assert load.compare("base") == ["look is lost"]

@@ -81,10 +81,14 @@ class Watch:
         ]
 
     def order(self) -> list[str]:
-        """Return what has arrived: signals by their names, and replies."""
+        """Return what has arrived: signals by their names, and replies.
+
+        Without progress, which jobs that take long enough tell of at any time.
+        """
         return [
             message.member if message.message_type is MessageType.SIGNAL else "reply"
             for message in self.arrived
+            if message.member != "PropertiesChanged"
         ]
 
     def forget(self) -> None:
@@ -152,6 +156,11 @@ def directories_copied(state: Path) -> int | None:
             except FileNotFoundError:
                 break
     return None
+
+
+def is_half_copied(state: Path, directories: int) -> bool:
+    """Tell whether some of the ``directories`` of a tree are in its copy, and some are not."""
+    return 0 < (directories_copied(state) or 0) < directories
 
 
 def count_open(service: Service) -> tuple[int, int]:

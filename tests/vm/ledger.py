@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +26,6 @@ class Ledger:
     """View was begun, and Remove not done; whether it must be there."""
     labels: dict[str, list[Labels]] = field(default_factory=dict)
     """What committed snapshots may have; one, unless Update was begun and nothing heard of it."""
-    removing: Counter[str] = field(default_factory=Counter)
-    """How many have begun to remove it and have not heard of it."""
     acknowledged: int = 0
     """Commits."""
     failures: list[str] = field(default_factory=list)
@@ -36,7 +33,6 @@ class Ledger:
 
     def begin(self, call: dict[str, Any]) -> None:
         key = call["key"]
-        self.removing[key] += call["operation"] == "remove"
         match call["operation"]:
             case "prepare":
                 parent = call["parent"]
@@ -55,7 +51,6 @@ class Ledger:
 
     def done(self, call: dict[str, Any]) -> None:
         key = call["key"]
-        self.removing[key] -= call["operation"] == "remove"
         match call["operation"]:
             case "commit":
                 self.acknowledged += 1
@@ -75,17 +70,15 @@ class Ledger:
 
     def refused(self, call: dict[str, Any], *, gone: bool) -> None:
         assert call["operation"] != "commit", f"{call} was refused"
-        self.removing[call["key"]] -= call["operation"] == "remove"
         self._undone(call, gone=gone)
 
-    def failed(self, call: dict[str, Any], error: str) -> None:
+    def failed(self, call: dict[str, Any], error: str, *, gone: bool) -> None:
         self.failures.append(error)
-        self.removing[call["key"]] -= call["operation"] == "remove"
         if not call.get("doubtful"):
-            self._undone(call, gone=False)
+            self._undone(call, gone=gone)
 
     def _undone(self, call: dict[str, Any], *, gone: bool) -> None:
-        """All is as it was before the call."""
+        """All is as it was before the call, but for what another may have removed (``gone``)."""
         key = call["key"]
         match call["operation"]:
             case "prepare":
@@ -97,8 +90,9 @@ class Ledger:
                 self.views.pop(key)
             case "update":
                 self.labels[key].remove(call["labels"])
-            # It may be gone by another's Remove, whose line is not written yet.
-            case "remove" if key in self.perhaps and not gone and not self.removing[key]:
+            case "remove" if gone:
+                pass
+            case "remove" if key in self.perhaps:
                 self.committed[key] = self.perhaps.pop(key)
             case "remove" if key in self.views:
                 self.views[key] = True
@@ -138,7 +132,6 @@ class Ledger:
         self.views = {n: True for n, o in there.items() if o["kind"] == "view"}
         self.labels = {n: [o["labels"]] for n, o in there.items() if o["kind"] == "committed"}
         self.perhaps = {}
-        self.removing.clear()
         return troubles
 
     def _compare_active(self, key: str, files: Files) -> list[str]:
@@ -166,13 +159,19 @@ class Book:
             return
         call = self._calls.pop(told["call"])
         ledger = self.ledgers[call["instance"]]
+        # Another's Remove may have taken it, or may yet.
+        gone = told.get("gone", False) or any(
+            (other["operation"], other["instance"], other["key"])
+            == ("remove", call["instance"], call["key"])
+            for other in self._calls.values()
+        )
         match told["at"]:
             case "done":
                 ledger.done(call)
             case "refused":
-                ledger.refused(call, gone=told["gone"])
+                ledger.refused(call, gone=gone)
             case "failed":
-                ledger.failed(call, f"{told['error']}: {told['message']}")
+                ledger.failed(call, f"{told['error']}: {told['message']}", gone=gone)
 
     def doubt(self) -> None:
         """Take it that what is open may have happened as a whole, whatever is answered."""
