@@ -2,12 +2,15 @@
 
 PYTHON ?= /usr/bin/python3
 bin := .venv/bin
-STORM_KILLS ?= 250
-FUZZ_CALLS ?= 50000
-SOAK_MINUTES ?= 30
+# One more than there are processors, because tests also wait for the disk.
+JOBS ?= $(shell expr $$(nproc) + 1)
+N ?= 10
+pytest := $(bin)/pytest $(if $(SEED),--randomly-seed=$(SEED))
+parallel := --numprocesses $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check storm fuzz soak vm-test vm-powercut deb bench bench-metastore clean runtime development benchmark
+.PHONY: help demo test lint types unit check test-all check-all coverage test-repeat storm fuzz soak \
+    vm-test vm-up vm-down vm-powercut deb bench bench-metastore clean static runtime development benchmark
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,32 +18,63 @@ help: ## list the targets
 demo: runtime ## show the service at work on a bus of its own (root)
 	@$(bin)/snapd-native demo
 
-test: lint types check ## everything that has to pass before a change is merged (root)
+test: lint types check ## everything that has to pass before a change is merged (root, 4 minutes)
 
-lint: development ## style and formatting
+test-all: lint types check-all ## test, and the long tests too (root, 20 minutes)
+
+lint: static ## style and formatting (no root)
 	@$(bin)/ruff check .
 	@$(bin)/ruff format --check .
 
-types: development ## static types
+types: static ## static types (no root)
 	@$(bin)/mypy
 
-check: development ## the tests alone (root)
-	@$(bin)/pytest
+unit: static ## the tests that need no root
+	@$(pytest) tests/unit
 
+check: development ## the quick tests alone (root); JOBS=1 runs one at a time, SEED=N repeats an order
+	@$(pytest) $(parallel)
+
+check-all: export STORM_KILLS ?= 50
+check-all: export FUZZ_CALLS ?= 10000
+check-all: export SOAK_MINUTES ?= 5
+check-all: development
+	@$(pytest) $(parallel) -m ''
+
+coverage: development ## which lines the quick tests do not run (root); build/coverage/html
+	@rm -rf build/coverage
+	@mkdir -p build && mkdir -m 1777 build/coverage
+	@$(bin)/coverage run -m pytest $(parallel)
+	@$(bin)/coverage combine --quiet
+	@$(bin)/coverage html --quiet
+	@$(bin)/coverage report
+
+test-repeat: development ## run the quick tests N times, every second time beside a load (root)
+	@tools/test-repeat $(N) build/test-repeat $(MAKE) --no-print-directory check
+
+storm: export STORM_KILLS ?= 250
 storm: development ## kill the service 500 times under load (root, 10 minutes)
-	@STORM_KILLS=$(STORM_KILLS) $(bin)/pytest -s tests/test_storm.py
+	@$(pytest) -s -m '' tests/load/test_storm.py
 
+fuzz: export FUZZ_CALLS ?= 50000
 fuzz: development ## call the service 50,000 times as nobody would (root, 5 minutes)
-	@FUZZ_CALLS=$(FUZZ_CALLS) $(bin)/pytest -s tests/test_fuzz.py
+	@$(pytest) -s -m '' tests/load/test_fuzz.py
 
+soak: export SOAK_MINUTES ?= 30
 soak: development ## load the service with 32 clients for 30 minutes (root)
-	@SOAK_MINUTES=$(SOAK_MINUTES) $(bin)/pytest -s tests/test_soak.py
+	@$(pytest) -s -m '' tests/load/test_soak.py
 
-vm-test: development ## prove the service in a virtual machine (root, 20 minutes)
-	@$(bin)/python tools/vm/run test
+vm-test: development ## prove the service in a virtual machine (root, 20 minutes); ONLY=TESTS runs some
+	@$(bin)/python -m tools.vm test $(if $(ONLY),--only "$$ONLY")
+
+vm-up: development ## start a virtual machine that vm-test uses until vm-down (root, 3 minutes)
+	@$(bin)/python -m tools.vm up
+
+vm-down: development ## destroy the virtual machine of vm-up (root)
+	@$(bin)/python -m tools.vm down
 
 vm-powercut: development ## cut the power of a virtual machine 20 times (root, an hour)
-	@$(bin)/python tools/vm/run powercut
+	@$(bin)/python -m tools.vm powercut
 
 deb: ## build the Debian package into dist/ (root)
 	@tools/build-deb
@@ -56,5 +90,5 @@ clean: ## remove the virtual environment, what was built and the caches
 	@find . -path ./.git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # The lock keeps `make -j demo test` and a second make from building one .venv at the same time.
-runtime development benchmark:
+static runtime development benchmark:
 	@flock --close . tools/bootstrap $@ "$(PYTHON)" "make $(MAKECMDGOALS)"

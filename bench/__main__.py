@@ -101,7 +101,7 @@ def main(
     needed = MARGIN + round(scale * (3 * sum(sizes) + max(sizes)))
     if short := shortage(directory, needed):
         raise click.ClickException(short)
-    # Whoever ends us wants everything cleaned up, as with Ctrl-C.
+    # A signal to end cleans everything up, as Ctrl-C does.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)

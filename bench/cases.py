@@ -1,4 +1,4 @@
-"""What is measured, on one file system."""
+"""The measurements on one file system."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the numbers belong to."""
+"""The machine that the numbers were measured on."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ CALLS: Mapping[str, tuple[Callable[[Subject], None], int]] = {
     "View": (Subject.view, 300),
     "Remove": (Subject.remove, 600),
 }
-"""What is measured, and how often; Remove takes what Prepare and View made."""
+"""The calls that are measured, and how often; Remove takes the snapshots of Prepare and View."""
 
 
 def _name(number: int) -> str:

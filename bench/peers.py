@@ -48,7 +48,7 @@ class Keeper(Copier, Protocol):
 
     @property
     def memory(self) -> Peak:
-        """What its processes have taken at most."""
+        """The peak memory of its processes."""
         ...
 
     def view(self, key: str, parent: str) -> None:

@@ -1,4 +1,4 @@
-"""What was measured, and what it comes to."""
+"""Measurements and their summary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.trees import Shape
 
 
 class Case(StrEnum):
-    """What is measured; the value is its name for people."""
+    """The quantity that is measured; the value is its name for people."""
 
     PREPARE = "Prepare"
     STANDBY = "Prepare, standby"

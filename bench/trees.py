@@ -161,7 +161,7 @@ ROOTFS = Tree(
     standby=3,
     make=_rootfs,
 )
-"""What the calls other than Prepare are measured on, too."""
+"""The tree on which the calls other than Prepare are measured."""
 
 SMALL = _of_small("small", 100_000, rounds=3, standby=2)
 

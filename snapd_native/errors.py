@@ -17,7 +17,7 @@ class SnapdError(Exception):
 
 
 class InvalidArgument(SnapdError):
-    """The call is malformed, whatever the state of the service."""
+    """The call is malformed; it fails like this in every state of the service."""
 
 
 class NotFound(SnapdError):

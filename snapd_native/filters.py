@@ -9,6 +9,7 @@ that takes too long is stopped.
 
 from __future__ import annotations
 
+import time
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,12 @@ MAX_FILTER = 16384
 
 MAX_FILTERS = 100
 """Filters in one call."""
+
+MAX_FIELDS = 2000
+"""Selectors in one call, each counted with the parts of its field path."""
+
+MATCH_SECONDS = 5.0
+"""Processor time that the comparisons of one call may take; regular expressions have their own."""
 
 _QUOTES = '/|"'
 _OPERATOR = "=!~"
@@ -63,21 +70,29 @@ class Selector:
         return (value or "") != self.value
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Filter:
-    """A disjunction of conjunctions; without any, it matches everything."""
+    """A disjunction of conjunctions, for one call; without any, it matches everything."""
 
     alternatives: tuple[tuple[Selector, ...], ...] = ()
+    left: float = MATCH_SECONDS
+    """Seconds of processor time that are left for comparisons."""
 
     def matches(self, info: Info) -> bool:
         """Tell whether all selectors of one alternative match.
 
         Raises:
-            InvalidArgument: a regular expression takes too long.
+            InvalidArgument: a regular expression takes too long, or all comparisons so far do.
         """
         if not self.alternatives:
             return True
-        return any(all(s.matches(info) for s in selectors) for selectors in self.alternatives)
+        if self.left < 0:
+            raise InvalidArgument("the filters take too long: give fewer of them")
+        begun = time.thread_time()
+        try:
+            return any(all(s.matches(info) for s in selectors) for selectors in self.alternatives)
+        finally:
+            self.left -= time.thread_time() - begun
 
 
 def parse(filters: Sequence[str]) -> Filter:
@@ -89,7 +104,13 @@ def parse(filters: Sequence[str]) -> Filter:
     if len(filters) > MAX_FILTERS:
         raise InvalidArgument(f"{len(filters)} filters are too many: give at most {MAX_FILTERS}")
     budget = Budget()
-    return Filter(tuple(_Parser(text, budget).selectors() for text in filters))
+    alternatives = tuple(_Parser(text, budget).selectors() for text in filters)
+    fields = sum(len(selector.path) for selectors in alternatives for selector in selectors)
+    if fields > MAX_FIELDS:
+        raise InvalidArgument(
+            f"the filters have {fields} fields and parts of fields: give at most {MAX_FIELDS}"
+        )
+    return Filter(alternatives)
 
 
 def _field(info: Info, path: tuple[str, ...]) -> str | None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 
 from snapd_native.errors import Cancelled
 from snapd_native.model import Usage, quote
+
+_POLL_SECONDS = 0.05
+"""How often work that waits for its turn looks whether it is cancelled."""
 
 
 class Operation(StrEnum):
@@ -23,10 +27,17 @@ class Operation(StrEnum):
 
 
 class Job:
-    """One piece of work. Who does it begins it, reports, and concludes; any thread may look on."""
+    """One piece of work: its thread begins it, reports and concludes; any thread may watch it."""
 
-    def __init__(self, begun: Callable[[], object] = lambda: None) -> None:
-        """Have ``begun`` called when the work begins: what is refused at once never does."""
+    def __init__(
+        self,
+        begun: Callable[[], object] = lambda: None,
+        places: threading.Semaphore | None = None,
+    ) -> None:
+        """Have ``begun`` called when the work begins: what is refused at once never does.
+
+        All jobs with the same ``places`` take turns: only so many of them work at a time.
+        """
         self.operation: Operation | None = None
         """What is done; None before it has begun."""
         self.key = ""
@@ -34,6 +45,7 @@ class Job:
         self.total = Usage(0, 0)
         """What will be done in all; zeros while that is unknown."""
         self._begun = begun
+        self._places = places
         self._inodes = 0
         self._size = 0
         self._lock = threading.Lock()
@@ -53,6 +65,22 @@ class Job:
             self.total = total
         self._begun()
 
+    @contextmanager
+    def turn(self, report: Callable[[int, int], None]) -> Iterator[None]:
+        """Wait for one of the job's places, and keep it for the block.
+
+        ``report`` is called meanwhile; it may raise to end the wait.
+        """
+        if self._places is None:
+            yield
+            return
+        while not self._places.acquire(timeout=_POLL_SECONDS):
+            report(0, 0)
+        try:
+            yield
+        finally:
+            self._places.release()
+
     def report(self, inodes: int, size: int) -> None:
         """Count inodes and bytes that were done since the last report.
 
@@ -65,7 +93,7 @@ class Job:
             raise self._cancellation()
 
     def conclude(self) -> None:
-        """Say that the work takes effect now, which nobody can cancel anymore.
+        """Say that the work takes effect now, and can no longer be cancelled.
 
         Raises:
             Cancelled: somebody has, and it is to be undone.

@@ -30,9 +30,14 @@ MOUNT_ATTR_NODEV = 0x00000004
 MOUNT_ATTR_NOATIME = 0x00000010
 MOUNT_ATTR__ATIME = 0x00000070
 
+CLONE_FS = 0x00000200
+CLONE_NEWNS = 0x00020000
+
 FICLONE = 0x40049409
 FS_IOC_GETFLAGS = 0x80086601
 FS_IOC_SETFLAGS = 0x40086602
+FS_IOC_FSGETXATTR = 0x801C581F
+FS_IOC_FSSETXATTR = 0x401C5820
 FS_APPEND_FL = 0x00000020
 FS_IMMUTABLE_FL = 0x00000010
 
@@ -132,10 +137,29 @@ def umount2(path: str, flags: int) -> None:
     _checked(_libc.umount2(ctypes.c_char_p(os.fsencode(path)), ctypes.c_int(flags)), "umount2")
 
 
-def mount_id(fd: int) -> int:
-    """Return the number that /proc/self/mountinfo has for the mount behind ``fd``."""
-    with open(f"/proc/self/fdinfo/{fd}") as fdinfo:
+def enter_mount_namespace(fd: int) -> None:
+    """Bring this thread, and no other one, into the mount namespace ``fd``; see setns(2)."""
+    _checked(_libc.unshare(ctypes.c_int(CLONE_FS)), "unshare")
+    _checked(_libc.setns(ctypes.c_int(fd), ctypes.c_int(CLONE_NEWNS)), "setns")
+
+
+def mount_id(fd: int, proc: int | None = None) -> int:
+    """Return the number that /proc/self/mountinfo has for the mount behind ``fd``.
+
+    ``proc`` is the open directory /proc, where the thread cannot reach that by its path.
+    """
+    path = f"self/fdinfo/{fd}" if proc is not None else f"/proc/self/fdinfo/{fd}"
+    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)) as fdinfo:
         return next(int(line.split()[1]) for line in fdinfo if line.startswith("mnt_id:"))
+
+
+def is_uninterruptible(thread: int) -> bool:
+    """Tell whether a thread of this process waits in state D; see proc_pid_stat(5)."""
+    try:
+        with open(f"/proc/self/task/{thread}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] == "D"
+    except FileNotFoundError:
+        return False
 
 
 def syncfs(fd: int) -> None:
@@ -151,10 +175,26 @@ def ficlone(source: int, target: int) -> bool:
     try:
         fcntl.ioctl(target, FICLONE, source)
     except OSError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL):
+        # ETXTBSY: one of them is an active swap file.
+        cannot = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ETXTBSY)
+        if error.errno in cannot:
             return False
         raise
     return True
+
+
+def join_project(fd: int, directory: int) -> None:
+    """Give an open directory the quota project of another one; see quotactl(2).
+
+    Where new files inherit the project of ``directory``, nothing of another project can be renamed
+    into it (EXDEV).
+    """
+    # struct fsxattr: the project is the fourth of its numbers.
+    project, attributes = bytearray(28), bytearray(28)
+    fcntl.ioctl(directory, FS_IOC_FSGETXATTR, project)
+    fcntl.ioctl(fd, FS_IOC_FSGETXATTR, attributes)
+    attributes[12:16] = project[12:16]
+    fcntl.ioctl(fd, FS_IOC_FSSETXATTR, attributes)
 
 
 def clear_protection(fd: int) -> bool:

@@ -34,11 +34,11 @@ class Lifetime(StrEnum):
     PERSISTENT = "persistent"
     """Until it is unmounted, also over a restart of the machine."""
     CLIENT = "client"
-    """Until whoever asked for it leaves the bus."""
+    """Until the client that called Mount leaves the bus."""
 
 
 class Kind(StrEnum):
-    """What a snapshot is; the value is its name on the wire."""
+    """The kind of a snapshot; the value is its name on the wire."""
 
     VIEW = "view"
     ACTIVE = "active"
@@ -46,7 +46,7 @@ class Kind(StrEnum):
 
 
 class Trouble(StrEnum):
-    """What a finding is about; the value is its name on the wire."""
+    """The subject of a finding; the value is its name on the wire."""
 
     DATABASE = "database"
     """The database is damaged, or breaks its own rules."""
@@ -55,7 +55,7 @@ class Trouble(StrEnum):
     ORPHAN = "orphan"
     """A directory is no snapshot's."""
     LEFTOVER = "leftover"
-    """What was removed could not be deleted."""
+    """The directory of a removed snapshot could not be deleted."""
     FOREIGN = "foreign"
     """Something lies among the directories that the service did not make."""
     MOUNT = "mount"
@@ -84,7 +84,7 @@ class Mounted:
     read_only: bool
     lifetime: Lifetime
     uid: int
-    """Who asked for it."""
+    """The user that called Mount."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,7 @@ def _translate(text: str) -> str:
 
 
 class _Repeats:
-    """What may be repeated, and how often.
+    """Count the repetitions in an expression, and refuse too many.
 
     The counts of repetitions inside each other are multiplied, as Go does: the engine would need
     memory for each of them.

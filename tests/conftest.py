@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 pytest_plugins = [
-    "tests.engines",
-    "tests.filesystems",
-    "tests.mounting",
-    "tests.plots",
-    "tests.service",
-    "tests.watching",
-    "tests.bus_mounting",
-    "tests.daemons",
+    "tests.support.in_process",
+    "tests.support.engine",
+    "tests.support.file_systems",
+    "tests.support.kernel_mounts",
+    "tests.support.sample_trees",
+    "tests.support.service",
+    "tests.support.sharing",
+    "tests.support.job_watch",
+    "tests.support.bus_mounts",
+    "tests.support.daemon_process",
 ]
 
 # A job in the background of a script ignores it, and so would everything that is tested here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Whatever ends a run early, what it has mounted and started is cleaned up.
+# Mounts and processes are cleaned up even if a signal ends the run early.
 signal.signal(signal.SIGTERM, signal.default_int_handler)
+# Every program that a test starts would compile all its modules.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -57,7 +57,7 @@ class Authority:
     async def check(
         self, call: Call, action: Action, details: Mapping[str, str] | None = None
     ) -> int:
-        """Return the uid of whoever makes ``call``, if it may do ``action``.
+        """Return the uid of the caller of ``call``, if it may do ``action``.
 
         A person who is asked is shown ``details``.
 
@@ -83,8 +83,11 @@ class Authority:
         )
 
     def knows(self, sender: str) -> bool:
-        """Tell whether a connection that was checked is still there."""
-        return sender in self._uids
+        """Tell whether a connection whose uid was known is still on the bus."""
+        asked = self._uids.get(sender)
+        # A late call of a connection that has left asks about it again: that question is open, or
+        # it has failed, because the bus never gives a unique name twice.
+        return asked is not None and asked.done() and asked.exception() is None
 
     def forget(self, sender: str) -> None:
         """Drop what is known of a connection that has left the bus, and what is asked about it."""
@@ -93,7 +96,7 @@ class Authority:
             question.cancel()
 
     def close(self) -> None:
-        """Give up whatever is still asked, and ask no more."""
+        """Cancel the open questions to polkit, and ask no more."""
         self._closed = True
         for sender in list(self._questions):
             self.forget(sender)
@@ -105,8 +108,8 @@ class Authority:
             AccessDenied: it is gone.
             ResourceExhausted: too many of its calls ask that at once.
         """
-        # What is kept is the question: one that is asked at once again waits for the same answer,
-        # and a connection that leaves meanwhile is forgotten all the same.
+        # The pending question is kept, not only its answer: a second call waits for the same
+        # answer, and a connection that leaves before the answer is forgotten too.
         asked = self._uids.get(sender)
         if asked is None:
             question = self._bus.ask_driver("GetConnectionUnixUser", "s", [sender])

@@ -1,4 +1,4 @@
-"""What waits at the bus for clients that do not read it, so that none is in another's way.
+"""Limit the messages that wait at the bus for clients that do not read them.
 
 dbus-daemon takes nothing more from a connection while 127 MiB of its messages, or 64 descriptors,
 wait for others to read them (``max_incoming_bytes`` and ``max_incoming_unix_fds`` in
@@ -33,13 +33,13 @@ ROOM = 96 << 20
 """Bytes that may wait in all, beside what each client has of its own."""
 
 OWN = 64 << 10
-"""Bytes that may wait for each client, whatever waits for others."""
+"""Bytes that may always wait for each client, however much waits for others."""
 
 OWN_IN_ALL = 16 << 20
-"""What that comes to at most; the rest of what the bus allows is for signals."""
+"""Bytes that all clients together may have of `OWN`; the rest of the bus's limit is for signals."""
 
 DESCRIPTOR = ROOM // 48
-"""What a file descriptor counts as."""
+"""Bytes that a waiting file descriptor counts as."""
 
 LARGE = 64 << 10
 """Bytes beyond which an answer is better dropped than kept, unless it tells of a change."""
@@ -48,7 +48,7 @@ PATIENCE = 0.5
 """Seconds within which a client has to read so much that what waits here can be sent."""
 
 PAUSE = 0.1
-"""Seconds after which the bus is asked again if nobody has read anything, or else sooner."""
+"""Longest time, in seconds, between two questions to the bus while no client reads."""
 
 
 class Bus(Protocol):
@@ -193,7 +193,7 @@ class Backlog:
             self._asking = asyncio.get_running_loop().create_task(self._ask_on())
 
     async def _ask_on(self) -> None:
-        """Ask what waits, and let pass what there is room for, until nobody is suspected."""
+        """Ask the bus how much waits, and admit answers as there is room, until all is sent."""
         loop = asyncio.get_running_loop()
         try:
             while self._suspects:

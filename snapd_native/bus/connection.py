@@ -47,7 +47,7 @@ class ServiceConnection(Connection):
     def send_marshalled(self, message: bytearray, fds: Sequence[int] = ()) -> None:
         """Send a message that was marshalled elsewhere; it is dropped when the bus is gone.
 
-        With it go ``fds``, which are closed here, whatever happens.
+        It carries ``fds``, which are closed here in any case.
         """
         if not self.connected:
             close(fds)
@@ -100,7 +100,7 @@ class ServiceConnection(Connection):
         except Exception as error:
             self._finalize(error)
             return
-        # What is in the stream's buffer already, the loop does not know of.
+        # The event loop does not report data that the stream has already buffered.
         self._reading_on = True
         self._loop.call_soon(self._read_on)
 

@@ -12,6 +12,8 @@ from collections.abc import Collection, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
+from traceback import clear_frames
+from typing import Any
 
 from dbus_next.constants import MessageType
 from dbus_next.errors import DBusError
@@ -31,6 +33,7 @@ from snapd_native.bus.replies import ERROR, Answer, check_signature, failure, ma
 from snapd_native.errors import ResourceExhausted, Unavailable
 from snapd_native.jobs import Job
 from snapd_native.model import Change, quote
+from snapd_native.mounts import plain
 from snapd_native.snapshotter import Snapshotter
 from snapd_native.wire import names
 from snapd_native.wire.names import (
@@ -127,6 +130,9 @@ class Dispatcher:
                 answer = await self._handle(call, serial, until_sent)
             except Exception as error:
                 answer = failure(call, error, serial)
+                # Frames whose variables lead back to the error keep the call, which may be large,
+                # until the garbage collector runs.
+                clear_frames(error.__traceback__)
             if call.wants_reply:
                 await self._send(call, answer, serial, until_sent)
             else:
@@ -177,7 +183,7 @@ class Dispatcher:
         _, returns = self._shape.methods[call.member]
         if method.lane.may_take_long:
             return result(call, returns, await self._work(call, method, caller), serial)
-        extra = [caller] if method.lane is Lane.MOUNT else []
+        extra = [caller] if method.lane in (Lane.MOUNT, Lane.LIST) else []
 
         # Pages are, and descriptors are few. The next is not made before such a one is sent.
         is_large = method.lane is Lane.LIST or "h" in returns
@@ -196,8 +202,8 @@ class Dispatcher:
             # The caller may have fallen behind while it waited for its turn.
             self._backlog.check(call)
             answer = await asyncio.get_running_loop().run_in_executor(pool, run)
-        if extra and not self._authority.knows(call.sender):
-            # It has left since; nobody else will think of what was mounted for it.
+        if method.lane is Lane.MOUNT and not caller.is_there():
+            # It has left since, and its mounts would stay.
             self._mounter.release(caller.owner)
         return answer
 
@@ -208,17 +214,21 @@ class Dispatcher:
             AccessDenied: he may not.
         """
         uid, owner = await self._authority.uid(call.sender), self._owner(call.sender)
+        is_there = partial(self._authority.knows, call.sender)
         if uid == 0:
-            return Caller(uid, owner)
+            return Caller(uid, owner, is_there)
         texts = self._texts(call)
         if texts and method.user is not None:
             asking = partial(method.user, *texts.values())
             user = await self._lanes.run(Lane.USER, uid, asking)
             if uid == user:
-                return Caller(uid, owner, only_own=True)
+                return Caller(uid, owner, is_there, only_own=True)
+        if (target := texts.get("target", "")).startswith("/"):
+            # A rule for directories below one must not be led out of it.
+            texts["target"] = plain(target)
         details = {name: text[:MAX_TEXT] for name, text in texts.items()}
         await self._authority.check(call, method.action, details)
-        return Caller(uid, owner)
+        return Caller(uid, owner, is_there)
 
     async def _canceller(self, call: Call) -> int:
         """Return the uid of who calls a job's Cancel, if he may; who has begun it always may.
@@ -250,15 +260,15 @@ class Dispatcher:
     async def _work(self, call: Call, method: Method, caller: Caller) -> Body:
         """Call a method that may take long, and show it as a job when it does."""
         loop = asyncio.get_running_loop()
-        begun = asyncio.Event()
-        job = Job(partial(loop.call_soon_threadsafe, begun.set))
+        begun: asyncio.Future[None] = loop.create_future()
+        places = self._lanes.places(method.lane, caller.uid)
+        job = Job(partial(loop.call_soon_threadsafe, begun.set_result, None), places)
         doing = partial(self._perform, call, method, caller, job)
         work = loop.create_task(self._lanes.run(method.lane, caller.uid, doing))
         self._track(work)
-        beginning = loop.create_task(begun.wait())
-        await asyncio.wait({work, beginning}, return_when=asyncio.FIRST_COMPLETED)
-        beginning.cancel()
-        if begun.is_set() and method.returns_job:
+        either: set[asyncio.Future[Any]] = {work, begun}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if begun.done() and method.returns_job:
             return [self._jobs.show(job, caller.uid, work).path]
         await asyncio.wait({work}, timeout=PATIENCE)
         if not work.done():

@@ -116,8 +116,8 @@ class Reader(Unmarshaller):
         header_end = 16 + header_length + self._padding(header_length, 8)
         self.offset = 16
         self.read(header_end - 16 + body_length, prefetch=True)
-        # The message is here as a whole: whatever is wrong with it, the next one can be read. A
-        # length that lies must not read that one too.
+        # The message has been read as a whole, so the next one can be read even if this one is
+        # malformed. A wrong length inside must not read into the next one.
         self.stream = _END
         try:
             self.message = self._parsed(body_length, header_end)
@@ -150,8 +150,8 @@ class Reader(Unmarshaller):
                 payload=bytes(self.buf[body:]) if body_length <= MAX_CALL else b"",
                 endian=endian,
             )
-        # Nobody but the bus itself is listened to. Who else answers was asked: the bus passes on no
-        # reply that nobody waits for.
+        # Signals are accepted from the bus only, and replies from anybody who was asked: the bus
+        # delivers no other replies.
         is_reply = type_ in (MessageType.METHOD_RETURN.value, MessageType.ERROR.value)
         if sender != DRIVER and not (is_reply and self._awaits(fields.get(_REPLY_SERIAL, 0))):
             return Ignored()

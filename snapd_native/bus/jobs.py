@@ -29,7 +29,7 @@ class Shown:
     id: int
     job: Job
     uid: int
-    """Who asked for it."""
+    """The user that started the job."""
     ended: asyncio.Future[None]
 
     @property

@@ -1,21 +1,23 @@
-"""Bounded worker threads, so that no kind of call stands in the way of another."""
+"""Bounded worker threads, separate for each kind of call, so that no kind delays another."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from enum import Enum
 from typing import TypeVar
 
+from snapd_native import linux
 from snapd_native.errors import ResourceExhausted
 
 _T = TypeVar("_T")
 
 
 class Lane(Enum):
-    """What kind of work a call is: its worker threads, and the calls that may be under way."""
+    """A kind of work: its worker threads, and how many of its calls may be under way."""
 
     READ = (4, 1024)
     """Answered from the metastore."""
@@ -24,35 +26,51 @@ class Lane(Enum):
     CHANGE = (4, 512)
     """One short transaction."""
     USER = (1, 64)
-    """Whose something is, before anybody knows whether the caller may ask."""
+    """Looks up the owner of a mount, to decide whether the caller may call."""
     MOUNT = (8, 256)
     """One change of the host's mounts, or an answer from them."""
     TREE = (64, 64)
-    """Copies, measures or waits: minutes perhaps, so nobody queues behind another."""
-    VERIFY = (2, 64)
-    """Reads whole trees in the time that nobody else wants: that takes as long as it takes."""
+    """Copies, commits or deletes: each may take minutes, so each has a thread of its own."""
+    SURVEY = (64, 64, 8)
+    """Measures or compares for callers who may only read, who never take a place of a change."""
+    VERIFY = (64, 64, 2)
+    """Reads whole trees at idle priority, so a call may take very long."""
 
-    def __init__(self, threads: int, bound: int) -> None:
+    def __init__(self, threads: int, bound: int, places: int = 0) -> None:
         self.threads = threads
         self.bound = bound
+        self.places = places
+        """How many of the calls work at a time, each with workers; 0 if all do."""
 
     @property
     def may_take_long(self) -> bool:
         """Whether what is in it can be a job."""
-        return self in (Lane.TREE, Lane.VERIFY)
+        return self in (Lane.TREE, Lane.SURVEY, Lane.VERIFY)
 
 
 class Lanes:
     """The worker threads of all lanes: each is there for root, and once more for all others."""
 
     def __init__(self) -> None:
+        self._threads: list[int] = []
         self._pools = {
-            (lane, root): ThreadPoolExecutor(lane.threads, thread_name_prefix=lane.name.lower())
+            (lane, root): ThreadPoolExecutor(
+                lane.threads,
+                thread_name_prefix=lane.name.lower(),
+                initializer=lambda: self._threads.append(threading.get_native_id()),
+            )
             for lane in Lane
             for root in (True, False)
         }
         self._turns = {way: asyncio.Semaphore(way[0].threads) for way in self._pools}
         self._admitted = dict.fromkeys(self._pools, 0)
+        self._places = {
+            way: threading.Semaphore(way[0].places) for way in self._pools if way[0].places
+        }
+
+    def places(self, lane: Lane, uid: int) -> threading.Semaphore | None:
+        """Return what the jobs of ``lane`` for ``uid`` take turns by; None if they need not."""
+        return self._places.get((lane, uid == 0))
 
     @asynccontextmanager
     async def turn(self, lane: Lane, uid: int) -> AsyncIterator[ThreadPoolExecutor]:
@@ -80,6 +98,10 @@ class Lanes:
         """
         async with self.turn(lane, uid) as pool:
             return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+    def waits_for_disk(self) -> bool:
+        """Tell whether a thread waits in the kernel, as it does for a slow or frozen disk."""
+        return any(linux.is_uninterruptible(thread) for thread in list(self._threads))
 
     def close(self) -> None:
         """Wait for all threads to end."""

@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 def logged(call: Call, uid: int, texts: Mapping[str, str], *, changes: bool) -> Iterator[None]:
     """Log what is done inside the block, which a caller with ``uid`` may do.
 
-    ``texts`` are its arguments. What ``changes`` nothing is for debugging. Who is not allowed
-    anything is not logged at all: he could fill the log.
+    ``texts`` are its arguments. A call that ``changes`` nothing is logged for debugging only. A
+    call without authorisation is not logged: its caller could fill the log.
 
     Raises:
         Internal: what is done has a bug, which is logged.
@@ -42,14 +42,15 @@ def logged(call: Call, uid: int, texts: Mapping[str, str], *, changes: bool) -> 
             raise Internal(outcome) from failure
         raise
     finally:
-        seconds = time.monotonic() - begun
+        # One number, so that the message and the field agree.
+        microseconds = round((time.monotonic() - begun) * 1_000_000)
         log.log(
             level,
             "%s: %s (uid %d, %.1f ms)",
             " ".join([operation, *(f"{name}={quote(text)}" for name, text in given.items())]),
             outcome,
             uid,
-            seconds * 1000,
+            microseconds / 1000,
             extra=logs.fields(
                 [
                     ("operation", operation),
@@ -57,7 +58,7 @@ def logged(call: Call, uid: int, texts: Mapping[str, str], *, changes: bool) -> 
                     # A snapshot is looked for by its key or its name, and is found by either.
                     *([("key", given["name"])] if "name" in given else []),
                     *error,
-                    ("duration_usec", str(round(seconds * 1_000_000))),
+                    ("duration_usec", str(microseconds)),
                     ("caller_uid", str(uid)),
                     ("sender", call.sender),
                 ]

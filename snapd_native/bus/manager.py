@@ -32,11 +32,13 @@ Options = Mapping[str, Variant]
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls a method."""
+    """The caller of a method."""
 
     uid: int
     owner: str
     """Its connection, told from all that there were before on any bus."""
+    is_there: Callable[[], bool]
+    """Tells whether it is still on the bus."""
     only_own: bool = False
     """Whether it has no rights but on what is its own."""
 
@@ -71,11 +73,11 @@ class Manager:
             "Mounts": Method(Action.READ, Lane.READ, self._mounts),
             "Stat": Method(Action.READ, Lane.READ, self._stat),
             "Update": Method(Action.MANAGE, Lane.CHANGE, self._update),
-            "Usage": Method(Action.READ, Lane.TREE, self._usage),
+            "Usage": Method(Action.READ, Lane.SURVEY, self._usage),
             "List": Method(Action.READ, Lane.LIST, self._list),
             "Remove": Method(Action.MANAGE, Lane.CHANGE, self._remove),
             "Cleanup": Method(Action.MANAGE, Lane.TREE, self._cleanup),
-            "Check": Method(Action.READ, Lane.TREE, self._check),
+            "Check": Method(Action.READ, Lane.SURVEY, self._check),
             "Repair": Method(Action.MANAGE, Lane.TREE, self._repair),
             "Verify": Method(Action.READ, Lane.VERIFY, self._verify),
             "Mount": Method(Action.MOUNT, Lane.MOUNT, self._mount),
@@ -86,7 +88,7 @@ class Manager:
             "OpenTree": Method(Action.MOUNT, Lane.MOUNT, self._open_tree),
             "PrepareJob": Method(Action.MANAGE, Lane.TREE, self._prepare, returns_job=True),
             "CommitJob": Method(Action.MANAGE, Lane.TREE, self._commit, returns_job=True),
-            "VerifyJob": Method(Action.READ, Lane.TREE, self._verify, returns_job=True),
+            "VerifyJob": Method(Action.READ, Lane.VERIFY, self._verify, returns_job=True),
             "Standby": Method(Action.READ, Lane.READ, self._standby),
             "ListJobs": Method(Action.READ, Lane.READ, self._list_jobs),
         }
@@ -126,9 +128,10 @@ class Manager:
         usage = self._snapshotter.usage(key, job)
         return [usage.size, usage.inodes]
 
-    def _list(self, filters: list[str], options: Options) -> Body:
+    def _list(self, caller: Caller, filters: list[str], options: Options) -> Body:
         given = unpack(options, after="s", limit="u")
-        return [[info_to_wire(info) for info in self._snapshotter.list(filters, **given)]]
+        found = self._snapshotter.list(filters, **given, is_wanted=caller.is_there)
+        return [[info_to_wire(info) for info in found]]
 
     def _remove(self, key: str, options: Options) -> Body:
         unpack(options)

@@ -20,7 +20,7 @@ _ALLOW_USER_INTERACTION = 1
 
 
 class Verdict(Enum):
-    """What polkit says."""
+    """The answer of polkit."""
 
     ALLOWED = "allowed"
     DENIED = "denied"

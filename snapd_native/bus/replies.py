@@ -1,4 +1,4 @@
-"""What a call is answered with."""
+"""The replies to calls, and their errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from snapd_native.wire.values import Body
 log = logging.getLogger(__name__)
 
 ERROR = "org.freedesktop.DBus.Error."
-"""What the names of D-Bus's own errors begin with."""
+"""The prefix of the names of D-Bus's own errors."""
 
 
 def check_signature(call: Call, members: dict[str, str]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import sys
+from contextlib import suppress
 
 import click
 
@@ -44,6 +47,10 @@ _COMMANDS = [
 
 def main() -> None:
     """Run the program."""
+    codecs.register_error("snapd-native", _encoded)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="snapd-native")
     try:
         cli.main(prog_name="snapd-native", standalone_mode=False)
     except click.Abort:
@@ -60,6 +67,17 @@ def main() -> None:
         # not flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def _encoded(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Show a character that the terminal's encoding lacks by its number; see codecs.register_error.
+
+    A byte of the command line that is not text is printed as it is.
+    """
+    for handler in ("surrogateescape", "backslashreplace"):
+        with suppress(UnicodeError):
+            return codecs.lookup_error(handler)(error)
+    raise error
 
 
 @click.group(

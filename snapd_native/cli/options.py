@@ -1,4 +1,4 @@
-"""What commands share: their options, and a connection."""
+"""Options and the connection that several commands share."""
 
 from __future__ import annotations
 

@@ -43,6 +43,7 @@ def daemon(
     level: int | None,
 ) -> None:
     """Serve on the system bus; systemd runs this."""
+    _begin_in_utf8_mode()
     from snapd_native import logs
     from snapd_native.daemon import run
     from snapd_native.wire.names import bus_name, unit_name
@@ -55,6 +56,12 @@ def daemon(
     state = state_directory or Path(os.environ.get("STATE_DIRECTORY", f"/var/lib/{unit}"))
     runtime = runtime_directory or Path(os.environ.get("RUNTIME_DIRECTORY", f"/run/{unit}"))
     sys.exit(run(name, state.absolute(), runtime.absolute(), standby_free / 100))
+
+
+def _begin_in_utf8_mode() -> None:
+    """Start the program again where the locale would have paths in another encoding than D-Bus."""
+    if sys.getfilesystemencoding() != "utf-8":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606 - it is this program
 
 
 @click.command()

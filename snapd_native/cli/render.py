@@ -1,7 +1,8 @@
-"""What commands print: aligned text for people, JSON for programs."""
+"""The output of commands: aligned text for people, JSON for programs."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import shlex
@@ -147,7 +148,7 @@ def progress(doing: str, key: str) -> Iterator[Callable[[Progress], None]]:
 
         def show(now: Progress) -> None:
             if not tasks:
-                # What is quick needs no bar.
+                # A quick call shows no progress bar.
                 stack.enter_context(bar)
                 tasks.append(bar.add_task(f"{doing} {escape(shown(key))}", entries="", total=None))
             bar.update(
@@ -319,6 +320,8 @@ def _print_rich(thing: Table | Tree) -> None:
         print(line.rstrip())
 
 
-def _print_json(value: Any) -> None:  # noqa: ANN401 - whatever json takes
-    json.dump(value, sys.stdout, ensure_ascii=False, indent=2)
+def _print_json(value: Any) -> None:  # noqa: ANN401 - all that json takes
+    # Any other encoding may lack a character, and JSON has escapes of its own for these.
+    is_utf_8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+    json.dump(value, sys.stdout, ensure_ascii=not is_utf_8, indent=2)
     print()

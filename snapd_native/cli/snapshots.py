@@ -1,6 +1,6 @@
 """Commands on snapshots.
 
-What needs D-Bus or rich is imported by the command that needs it, so that help comes at once.
+Commands import D-Bus and rich when they run, so that help comes at once.
 """
 
 from __future__ import annotations

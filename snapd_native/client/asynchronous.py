@@ -173,7 +173,7 @@ class Client:
             try:
                 page = await self.list(filters, after, limit)
             except ResourceExhausted:
-                # So many labels do not fit one message.
+                # The page is larger than a message may be.
                 if limit == 1:
                     raise
                 limit //= 2
@@ -210,7 +210,7 @@ class Client:
         if progress is None:
             (digest,) = await self._call("Verify", "sa{sv}", name, {})
             return str(digest)
-        # What it is compared with is in the record, which outlives no change of it.
+        # The job has no result; the digest that it has compared with is in the record.
         info = await self.stat(name)
         await self._work(progress, "VerifyJob", "sa{sv}", name, {})
         return info.labels.get(DIGEST_LABEL, "")
@@ -246,7 +246,7 @@ class Client:
     async def open_tree(self, key: str, read_only: bool | None = None) -> int:
         """Return a mount of an active snapshot or a view that is attached nowhere yet.
 
-        The fd is the caller's, for move_mount(2) in whatever mount name space.
+        The fd is the caller's, for move_mount(2) in any mount namespace.
         """
         return await self._connected().request_fd(
             self._name, OBJECT_PATH, MANAGER, "OpenTree", "sa{sv}", [key, _read_only(read_only)]
@@ -317,7 +317,7 @@ class Client:
             progress(_progress(values))
         async for message in arrived:
             if message.path == path and values:
-                # What was asked for may be newer than what had been sent by then.
+                # The values that were read may be newer than those of this signal.
                 for name, value in message.body[1].items():
                     values[name] = max(values[name], value, key=_value)
                 progress(_progress(values))

@@ -154,7 +154,7 @@ class BlockingClient:
     def open_tree(self, key: str, read_only: bool | None = None) -> int:
         """Return a mount of an active snapshot or a view that is attached nowhere yet.
 
-        The fd is the caller's, for move_mount(2) in whatever mount name space.
+        The fd is the caller's, for move_mount(2) in any mount namespace.
         """
         return self._wait(self._client.open_tree(key, read_only))
 

@@ -1,4 +1,4 @@
-"""What the service says of itself and of its work."""
+"""Values that describe the service and its work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from snapd_native.model import Usage
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What the service says of itself."""
+    """The service's properties."""
 
     version: str
     state_directory: str
@@ -33,7 +33,7 @@ class Job:
     operation: str
     key: str
     uid: int
-    """Who asked for it."""
+    """The user that started it."""
 
 
 @dataclass(frozen=True, slots=True)

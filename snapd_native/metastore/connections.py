@@ -68,7 +68,7 @@ class Connections:
             # FULL makes every COMMIT durable before it returns; NORMAL would lose the last ones.
             self._writer.execute("PRAGMA synchronous = FULL")
             self._writer.execute("PRAGMA wal_autocheckpoint = 0")
-            # Whatever is read first has SQLite open all files.
+            # SQLite opens its files at the first read.
             self._writer.execute("PRAGMA schema_version").fetchone()
             self._files = _identities(path)
             self._changes = Changes(path.with_name(path.name + ".changes"))
@@ -186,7 +186,7 @@ class Connections:
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
-        # What is no UTF-8 anymore is one record's damage, not that of all that are read with it.
+        # Invalid UTF-8 in one record must not make the other records of a query unreadable.
         db.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
         db.execute("PRAGMA foreign_keys = ON")
         return db
@@ -296,7 +296,7 @@ def _changes(db: sqlite3.Connection) -> int:
 
 
 def _changes_without_log(path: Path) -> int | None:
-    """Return what a database that nobody has open counts by itself, on disk; None if unknown.
+    """Return the number of changes that a closed database records on disk; None if unknown.
 
     It need not be whole: what was being put into it when the service ended is in the log too.
     """

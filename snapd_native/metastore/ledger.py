@@ -23,20 +23,20 @@ class Line:
     id: int
     snapshot: int
     tree: int
-    """Whose directory it shows."""
+    """The id of the snapshot that owns the mounted directory."""
     key: str
     target: str
     """Where it was asked for, as the kernel writes that path."""
     read_only: bool
     lifetime: Lifetime
     uid: int
-    """Who asked for it."""
+    """The user that called Mount."""
     owner: str
-    """Whose end is its end; nobody's if it is persistent."""
+    """The client whose disconnection ends the mount; empty for a persistent mount."""
     boot: str
     """The boot of the machine during which it was made."""
     mount: int
-    """Its number in the kernel's table during that boot."""
+    """Its number in the kernel's table during that boot; 0 if it is known to be gone."""
 
 
 class Ledger:
@@ -63,9 +63,15 @@ class Ledger:
         owner: str,
         boot: str,
         mount: int,
+        absent: Iterable[int] = (),
     ) -> int:
-        """Write down a mount that is about to be attached; return the line's id."""
+        """Write down a mount that is about to be attached; return the line's id.
+
+        The numbers of the lines that are ``absent`` from the kernel's table may be given again, and
+        so are theirs no more.
+        """
         with self._connections.writing() as db, transaction(db):
+            db.executemany("UPDATE mounts SET mount = 0 WHERE id = ?", ((id_,) for id_ in absent))
             (id_,) = db.execute(
                 "INSERT INTO mounts"
                 " (snapshot, target, read_only, lifetime, uid, owner, boot, mount)"

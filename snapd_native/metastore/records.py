@@ -39,7 +39,7 @@ class Record:
 
     @property
     def tree_id(self) -> int:
-        """Whose directory it shows: a view of a parent has none of its own."""
+        """The id of the snapshot that owns the directory: a view shows that of its parent."""
         if self.info.kind is Kind.VIEW and self.parent_id is not None:
             return self.parent_id
         return self.id
@@ -95,7 +95,7 @@ def readable(row: Row) -> Record | None:
 
 
 def doomed(db: sqlite3.Connection, key: str) -> Record:
-    """Return what of a record it takes to remove it, whatever has become of the rest.
+    """Return as much of a record as Remove needs, even if the rest of it is damaged.
 
     Raises:
         NotFound: there is none.
@@ -217,4 +217,4 @@ _RULES: Mapping[str, Callable[[Row], bool]] = {
     "times": lambda row: _is_count(row[5]) and _is_count(row[6]),
     "usage": lambda row: _is_usage(row[2], row[8], row[9]),
 }
-"""What holds for every row that the service has written, beside labels that can be unpacked."""
+"""Rules that every row of the service keeps; that its labels can be unpacked is checked apart."""

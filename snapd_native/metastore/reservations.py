@@ -58,7 +58,7 @@ class Reservations:
             del self._held[reservation.name]
 
     def check_free(self, name: str, what: str) -> None:
-        """Make sure that nobody holds ``name``, which is ``what``.
+        """Check that no call holds ``name``, which is ``what`` (key or name).
 
         Raises:
             AlreadyExists: somebody does.

@@ -1,4 +1,4 @@
-"""The rules of the database, looked after once more by who does not trust its triggers."""
+"""Check the rules of the database without relying on its triggers and constraints."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def broken_rules(db: sqlite3.Connection) -> Sequence[Broken]:
             with translated(directory_of(db)):
                 found.extend(part(db))
         except DataLoss as error:
-            # What this part does not find any more, others may.
+            # The other checks may still find something.
             found.append(Broken(Finding(Trouble.DATABASE, "", error.message)))
     return [*dict.fromkeys(found)]
 
@@ -42,7 +42,7 @@ def broken_rules(db: sqlite3.Connection) -> Sequence[Broken]:
 def mend(db: sqlite3.Connection, broken: Sequence[Broken]) -> None:
     """Mend what can be, each thing as a whole or not at all."""
     for statements in dict.fromkeys(each.mend for each in broken if each.mend):
-        # What cannot be mended after all stays a finding.
+        # If a repair fails, the next check reports the same finding.
         with (
             suppress(DataLoss),
             translated(directory_of(db)),
@@ -177,4 +177,4 @@ _RULES: dict[str, tuple[str, Mend]] = {
         ),
     ),
 }
-"""What the schema itself should keep from happening: what finds it all the same, and mends it."""
+"""Queries that find rows against the schema's constraints, and statements that mend them."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from snapd_native.errors import (
     AlreadyExists,
+    Cancelled,
     DataLoss,
     FailedPrecondition,
     InvalidArgument,
@@ -109,12 +110,16 @@ class Metastore:
             self._reservations.check_not_committing(record, "mount")
         return record
 
-    def list(self, chosen: Filter, after: str, limit: int) -> list[Info]:
+    def list(
+        self, chosen: Filter, after: str, limit: int, is_wanted: Callable[[], bool] = lambda: True
+    ) -> list[Info]:
         """Return at most ``limit`` snapshots that match, by name in byte order, after ``after``.
 
-        What has a damaged record is left out.
+        What has a damaged record is left out. ``is_wanted`` is asked before each record.
 
         Raises:
+            Cancelled: the list is not wanted any more.
+            InvalidArgument: the filters take too long.
             ResourceExhausted: they are over `MAX_PAGE`.
         """
         where, values = condition(chosen)
@@ -128,6 +133,8 @@ class Metastore:
             # Closing the cursor, also after an error, ends the read transaction.
             with closing(rows):
                 for row in rows:
+                    if not is_wanted():
+                        raise Cancelled("the list is not wanted any more: nothing is changed")
                     record = records.readable(row)
                     if record and chosen.matches(info := record.info):
                         found.append(info)
@@ -349,7 +356,7 @@ class Metastore:
 
         Raises:
             NotFound: there is no such snapshot.
-            SnapdError: whatever ``change`` raises; nothing is changed then.
+            SnapdError: the error that ``change`` raises; nothing is changed then.
         """
         with self._connections.writing() as db:
             with transaction(db):

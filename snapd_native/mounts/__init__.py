@@ -1,14 +1,19 @@
 """Mounts, on the kernel's new mount API: make them, find them, and tell who uses them."""
 
 from snapd_native.mounts.attach import MOVED, attach, detach, detached, make_read_only, restore
+from snapd_native.mounts.elsewhere import Elsewhere, NotFrozen
+from snapd_native.mounts.hidden import Hidden
 from snapd_native.mounts.namespace import hidden_from_host
 from snapd_native.mounts.table import Entry, Place, Table
-from snapd_native.mounts.targets import Target, open_target
-from snapd_native.mounts.users import pinned, users
+from snapd_native.mounts.targets import Target, open_target, plain
+from snapd_native.mounts.users import users
 
 __all__ = [
     "MOVED",
+    "Elsewhere",
     "Entry",
+    "Hidden",
+    "NotFrozen",
     "Place",
     "Table",
     "Target",
@@ -18,7 +23,7 @@ __all__ = [
     "hidden_from_host",
     "make_read_only",
     "open_target",
-    "pinned",
+    "plain",
     "restore",
     "users",
 ]

@@ -1,6 +1,6 @@
 """Making mounts and taking them away.
 
-A mount is made detached, given its attributes where nobody can see it, and attached then.
+A mount is made detached, gets its attributes before any process can see it, and is then attached.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from snapd_native import linux
+from snapd_native.mounts.bounded import bounded, open_path, open_path_here
 from snapd_native.mounts.table import Entry
 
 MOVED = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL}
-"""What the kernel says where a mount's path leads elsewhere by now."""
+"""Errors that mean that the path of a mount leads elsewhere by now."""
 
 _RECURSIVE = linux.AT_EMPTY_PATH | linux.AT_RECURSIVE
 
@@ -40,7 +42,11 @@ def detached(directory: int, *, read_only: bool) -> int:
 
 
 def attach(mount: int, target: int) -> None:
-    """Attach a detached mount to an open directory."""
+    """Attach a detached mount to an open directory.
+
+    Raises:
+        OSError: ENOENT if the directory was deleted, ENOSPC if there are too many mounts.
+    """
     linux.move_mount(mount, target)
     # On a shared mount it has become shared.
     linux.mount_setattr(mount, 0, 0, linux.MS_PRIVATE, _RECURSIVE)
@@ -51,12 +57,23 @@ def detach(entry: Entry, *, lazy: bool = False) -> None:
 
     Raises:
         OSError: EBUSY if it is in use, ESTALE if another one has come over it, one of `MOVED` if
-            its directory was moved.
+            its directory was moved; TimeoutError if its file system does not answer; it may
+            still be unmounted when that answers.
     """
-    flags = linux.UMOUNT_NOFOLLOW | (linux.MNT_DETACH if lazy else 0)
+    # Where a file system on the way does not answer, this sees it before anything is changed.
+    with _opened(entry):
+        pass
+    bounded(partial(_detach, entry, linux.MNT_DETACH if lazy else 0), of=_key(entry))
+
+
+def _key(entry: Entry) -> tuple[int, str]:
+    """Return what a mount is for `bounded`: its number alone may be given to another one."""
+    return entry.id, entry.target
+
+
+def _detach(entry: Entry, flags: int) -> None:
     parent, name = os.path.split(entry.target)
-    rules = linux.RESOLVE_NO_SYMLINKS | linux.RESOLVE_NO_MAGICLINKS
-    directory = linux.openat2(linux.AT_FDCWD, parent, os.O_PATH | os.O_CLOEXEC, rules)
+    directory = open_path_here(parent)
     try:
         # Nothing may hold the mount itself, so it is opened just to see that it is the right one.
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
@@ -64,19 +81,21 @@ def detach(entry: Entry, *, lazy: bool = False) -> None:
         os.close(fd)
         if found != entry.id:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "umount2")
-        linux.umount2(f"/proc/self/fd/{directory}/{name}", flags)
+        linux.umount2(f"/proc/self/fd/{directory}/{name}", linux.UMOUNT_NOFOLLOW | flags)
     finally:
         os.close(directory)
 
 
-def make_read_only(entry: Entry, read_only: bool = True) -> None:
+def make_read_only(entry: Entry, read_only: bool = True, proc: int | None = None) -> None:
     """Make a mount read-only, or writable again, without those on it.
+
+    A thread in another mount namespace gives its open ``proc``.
 
     Raises:
         OSError: EBUSY if a file is open for writing, ESTALE if another mount has come over it, one
-            of `MOVED` if its directory was moved.
+            of `MOVED` if its directory was moved; TimeoutError if its file system does not answer.
     """
-    with _opened(entry) as fd:
+    with _opened(entry, proc) as fd:
         attribute = linux.MOUNT_ATTR_RDONLY
         linux.mount_setattr(fd, attribute if read_only else 0, 0 if read_only else attribute)
 
@@ -90,11 +109,10 @@ def restore(entry: Entry, *, read_only: bool) -> None:
 
 
 @contextmanager
-def _opened(entry: Entry) -> Iterator[int]:
-    rules = linux.RESOLVE_NO_SYMLINKS | linux.RESOLVE_NO_MAGICLINKS
-    fd = linux.openat2(linux.AT_FDCWD, entry.target, os.O_PATH | os.O_CLOEXEC, rules)
+def _opened(entry: Entry, proc: int | None = None) -> Iterator[int]:
+    fd = open_path(entry.target, of=_key(entry)) if proc is None else open_path_here(entry.target)
     try:
-        if linux.mount_id(fd) != entry.id:
+        if linux.mount_id(fd, proc) != entry.id:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "mount_setattr")
         yield fd
     finally:

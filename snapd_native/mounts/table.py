@@ -1,4 +1,4 @@
-"""What is mounted in this mount name space; see proc_pid_mountinfo(5)."""
+"""The mounts of a mount namespace, as the kernel lists them; see proc_pid_mountinfo(5)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Self
 
 from snapd_native import linux
 
 _MOUNTINFO = Path("/proc/thread-self/mountinfo")
+_COLON = re.compile(r"(?<!\\):")
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 
@@ -41,10 +42,14 @@ class Entry:
     """Its number among all mounts that there are; it is given again when the mount is gone."""
     parent: int
     root: Place
-    """What of its file system it shows."""
+    """The directory or file of its file system that it shows."""
     target: str
     """Where it is."""
     read_only: bool
+    layers: tuple[str, ...] = ()
+    """The layers of an overlay, as they were given when it was mounted."""
+    written: tuple[str, ...] = ()
+    """The layers that the overlay writes to."""
 
 
 class Table:
@@ -56,8 +61,12 @@ class Table:
     @classmethod
     def read(cls, path: Path = _MOUNTINFO) -> Self:
         """Read the table of this process, or another one's."""
-        with path.open("rb") as lines:
-            return cls({entry.id: entry for entry in map(_entry, lines)})
+        return cls.parse(path.read_bytes())
+
+    @classmethod
+    def parse(cls, text: bytes) -> Self:
+        """Return the table that a mountinfo file has as ``text``."""
+        return cls({entry.id: entry for entry in map(_entry, text.splitlines())})
 
     def __iter__(self) -> Iterator[Entry]:
         """Iterate over all mounts, those on others after them."""
@@ -75,6 +84,28 @@ class Table:
         path = os.readlink(f"/proc/self/fd/{fd}")
         return Place(entry.root.device, _joined(entry.root.path, _relative(path, entry.target)))
 
+    def overlays(self, place: Place, *, writing: bool = False) -> list[Entry]:
+        """Return the overlays that show something of ``place``, or write to it.
+
+        What they show is not a mount of ``place``; see mount(8) on overlay. One that was mounted
+        with relative paths is not found, nor are layers whose own mount is gone.
+        """
+        # Of those on the same directory the last hides the others.
+        mounts = {entry.target: entry for entry in self}
+
+        def is_within(path: str) -> bool:
+            for directory in (path, *map(str, PurePosixPath(path).parents)):
+                if entry := mounts.get(directory):
+                    inside = _joined(entry.root.path, _relative(path, directory))
+                    return place.holds(Place(entry.root.device, inside))
+            return False
+
+        return [
+            entry
+            for entry in self
+            if any(map(is_within, entry.written if writing else entry.layers))
+        ]
+
     def showing(self, place: Place) -> list[Entry]:
         """Return the mounts that show ``place`` or something within it, and nothing else."""
         return [entry for entry in self if place.holds(entry.root)]
@@ -83,20 +114,54 @@ class Table:
         """Return the mounts that are on ``path`` or below it."""
         return [entry for entry in self if _is_within(entry.target, path)]
 
+    def covering(self, path: str) -> list[Entry]:
+        """Return the mounts that hide the first one on ``path``: over it, or over its way there."""
+        entry = next((entry for entry in self if entry.target == path), None)
+        way: set[int] = set()
+        while entry and entry.id not in way:
+            way.add(entry.id)
+            entry = self._entries.get(entry.parent)
+        return [
+            other
+            for other in self
+            if way and other.id not in way and _is_within(path, other.target)
+        ]
+
     def on(self, parent: Entry) -> list[Entry]:
         """Return the mounts that stand on a mount."""
         return [entry for entry in self if entry.parent == parent.id]
 
 
 def _entry(line: bytes) -> Entry:
-    id_, parent, device, root, target, options, *_ = line.split(b" ")
+    mount, _, file_system = line.partition(b" - ")
+    id_, parent, device, root, target, options, *_ = mount.split(b" ")
+    layers, written = _layers(file_system)
     return Entry(
         int(id_),
         int(parent),
         Place(device.decode(), _text(root)),
         _text(target),
         b"ro" in options.split(b","),
+        layers,
+        written,
     )
+
+
+def _layers(file_system: bytes) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the directories of an overlay, and those that it writes to."""
+    kind, _, options = file_system.split(b" ", 2)
+    if kind != b"overlay":
+        return (), ()
+    lower: list[str] = []
+    written: list[str] = []
+    for option in options.split(b","):
+        name, _, value = option.partition(b"=")
+        if name in (b"lowerdir", b"lowerdir+", b"datadir+"):
+            # Between two colons are layers with data only.
+            lower += [part.replace("\\:", ":") for part in _COLON.split(_text(value)) if part]
+        elif name in (b"upperdir", b"workdir"):
+            written.append(_text(value))
+    return (*lower, *written), tuple(written)
 
 
 def _text(field: bytes) -> str:

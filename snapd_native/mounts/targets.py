@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from snapd_native import linux
-from snapd_native.errors import InvalidArgument
+from snapd_native.errors import FailedPrecondition, InvalidArgument, SnapdError
 from snapd_native.model import quote_path
-
-_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-_RULES = linux.RESOLVE_NO_SYMLINKS | linux.RESOLVE_NO_MAGICLINKS
+from snapd_native.mounts.bounded import MOST, open_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,28 +23,38 @@ class Target:
     """As the kernel writes it."""
 
 
+def plain(path: str) -> str:
+    """Return the same absolute path without ``.``, ``..`` and doubled or closing slashes.
+
+    It leads to the same directory, because `open_target` refuses symbolic links.
+    """
+    # POSIX lets two slashes at the beginning mean something; Linux does not.
+    return "/" + posixpath.normpath(path).lstrip("/")
+
+
 @contextmanager
-def open_target(path: str) -> Iterator[Target]:
-    """Open a directory for something to be mounted on it.
+def open_target(path: str, uid: int = 0) -> Iterator[Target]:
+    """Open a directory for something to be mounted on it, for the user ``uid``.
+
+    Targets of other users that do not answer never take a thread from root.
 
     Raises:
         InvalidArgument: the path is relative, leads over a symbolic link, or to no directory.
+        FailedPrecondition: a file system on the way does not answer.
     """
     if not path.startswith("/"):
         raise InvalidArgument(f"the target {quote_path(path)} is relative: give its whole path")
     try:
-        fd = linux.openat2(linux.AT_FDCWD, path, _FLAGS, _RULES)
+        fd = open_path(path, os.O_DIRECTORY, of=("targets", uid == 0), most=MOST)
     except OSError as error:
         raise _refusal(path, error) from None
     try:
-        if not os.fstat(fd).st_nlink:
-            raise InvalidArgument(f"the target {quote_path(path)} was deleted: make it again")
         yield Target(fd, os.readlink(f"/proc/self/fd/{fd}"))
     finally:
         os.close(fd)
 
 
-def _refusal(path: str, error: OSError) -> InvalidArgument | OSError:
+def _refusal(path: str, error: OSError) -> SnapdError | OSError:
     shown = f"the target {quote_path(path)}"
     match error.errno:
         case errno.ELOOP:
@@ -59,4 +67,6 @@ def _refusal(path: str, error: OSError) -> InvalidArgument | OSError:
             return InvalidArgument(f"{shown} is too long: give a shorter one")
         case errno.EACCES:
             return InvalidArgument(f"{shown} cannot be reached: let root search its directories")
+        case errno.ETIMEDOUT:
+            return FailedPrecondition(f"{shown} does not answer: its file system must first")
     return error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,40 +13,25 @@ from snapd_native.mounts.table import Entry
 _LINKS = ("cwd", "root", "exe")
 
 
-def pinned(entry: Entry) -> int:
-    """Open a mount, so that its number is not given again while the fd is open.
-
-    Raises:
-        OSError: ESTALE if something else is mounted over it.
-    """
-    fd = os.open(entry.target, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    if linux.mount_id(fd) != entry.id:
-        os.close(fd)
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), entry.target)
-    return fd
-
-
-def users(entry: Entry, *, writing: bool = False, but: int = -1) -> list[tuple[int, str]]:
+def users(entry: Entry, *, writing: bool = False) -> list[tuple[int, str]]:
     """Return number and name of the processes that use a mount, or write to files on it.
 
-    It is what they had a moment ago: those that end meanwhile are left out, and so is the file
-    descriptor ``but`` of this process.
+    It is what they had a moment ago: those that end meanwhile are left out.
     """
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdecimal():
-            own = but if process.name == str(os.getpid()) else -1
             with suppress(OSError):
-                uses = _writes(process, entry.id) if writing else _uses(process, entry.id, own)
+                uses = _writes(process, entry.id) if writing else _uses(process, entry.id)
                 if uses:
                     name = (process / "comm").read_text(errors="replace").strip()
                     found.append((int(process.name), name))
     return sorted(found)
 
 
-def _uses(process: Path, mount: int, but: int) -> bool:
+def _uses(process: Path, mount: int) -> bool:
     """Tell whether a process is in a mount, runs from it, or has something of it open or mapped."""
-    if any(f"mnt_id:\t{mount}\n" in text for text in _descriptors(process, but)):
+    if any(f"mnt_id:\t{mount}\n" in text for text in _descriptors(process)):
         return True
     return any(_is_on(link, mount) for link in _links(process))
 
@@ -61,12 +45,11 @@ def _writes(process: Path, mount: int) -> bool:
     return any(_is_on(link, mount) for link in _mapped(process, writable=True))
 
 
-def _descriptors(process: Path, but: int = -1) -> Iterator[str]:
-    """Iterate over what the kernel says of each file that a process has open, but for one."""
+def _descriptors(process: Path) -> Iterator[str]:
+    """Iterate over what the kernel says of each file that a process has open."""
     for path in (process / "fdinfo").iterdir():
-        if path.name != str(but):
-            with suppress(OSError):
-                yield path.read_text(errors="replace")
+        with suppress(OSError):
+            yield path.read_text(errors="replace")
 
 
 def _links(process: Path) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""Work that nobody waits for."""
+"""A thread for tasks that no call waits for."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Background:
         return outcome
 
     def close(self) -> None:
-        """End the thread after all that was submitted."""
+        """End the thread after the last task that was submitted."""
         self._tasks.put(None)
         self._thread.join()
 

@@ -32,7 +32,7 @@ class Ballast:
                 return False
             try:
                 with suppress(FileNotFoundError):
-                    # What loses its name is freed by xfs by and by, what is cut off at once.
+                    # xfs frees the blocks of a truncated file at once, of an unlinked one later.
                     self._allocate(0)
                     os.unlink(_NAME, dir_fd=self._directory)
                 # Blocks are free when the journal has it.

@@ -1,4 +1,4 @@
-"""What snapshots hold: copied, measured, hashed, and put on disk."""
+"""The trees of snapshots: copy, measure, hash them, and put them on disk."""
 
 from __future__ import annotations
 
@@ -38,10 +38,15 @@ class Contents:
         with self._state.open(str(id_)) as tree:
             return self._crew.measure(tree, report)
 
-    def digest(self, id_: int, report: trees.Report, *, idle: bool = False) -> str:
-        """Hash a tree, if ``idle`` in the time that nobody else wants; see `trees.Crew.digest`."""
+    def digest(self, id_: int, report: trees.Report) -> str:
+        """Hash a tree; see `trees.Crew.digest`."""
         with self._state.open(str(id_)) as tree:
-            return (self._idle_crew if idle else self._crew).digest(tree, report)
+            return self._crew.digest(tree, report)
+
+    def digest_on_disk(self, id_: int, report: trees.Report) -> str:
+        """Hash a tree as it is on the disk, at idle priority."""
+        with self._state.open(str(id_)) as tree:
+            return self._idle_crew.digest(tree, report, from_disk=True)
 
     def sync(self, id_: int) -> None:
         """Put an active snapshot's tree on disk.

@@ -1,4 +1,4 @@
-"""Directories of the service's own, which nobody else may reach."""
+"""Directories of the service, closed to all other users."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check_not_shared(path: Path, fd: int, ours: Collection[str]) -> None:
 
 
 def make_private(fd: int) -> None:
-    """Let nobody else reach what is in a directory, now or later."""
+    """Close a directory, and all that will be in it, to all other users."""
     os.fchmod(fd, 0o700)
     # A default ACL would reach into every new snapshot.
     with suppress(OSError):

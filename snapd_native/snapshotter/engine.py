@@ -1,4 +1,4 @@
-"""What Prepare, View, Commit and the other calls mean."""
+"""The calls of the contract on one state directory: Prepare, View, Commit and the others."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Snapshotter:
             self._reaper = Reaper(self._state, self._store, self._watch.check)
             undo.callback(self._reaper.close)
             self._store.count_changes()
-            # By now there is room, if deleting what is left makes any.
+            # The deletion of leftovers may have made the room that this needs.
             self._state.try_reflink()
             self._standby = Standby(self._state, self._store, self._write_back, least_free)
             undo.callback(self._standby.close)
@@ -295,19 +295,30 @@ class Snapshotter:
             return Usage(0, 0)
         job = job or Job()
         job.begin(Operation.USAGE, key)
-        with unless_removed(self._store, record), explained(f"measure {quote(key)}"):
-            usage = self._contents.measure(record.id, self._watch.over(job))
+        report = self._watch.over(job)
+        with (
+            job.turn(report),
+            unless_removed(self._store, record),
+            explained(f"measure {quote(key)}"),
+        ):
+            usage = self._contents.measure(record.id, report)
         job.conclude()
         return usage
 
     def list(
-        self, filters: Sequence[str] = (), after: str = "", limit: int = DEFAULT_LIMIT
+        self,
+        filters: Sequence[str] = (),
+        after: str = "",
+        limit: int = DEFAULT_LIMIT,
+        is_wanted: Callable[[], bool] = lambda: True,
     ) -> list[Info]:
         """Return a page of the snapshots that match any filter, by name in byte order.
 
-        A page begins after the name ``after``; one shorter than ``limit`` is the last.
+        A page begins after the name ``after``; one shorter than ``limit`` is the last. The work
+        ends when it is not wanted any more.
 
         Raises:
+            Cancelled: it is not.
             InvalidArgument: a filter is wrong or too slow, or the limit is not 1 to `MAX_LIMIT`.
             ResourceExhausted: the page is too large; a smaller limit helps.
         """
@@ -316,7 +327,7 @@ class Snapshotter:
             check_name(after, "name to list after")
         if not 1 <= limit <= MAX_LIMIT:
             raise InvalidArgument(f"the limit {limit} cannot be: give 1 to {MAX_LIMIT}")
-        return self._store.list(chosen, after, limit)
+        return self._store.list(chosen, after, limit, is_wanted)
 
     def remove(self, key: str) -> None:
         """Forget a snapshot; its data is deleted in the background.
@@ -373,9 +384,11 @@ class Snapshotter:
         """
         report = self._watch.over(job)
         ready = self._standby.take(parent.id)
-        if ready and self._state.adopt_standby(ready, id_):
-            report(job.total.inodes, job.total.size)
-            return True
+        if ready:
+            if self._state.adopt_standby(ready, id_):
+                report(job.total.inodes, job.total.size)
+                return True
+            self._standby.refuse(ready)
         self._contents.copy(id_, parent.id, report)
         return False
 

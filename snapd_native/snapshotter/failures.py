@@ -1,4 +1,4 @@
-"""What an error means to a caller."""
+"""Translate errors of the operating system to errors of the contract."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _EXHAUSTED = {
 _KILLED = {errno.ECHILD, errno.EPIPE}
 _DAMAGED = {
     errno.EIO,
-    # What ext4 and xfs find damaged, and what ext4 no longer writes to since it did.
+    # ext4 and xfs report damage like this; ext4 is read-only from then on.
     errno.EUCLEAN,
     errno.EBADMSG,
     errno.EROFS,

@@ -1,4 +1,4 @@
-"""What Update does to labels."""
+"""The changes that Update makes to labels."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event
 
 from snapd_native import linux, mounts
 from snapd_native.errors import (
@@ -30,11 +30,17 @@ from snapd_native.model import (
     quote,
     quote_path,
 )
-from snapd_native.mounts import Entry, Table, Target
+from snapd_native.mounts import Elsewhere, Entry, Hidden, Table, Target
 from snapd_native.snapshotter.background import Background
 from snapd_native.snapshotter.failures import explained
-from snapd_native.snapshotter.loose import Loose
-from snapd_native.snapshotter.obstacles import enumerated, in_use, not_frozen
+from snapd_native.snapshotter.obstacles import (
+    can_write,
+    enumerated,
+    frozen_elsewhere,
+    in_use,
+    not_frozen,
+    not_unmounted,
+)
 from snapd_native.snapshotter.standing import Standing, thaw
 from snapd_native.snapshotter.state import StateDirectory
 
@@ -45,7 +51,8 @@ class Mounter:
     """Mounts snapshots, and knows which of them the host has mounted.
 
     What it has mounted is in the ledger before it can be seen, and until it is gone; the kernel's
-    table says what of that still stands. One call at a time looks at both.
+    table says what of that still stands. One call at a time looks at both, and none waits then for
+    a file system that is not the service's.
     """
 
     def __init__(
@@ -57,16 +64,15 @@ class Mounter:
         self._ledger = store.ledger
         self._standing = Standing(state, store.ledger, runtime / "mounts")
         self._stopping = stopping
-        self._lock = Lock()
-        self._loose = Loose()
+        self._lock = self._standing.lock
         self._frozen: set[int] = set()
+        """Trees that are being committed."""
         self._owners = {line.owner for line in self._ledger.lines() if line.owner}
         self._releaser = Background("releaser", "what a client has left stays mounted")
 
     def close(self) -> None:
-        """End after all that was begun; what is mounted stays."""
+        """Finish the releases that were begun; all mounts stay."""
         self._releaser.close()
-        self._loose.close()
 
     def mount(
         self,
@@ -87,7 +93,8 @@ class Mounter:
             InvalidArgument: the key cannot be; the target is relative, leads over a symbolic link,
                 is no directory, or is in or above the state directory; or a view is to be writable.
             NotFound: there is no such key.
-            FailedPrecondition: it is committed or being committed, or nobody would see the mount.
+            FailedPrecondition: it is committed or being committed, nobody would see the mount, or
+                the target's file system does not answer.
             AlreadyExists: a snapshot is mounted there.
             ResourceExhausted: there are too many mounts.
             DataLoss: its directory is gone.
@@ -97,7 +104,7 @@ class Mounter:
             raise FailedPrecondition(self._standing.blind)
         if not target:
             return self._mount_on_own(key, read_only, lifetime, uid, owner)
-        with mounts.open_target(target) as opened, self._lock:
+        with mounts.open_target(target, uid) as opened, self._lock:
             self._check_target(opened)
             record = self._mountable(key, read_only)
             self._mount(record, opened, read_only, lifetime, uid, owner)
@@ -106,24 +113,24 @@ class Mounter:
     def unmount(self, target: str, lazy: bool = False, uid: int | None = None) -> None:
         """Take away what `mount` has mounted on ``target``, if ``lazy`` also while it is in use.
 
-        With ``uid`` only what was mounted for that one.
+        With ``uid`` only what was mounted for that one. A mount that is gone already is not made
+        again then.
 
         Raises:
             AccessDenied: it was mounted for another.
             InvalidArgument: the target is relative.
             NotFound: nothing of the service is mounted there.
-            FailedPrecondition: it is in use, or something else is mounted over it.
+            FailedPrecondition: it is in use, something else is mounted over it, or the target's
+                file system does not answer.
         """
-        with self._lock:
-            line, entry = self._standing.find(target)
-            if uid not in (None, line.uid):
-                raise AccessDenied(f"{quote_path(target)} is mounted for another: leave it alone")
-            busy = entry is not None and not self._detached(line, entry, lazy)
-            if not busy:
-                self._standing.forget(line)
-        if entry is not None and busy:
+        try:
+            busy = self._take_away(partial(self._of, target, uid), lazy)
+        except OSError as error:
+            with explained(f"unmount {quote_path(target)}"):
+                raise not_unmounted(target, error) from None
+        if busy:
             raise FailedPrecondition(
-                f"cannot unmount {quote_path(entry.target)}: {in_use(entry)}, or unmount it lazily"
+                f"cannot unmount {quote_path(busy.target)}: {in_use(busy)}, or unmount it lazily"
             )
 
     def list_mounts(self, key: str = "") -> list[Mounted]:
@@ -150,7 +157,7 @@ class Mounter:
     def open_tree(self, key: str, read_only: bool | None = None) -> int:
         """Return a mount of an active snapshot or a view that is attached nowhere yet.
 
-        The fd is the caller's, for move_mount(2) in whatever mount name space. Raises as `mount`.
+        The fd is the caller's, for move_mount(2) in any mount namespace. Raises as `mount`.
         """
         check_name(key)
         with self._lock:
@@ -169,13 +176,15 @@ class Mounter:
 
     def findings(self) -> Sequence[Finding]:
         """Return where the ledger and the kernel's table differ, but for what is unmounted."""
+        if not self._standing.findings():
+            return []
+        # A call may have been between the two.
         with self._lock:
             return self._standing.findings()
 
     def mend(self) -> None:
         """Make mounts what the ledger says of them."""
-        with self._lock:
-            self._standing.mend(self._frozen)
+        self._standing.mend(self._frozen)
 
     @contextmanager
     def unmounted(self) -> Iterator[Callable[[Record], None]]:
@@ -187,38 +196,91 @@ class Mounter:
     def frozen(self, key: str, tree: int) -> Iterator[None]:
         """Turn the mounts of an active snapshot's tree read-only; undone if the block fails.
 
+        Those in the mount namespaces of other processes too, and detached ones.
+
         Raises:
-            FailedPrecondition: a file is open for writing on one of them.
+            FailedPrecondition: a file is open for writing on one of them, or a mount that was
+                unmounted lazily can still be written to.
         """
         with self._lock:
-            self._loose.check(key, tree)
-            entries = [
-                entry for entry in self._standing.showing(Table.read(), tree) if not entry.read_only
-            ]
-            done: list[Entry] = []
-            failed: tuple[Entry, OSError] | None = None
-            for entry in entries:
-                try:
-                    mounts.make_read_only(entry)
-                except OSError as error:
-                    failed = entry, error
-                    break
-                done.append(entry)
-            if failed:
-                thaw(done)
-            else:
-                self._frozen.add(tree)
-        if failed:
-            raise not_frozen(key, *failed)
+            self._frozen.add(tree)
+        done: list[Entry] = []
+        elsewhere, hidden = Elsewhere(), Hidden()
         try:
+            self._make_read_only(key, tree, done)
+            if place := self._state.place(tree):
+                if overlays := Table.read().overlays(place, writing=True):
+                    raise FailedPrecondition(
+                        f"cannot commit {quote(key)}: the overlay on"
+                        f" {enumerated([entry.target for entry in overlays])} writes to it,"
+                        " unmount that first"
+                    )
+                with frozen_elsewhere(key):
+                    elsewhere.freeze(place)
+                with explained(f"commit {quote(key)}"), self._state.open(str(tree)) as root:
+                    if writers := hidden.freeze(root, elsewhere.known):
+                        raise can_write(key, writers)
             yield
         except BaseException:
-            with self._lock:
-                thaw(done)
+            hidden.thaw()
+            elsewhere.thaw()
+            for entry in done:
+                with self._standing.turn(entry):
+                    thaw(entry)
             raise
         finally:
+            hidden.close()
+            elsewhere.close()
             with self._lock:
                 self._frozen.discard(tree)
+
+    def _make_read_only(self, key: str, tree: int, done: list[Entry]) -> None:
+        """Make the host's mounts of a tree read-only, and add them to those that are ``done``."""
+        tried: dict[Entry, OSError] = {}
+        while writable := [
+            entry for entry in self._standing.showing(Table.read(), tree) if not entry.read_only
+        ]:
+            for entry in writable:
+                if entry in tried:
+                    raise not_frozen(key, entry, tried[entry]) from None
+                try:
+                    with self._standing.turn(entry):
+                        mounts.make_read_only(entry)
+                except OSError as error:
+                    # It may have gone meanwhile, or have been moved.
+                    tried[entry] = error
+                else:
+                    done.append(entry)
+
+    def _of(self, target: str, uid: int | None) -> tuple[Line, Entry | None]:
+        """Return what was mounted on ``target``, for ``uid`` if that is not None."""
+        line, entry = self._standing.find(target)
+        if uid not in (None, line.uid):
+            raise AccessDenied(f"{quote_path(target)} is mounted for another: leave it alone")
+        return line, entry
+
+    def _take_away(self, find: Callable[[], tuple[Line, Entry | None]], lazy: bool) -> Entry | None:
+        """Unmount what ``find`` returns, and strike it out; return it if it is in use.
+
+        Raises:
+            OSError: as `mounts.detach`.
+        """
+        while True:
+            with self._lock:
+                line, entry = find()
+                if entry is None:
+                    self._standing.forget(line)
+                    return None
+            with self._standing.turn(entry):
+                with self._lock:
+                    if self._standing.entry(line, Table.read()) != entry:
+                        # Another call had its turn before.
+                        continue
+                if not _detached(entry, lazy):
+                    return entry
+                with self._lock:
+                    self._standing.forget(line)
+                    return None
 
     def _mount_on_own(
         self, key: str, read_only: bool | None, lifetime: Lifetime, uid: int, owner: str
@@ -267,10 +329,12 @@ class Mounter:
         uid: int,
         owner: str,
     ) -> None:
-        if any(entry.target == target.path for _, entry in self._standing.of(self._ledger.lines())):
+        lines = self._ledger.lines()
+        if any(entry.target == target.path for _, entry in self._standing.of(lines)):
             raise AlreadyExists(
                 f"a snapshot is mounted on {quote_path(target.path)} already: unmount it first"
             )
+        absent = self._standing.absent(lines)
         is_read_only = _is_read_only(record, read_only)
         mount = self._detached_tree(record, read_only)
         try:
@@ -286,6 +350,7 @@ class Mounter:
                     owner,
                     self._standing.boot,
                     linux.mount_id(mount),
+                    [line.id for line in absent if line.boot == self._standing.boot],
                 )
                 try:
                     mounts.attach(mount, target.fd)
@@ -296,9 +361,16 @@ class Mounter:
                             f"cannot mount {quote(record.info.name)}: there are too many mounts,"
                             " raise the sysctl fs.mount-max"
                         ) from None
+                    if isinstance(error, OSError) and error.errno == errno.ENOENT:
+                        raise InvalidArgument(
+                            f"the target {quote_path(target.path)} was deleted: make it again"
+                        ) from None
                     raise
         finally:
             os.close(mount)
+        for line in absent:
+            if line.target == target.path:
+                self._standing.forget(line)
         log.debug("%s is mounted on %s", quote(record.info.name), quote_path(target.path))
 
     def _detached_tree(self, record: Record, read_only: bool | None) -> int:
@@ -308,32 +380,6 @@ class Mounter:
         ):
             return mounts.detached(directory, read_only=_is_read_only(record, read_only))
 
-    def _detached(self, line: Line, entry: Entry, lazy: bool) -> bool:
-        """Take a mount away; False if it is in use."""
-        try:
-            if lazy and not entry.read_only:
-                self._loose.add(line.tree, entry)
-            mounts.detach(entry, lazy=lazy)
-        except OSError as error:
-            if lazy and not entry.read_only:
-                self._loose.take_back(entry)
-                thaw([entry])
-            if error.errno == errno.EBUSY:
-                return False
-            if error.errno == errno.ESTALE:
-                raise FailedPrecondition(
-                    f"cannot unmount {quote_path(entry.target)}: something else is mounted over it,"
-                    " unmount that first"
-                ) from None
-            if error.errno in mounts.MOVED:
-                raise FailedPrecondition(
-                    f"cannot unmount {quote_path(entry.target)}: it is being moved, try again"
-                ) from None
-            with explained(f"unmount {quote_path(entry.target)}"):
-                raise
-        log.debug("%s is unmounted", quote_path(entry.target))
-        return True
-
     def _release_all(self, owner: str) -> None:
         for line in self._ledger.lines():
             if line.owner == owner:
@@ -342,23 +388,19 @@ class Mounter:
 
     def _release(self, line: Line) -> None:
         failure: Exception | None = None
-        # What the one who is gone used itself is free in a moment.
+        # The files of a client that has ended are closed a moment later.
         for lazy in (False,) * _TRIES + (True,):
-            with self._lock:
-                entry = self._standing.entry(line, Table.read())
-                try:
-                    busy = entry is not None and not self._detached(line, entry, lazy)
-                except (SnapdError, OSError) as error:
-                    failure, busy = error, True
+            try:
+                busy = self._take_away(
+                    lambda: (line, self._standing.entry(line, Table.read())), lazy
+                )
+            except (SnapdError, OSError) as error:
+                failure = error
+                if isinstance(error, TimeoutError):
+                    break
+            else:
                 if not busy:
-                    self._standing.forget(line)
-                    if lazy:
-                        log.warning(
-                            "%s was in use when its client left: it is detached and out of sight",
-                            quote_path(line.target),
-                        )
-                    else:
-                        log.info("%s is unmounted: its client left", quote_path(line.target))
+                    _tell_released(line, lazy)
                     return
             self._stopping.wait(_PAUSE)
         log.warning("a mount of a client that is gone stays: %s", failure)
@@ -372,14 +414,22 @@ class Mounter:
             or (self._standing.blind and line.boot == self._standing.boot)
         ]
         inside: list[str] = []
+        overlays: list[str] = []
         if record.tree_id == record.id:
             targets += [entry.target for entry in self._standing.showing(table, record.id)]
             directory = f"{self._state.real_path}/snapshots/{record.id}"
             inside = [entry.target for entry in table.within(directory)]
+            if place := self._state.place(record.id):
+                overlays = [entry.target for entry in table.overlays(place)]
         if targets:
             raise FailedPrecondition(
                 f"cannot remove {quote(record.info.name)}:"
                 f" it is mounted, unmount {enumerated(targets)} first"
+            )
+        if overlays:
+            raise FailedPrecondition(
+                f"cannot remove {quote(record.info.name)}:"
+                f" the overlay on {enumerated(overlays)} shows it, unmount that first"
             )
         if inside:
             names = [os.path.relpath(target, directory) for target in inside]
@@ -387,6 +437,32 @@ class Mounter:
                 f"cannot remove {quote(record.info.name)}:"
                 f" something is mounted in it on {enumerated(names)}, unmount that first"
             )
+
+
+def _detached(entry: Entry, lazy: bool) -> bool:
+    """Take a mount away; False if it is in use."""
+    try:
+        if lazy and not entry.read_only:
+            # Where a file is open for writing it stays writable; Commit looks for that.
+            with suppress(OSError):
+                mounts.make_read_only(entry)
+        mounts.detach(entry, lazy=lazy)
+    except OSError as error:
+        if lazy and not entry.read_only:
+            thaw(entry)
+        if error.errno == errno.EBUSY:
+            return False
+        raise
+    log.debug("%s is unmounted", quote_path(entry.target))
+    return True
+
+
+def _tell_released(line: Line, lazy: bool) -> None:
+    target = quote_path(line.target)
+    if lazy:
+        log.warning("%s was in use when its client left: it is detached and out of sight", target)
+    else:
+        log.info("%s is unmounted: its client left", target)
 
 
 _TRIES = 10

@@ -1,14 +1,15 @@
-"""What stands in the way of an Unmount or a Commit, in words."""
+"""The reasons why an Unmount or a Commit is refused, as errors of the contract."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from snapd_native import mounts
 from snapd_native.errors import DataLoss, FailedPrecondition, SnapdError
 from snapd_native.model import quote, quote_path
-from snapd_native.mounts import Entry, Table
+from snapd_native.mounts import Entry, NotFrozen, Table
 
 _NAMED = 5
 """Processes or paths that a sentence names at most."""
@@ -23,16 +24,57 @@ def not_frozen(key: str, entry: Entry, error: OSError) -> SnapdError:
             f"cannot commit {quote(key)}: {writers} has a file open for writing on {target},"
             " close it first"
         )
-    if error.errno == errno.ESTALE:
-        return FailedPrecondition(
-            f"cannot commit {quote(key)}: it is mounted on {target} with something else over it,"
-            " unmount that first"
-        )
-    if error.errno in mounts.MOVED:
-        return FailedPrecondition(
-            f"cannot commit {quote(key)}: its mount on {target} is being moved, try again"
-        )
+    if why := _out_of_reach(entry.target, error):
+        return FailedPrecondition(f"cannot commit {quote(key)}, mounted on {target}: {why}")
     return DataLoss(f"cannot commit {quote(key)}: {target} cannot be made read-only ({error})")
+
+
+def not_unmounted(target: str, error: OSError) -> SnapdError | OSError:
+    """Return what an Unmount fails with whose mount cannot be taken away."""
+    if why := _out_of_reach(target, error):
+        return FailedPrecondition(f"cannot unmount {quote_path(target)}: {why}")
+    return error
+
+
+def _out_of_reach(target: str, error: OSError) -> str:
+    """Say why a mount cannot be reached by its path, and what to do; nothing if it was reached."""
+    if error.errno == errno.ETIMEDOUT:
+        return "its file system does not answer, try again when it does"
+    if error.errno not in {errno.ESTALE, *mounts.MOVED}:
+        return ""
+    if over := Table.read().covering(target):
+        return (
+            f"{enumerated([other.target for other in over])} is mounted over it, unmount that first"
+        )
+    return "it is being moved, try again"
+
+
+@contextmanager
+def frozen_elsewhere(key: str) -> Iterator[None]:
+    """Turn what says that a mount in another namespace stays writable into a Commit's error."""
+    try:
+        yield
+    except NotFrozen as failure:
+        if failure.error.errno == errno.EBUSY:
+            raise not_frozen(key, failure.entry, failure.error) from None
+        target = quote_path(failure.entry.target)
+        raise FailedPrecondition(
+            f"cannot commit {quote(key)}: it stays writable on {target} in the mount namespace of"
+            f" pid {failure.pid} ({failure.error.strerror}), end that process or unmount it there"
+        ) from None
+    except OSError as error:
+        raise FailedPrecondition(
+            f"cannot commit {quote(key)}: its mounts in other mount namespaces cannot be made"
+            f" read-only ({error.strerror}), try again"
+        ) from None
+
+
+def can_write(key: str, processes: Sequence[tuple[int, str]]) -> FailedPrecondition:
+    """Return what a Commit fails with that processes could still write to."""
+    return FailedPrecondition(
+        f"cannot commit {quote(key)}: {named(processes)} can still write to it through a mount that"
+        " was unmounted lazily, or is attached nowhere: end that first"
+    )
 
 
 def in_use(entry: Entry) -> str:

@@ -41,7 +41,7 @@ class Reaper:
             raise
 
     def close(self) -> None:
-        """End after all that was begun."""
+        """Finish the deletions that were begun."""
         self._background.close()
 
     def retire(self, record: Record) -> None:
@@ -79,7 +79,8 @@ class Reaper:
 
     def orphans(self) -> Sequence[str]:
         """Return every directory that no snapshot and no running call owns."""
-        # What is found first, is reserved or recorded at that time or later, or is an orphan.
+        # The order matters: a directory that is listed first, and neither reserved nor recorded
+        # after that, is an orphan.
         found = self._state.listing()
         reserved = self._store.reserved()
         owned = self._store.directories()

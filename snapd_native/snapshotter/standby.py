@@ -18,7 +18,7 @@ from snapd_native.snapshotter.write_back import WriteBack
 log = logging.getLogger(__name__)
 
 NOTHING = Usage(0, 0)
-"""What no further clone takes."""
+"""The usage of no clone at all."""
 
 SHARED_INODE = 1024
 """Bytes that a clone takes for an inode whose data is shared: itself, its names and extents."""
@@ -27,7 +27,7 @@ LOOK_SECONDS = 10.0
 """How often the free space is looked at while clones are wanted."""
 
 SPARE = 0.01
-"""What must be free beyond the least before clones are made again after there was no room."""
+"""Part of the space that must be free beyond the least before clones are made again."""
 
 Wanted: TypeAlias = Mapping[int, tuple[int, Usage]]
 """How many clones there should be of which snapshots, and what one takes."""
@@ -39,8 +39,8 @@ class Standby:
     """Keeps as many clones of each committed snapshot as its label says.
 
     One thread makes and drops them, one after the other, by a worker process of idle priority.
-    Clones are dropped when nobody wants them, and all of them where less than ``least_free`` of the
-    file system's space or inodes is free; none is made that would lead there.
+    Clones are dropped when no label asks for them. All are dropped where less than ``least_free``
+    of the file system's space or inodes is free, and none is made that would lead there.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Standby:
         self._write_back = write_back
         self._least_free = least_free
         self._ready: defaultdict[int, deque[str]] = defaultdict(deque)
+        self._refused: deque[str] = deque()
         self._last = 0
         for name, parent, number, complete in state.standbys():
             self._last = max(self._last, number)
@@ -81,6 +82,11 @@ class Standby:
             self._look.set()
         return name
 
+    def refuse(self, name: str) -> None:
+        """Have a clone deleted that `take` has returned and that is of no use."""
+        self._refused.append(name)
+        self._look.set()
+
     def count(self, parent: int) -> int:
         """Return how many clones of a snapshot are complete."""
         with self._lock:
@@ -109,6 +115,9 @@ class Standby:
 
     def _take_a_step(self) -> bool:
         """Drop or make one clone; False if all are as they should be."""
+        if self._refused:
+            self._drop(self._refused.popleft())
+            return True
         wanted = self._store.standbys()
         self._watches_room = bool(wanted)
         has_room = self._has_room()

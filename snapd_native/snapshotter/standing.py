@@ -1,36 +1,40 @@
-"""What of the ledger stands in the kernel's table, and brings the two together."""
+"""Compare the ledger with the kernel's table of mounts, and bring the two together."""
 
 from __future__ import annotations
 
 import logging
 import os
-import posixpath
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Condition, Lock
 
 from snapd_native import linux, mounts
 from snapd_native.errors import InvalidArgument, NotFound, SnapdError
 from snapd_native.metastore import Ledger, Line
 from snapd_native.model import Finding, Lifetime, Trouble, quote, quote_path
-from snapd_native.mounts import Entry, Table
+from snapd_native.mounts import Entry, Table, Target
 from snapd_native.snapshotter.state import StateDirectory
 
 log = logging.getLogger(__name__)
 
 
 class Standing:
-    """The ledger beside the kernel's table; only one call at a time may look at both."""
+    """The mounts of the ledger that exist in the kernel's table; ``lock`` guards both together."""
 
     def __init__(self, state: StateDirectory, ledger: Ledger, own: Path) -> None:
         """Bring them together.
 
-        What stands is kept, what is gone is forgotten. After a restart of the machine, persistent
-        mounts are made again; one that cannot be stays in the ledger for the next time. In ``own``
-        are the directories that are made for mounts.
+        After a restart of the machine, persistent mounts are made again; one that cannot be stays
+        in the ledger for the next time. In ``own`` are the directories that are made for mounts.
         """
         self._state = state
         self._ledger = ledger
+        self.lock = Lock()
+        """Never held during calls on file systems that may not answer; see `bounded`."""
+        self._opened: set[int] = set()
+        """The numbers of mounts that have their `turn`."""
+        self._closed = Condition(self.lock)
         self.own = own
         self.boot = linux.boot_id()
         self.blind = ""
@@ -42,24 +46,28 @@ class Standing:
         if self.blind:
             log.warning("%s", self.blind)
         # A Commit that was going on when the service ended has left its mounts read-only.
-        self.mend(thaw=True)
+        self.mend(starting=True)
 
     def of(self, lines: Sequence[Line]) -> list[tuple[Line, Entry]]:
-        """Return what still stands, and forget what is gone."""
+        """Return what still stands."""
         if not lines:
             return []
         table = Table.read()
-        standing, gone = [], []
-        for line in lines:
-            entry = self.entry(line, table)
-            if entry is not None:
-                standing.append((line, entry))
-            elif line.boot == self.boot:
-                gone.append(line)
-        if not self.blind:
-            for line in gone:
-                self.forget(line)
-        return standing
+        return [(line, entry) for line in lines if (entry := self.entry(line, table))]
+
+    def absent(self, lines: Sequence[Line]) -> list[Line]:
+        """Return the persistent mounts that are gone although Unmount was not called.
+
+        systemd unmounts them when the machine shuts down, before or after it stops the service.
+        """
+        if self.blind:
+            return [line for line in lines if line.boot != self.boot]
+        standing = {line.id for line, _ in self.of(lines)}
+        return [
+            line
+            for line in lines
+            if line.id not in standing and line.lifetime is Lifetime.PERSISTENT
+        ]
 
     def entry(self, line: Line, table: Table) -> Entry | None:
         """Return what stands of a mount; None if it is gone."""
@@ -72,23 +80,39 @@ class Standing:
         return entry
 
     def find(self, target: str) -> tuple[Line, Entry | None]:
-        """Return what was mounted on ``target``; without an entry if it could not be made again."""
+        """Return what was mounted on ``target``; without an entry if it is `absent`."""
         if not target.startswith("/"):
             raise InvalidArgument(
                 f"the target {quote_path(target)} is relative: give its whole path"
             )
-        # POSIX lets two slashes at the beginning mean something; Linux does not.
-        path = "/" + posixpath.normpath(target).lstrip("/")
+        path = mounts.plain(target)
         lines = self._ledger.lines()
         for line, entry in self.of(lines):
             if entry.target == path:
                 return line, entry
-        for line in lines:
-            if line.boot != self.boot and line.target == path:
+        for line in self.absent(lines):
+            if line.target == path:
                 return line, None
         raise NotFound(
             f"no snapshot is mounted on {quote_path(target)}: see which mounts there are"
         )
+
+    @contextmanager
+    def turn(self, entry: Entry) -> Iterator[None]:
+        """Let no other call open a mount during the block: one that is open cannot be unmounted."""
+        with self.lock:
+            self._closed.wait_for(lambda: entry.id not in self._opened)
+            self._opened.add(entry.id)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._opened.remove(entry.id)
+                self._closed.notify_all()
+
+    def _is_leaving(self, line: Line) -> bool:
+        """Tell whether a call is unmounting a mount: it is gone before its line is."""
+        return line.boot == self.boot and line.mount in self._opened
 
     def showing(self, table: Table, tree: int) -> list[Entry]:
         """Return all mounts of a tree, the service's and anybody's."""
@@ -108,13 +132,16 @@ class Standing:
             return [Finding(Trouble.MOUNT, "", self.blind)]
         found = []
         table = Table.read()
-        standing = {line: self.entry(line, table) for line in self._ledger.lines()}
+        lines = self._ledger.lines()
+        standing = {line: self.entry(line, table) for line in lines}
+        for line in self.absent(lines):
+            if self._is_leaving(line):
+                continue
+            what = f"it is not mounted on {quote_path(line.target)} any more"
+            found.append((line.key, f"{what}: call Repair, or unmount it"))
         for line, entry in standing.items():
-            on = quote_path(line.target)
-            if line.boot != self.boot:
-                what = f"it is not mounted on {on} since the machine was started"
-                found.append((line.key, f"{what}: call Repair, or unmount it"))
-            elif entry and line.read_only and not entry.read_only:
+            if entry and line.read_only and not entry.read_only:
+                on = quote_path(line.target)
                 found.append((line.key, f"it is writable on {on}: call Repair"))
         known = {entry.id for entry in standing.values() if entry}
         found += [
@@ -129,53 +156,52 @@ class Standing:
         for directory in (self.own.parent, self.own, path):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def mend(self, frozen: Collection[int] = (), *, thaw: bool = False) -> None:
-        """Make what stands what the ledger says, and again what stood before a restart.
+    def mend(self, frozen: Collection[int] = (), *, starting: bool = False) -> None:
+        """Make what stands what the ledger says, and again what is `absent`.
 
         Mounts of trees that are ``frozen`` are left alone: they are being committed. What else is
-        read-only stays so, unless it is to ``thaw``: a person has made it so.
+        read-only stays so: a person has made it so. The start of the service makes it writable
+        again. It forgets what is absent since this boot: that was unmounted meanwhile, or an end of
+        the service has interrupted Mount or Unmount.
         """
         if self.blind:
             return
-        lines = [line for line in self._ledger.lines() if line.tree not in frozen]
-        for line, entry in self.of(lines):
-            try:
-                kept = entry.read_only and not thaw
-                mounts.restore(entry, read_only=line.read_only or kept)
-            except OSError as error:
-                log.warning("%s may not be as it was mounted: %s", quote_path(entry.target), error)
-        for line in lines:
-            if line.boot != self.boot:
-                if line.lifetime is Lifetime.CLIENT:
+        with self.lock:
+            lines = [line for line in self._ledger.lines() if line.tree not in frozen]
+            for line in lines:
+                if line.boot != self.boot and line.lifetime is Lifetime.CLIENT:
                     self._ledger.forget([line.id])
-                else:
-                    self._make_again(line)
-        # What no mount is on by now, was made for one that is gone.
-        with suppress(FileNotFoundError):
+            standing, absent = self.of(lines), self.absent(lines)
+            if starting:
+                for line in absent:
+                    if line.boot == self.boot:
+                        self.forget(line)
+        for line, entry in standing:
+            try:
+                kept = entry.read_only and not starting
+                with self.turn(entry):
+                    mounts.restore(entry, read_only=line.read_only or kept)
+            except OSError as error:
+                if Table.read().get(entry.id):
+                    target, why = quote_path(entry.target), error.strerror
+                    log.warning("%s may not be as it was mounted: %s", target, why)
+        for line in absent:
+            self._make_again(line, frozen)
+        with self.lock, suppress(FileNotFoundError):
+            # A directory without a mount was made for a mount that is gone.
             for name in os.listdir(self.own):
                 with suppress(OSError):
                     os.rmdir(self.own / name)
 
-    def _make_again(self, line: Line) -> None:
+    def _make_again(self, line: Line, frozen: Collection[int]) -> None:
+        """Mount again what is still `absent`, and not ``frozen``."""
         try:
             if Path(line.target).parent == self.own:
                 self.make_own(Path(line.target))
-            with (
-                mounts.open_target(line.target) as target,
-                self._state.open_with_mounts(line.tree) as directory,
-            ):
-                entry = Table.read().get(linux.mount_id(target.fd))
-                place = self._state.place(line.tree)
-                if entry and entry.target == target.path and entry.root == place:
-                    # The service was killed when it had just made it again.
-                    self._ledger.made_again(line.id, self.boot, entry.id)
-                    return
-                mount = mounts.detached(directory, read_only=line.read_only)
-                try:
-                    mounts.attach(mount, target.fd)
-                    self._ledger.made_again(line.id, self.boot, linux.mount_id(mount))
-                finally:
-                    os.close(mount)
+            with mounts.open_target(line.target, line.uid) as target, self.lock:
+                absent = self.absent(self._ledger.lines())
+                if line in absent and line.tree not in frozen and not self._is_leaving(line):
+                    self._attach_again(line, target)
         except (SnapdError, OSError) as error:
             log.error(
                 "%s cannot be mounted on %s again (%s): mend that and restart the service,"
@@ -184,6 +210,21 @@ class Standing:
                 quote_path(line.target),
                 error,
             )
+
+    def _attach_again(self, line: Line, target: Target) -> None:
+        entry = Table.read().get(linux.mount_id(target.fd))
+        place = self._state.place(line.tree)
+        if entry and entry.target == target.path and entry.root == place:
+            # The service was killed when it had just made it again.
+            self._ledger.made_again(line.id, self.boot, entry.id)
+            return
+        with self._state.open_with_mounts(line.tree) as directory:
+            mount = mounts.detached(directory, read_only=line.read_only)
+        try:
+            mounts.attach(mount, target.fd)
+            self._ledger.made_again(line.id, self.boot, linux.mount_id(mount))
+        finally:
+            os.close(mount)
 
 
 _HIDDEN = (
@@ -197,14 +238,12 @@ _CHROOT = (
 )
 
 
-def thaw(entries: Sequence[Entry]) -> None:
-    """Make mounts writable again that were for a moment not, wherever they are by now."""
-    table = Table.read()
-    for entry in entries:
-        now = table.get(entry.id)
-        if now is None or now.root != entry.root or not now.read_only:
-            continue
-        try:
-            mounts.make_read_only(now, read_only=False)
-        except OSError as error:
-            log.warning("%s stays read-only: %s", quote_path(now.target), error)
+def thaw(entry: Entry) -> None:
+    """Make a mount writable again that was for a moment not, wherever it is by now."""
+    now = Table.read().get(entry.id)
+    if now is None or now.root != entry.root or not now.read_only:
+        return
+    try:
+        mounts.make_read_only(now, read_only=False)
+    except OSError as error:
+        log.warning("%s stays read-only: %s", quote_path(now.target), error.strerror)

@@ -124,7 +124,7 @@ class StateDirectory:
     def bring_to_life(self, id_: int) -> str:
         """Give the directory made by `create` its final name; return that."""
         name = str(id_)
-        os.rename(f"new-{id_}", name, src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
+        self._rename(f"new-{id_}", name)
         return name
 
     def create_empty(self, id_: int) -> None:
@@ -171,10 +171,15 @@ class StateDirectory:
         return complete
 
     def adopt_standby(self, name: str, id_: int) -> bool:
-        """Make a complete standby clone the tree of a snapshot, on disk; False if it is gone."""
+        """Make a complete standby clone the tree of a snapshot, on disk.
+
+        False if it is gone, or belongs to another quota project than a new directory would.
+        """
         try:
             os.rename(name, str(id_), src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EXDEV):
+                raise
             return False
         os.fsync(self._snapshots)
         return True
@@ -183,7 +188,7 @@ class StateDirectory:
         """Delete a standby clone, which is incomplete from the first moment on."""
         doomed = "making" + name.removeprefix("making").removeprefix("ready")
         with suppress(FileNotFoundError):
-            os.rename(name, doomed, src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
+            self._rename(name, doomed)
         self.delete(doomed, report)
 
     @contextmanager
@@ -231,7 +236,7 @@ class StateDirectory:
         """Rename a snapshot's directory to what will be deleted; None if there is none."""
         name = f"rm-{id_}"
         try:
-            os.rename(str(id_), name, src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
+            self._rename(str(id_), name)
         except FileNotFoundError:
             return None
         return name
@@ -242,7 +247,7 @@ class StateDirectory:
             trees.delete(self._snapshots, name, report)
 
     def discard(self, id_: int) -> None:
-        """Delete what `create` made, whatever its name is by now."""
+        """Delete the directory that `create` made, under its first or its final name."""
         # While it is not alive yet, what has its final name is somebody else's.
         making = f"new-{id_}"
         self.delete(making if self._is_there(making) else str(id_), lambda *_: None)
@@ -250,13 +255,13 @@ class StateDirectory:
     def set_aside(self, id_: int) -> str:
         """Rename a snapshot's directory to what is never deleted, on disk; return that name."""
         name = f"found-{id_}"
-        os.rename(str(id_), name, src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
+        self._rename(str(id_), name)
         os.fsync(self._snapshots)
         return name
 
     def take_back(self, id_: int) -> None:
         """Undo `set_aside`."""
-        os.rename(f"found-{id_}", str(id_), src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
+        self._rename(f"found-{id_}", str(id_))
 
     def highest_id(self) -> int:
         """Return the highest id that anything here is named by; 0 without one."""
@@ -284,9 +289,9 @@ class StateDirectory:
                 yield Finding(Trouble.FOREIGN, "", what)
 
     def close_to_others(self) -> None:
-        """See to it that nobody else may reach what is the service's."""
+        """Close the files of the service to all other users."""
         for name, _ in self._open_to_others():
-            # What cannot be closed stays a finding.
+            # If this fails, the next check reports the same finding.
             with suppress(OSError), self._opened_itself(name) as fd:
                 found = os.fstat(fd)
                 if _is_plain(found):
@@ -306,7 +311,7 @@ class StateDirectory:
 
     @property
     def _directories(self) -> Mapping[str, int]:
-        """What the service has open itself, to which a symbolic link may have led."""
+        """Directories that the service has open; a symbolic link may have led to them."""
         return {".": self._fd, "snapshots": self._snapshots}
 
     @contextmanager
@@ -321,6 +326,20 @@ class StateDirectory:
             yield fd
         finally:
             os.close(fd)
+
+    def _rename(self, old: str, new: str) -> None:
+        """Rename a directory, also one of before the directories were given a quota project."""
+        try:
+            os.rename(old, new, src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            fd = os.open(old, _DIRECTORY, dir_fd=self._snapshots)
+            try:
+                linux.join_project(fd, self._snapshots)
+            finally:
+                os.close(fd)
+            os.rename(old, new, src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
 
     def _names(self) -> list[str]:
         # By a descriptor of its own: all that read a directory by one share their place in it.

@@ -16,12 +16,13 @@ from snapd_native.snapshotter.contents import Contents
 from snapd_native.snapshotter.failures import explained, unless_removed
 from snapd_native.snapshotter.mounting import Mounter
 from snapd_native.snapshotter.reaping import Reaper
+from snapd_native.snapshotter.shared import Shared
 from snapd_native.snapshotter.state import StateDirectory
 from snapd_native.snapshotter.watching import Watch
 
 
 class Upkeep:
-    """What keeps a state directory in order. A ``job`` can have any of it end with `Cancelled`."""
+    """Keep a state directory in order. Each method ends with `Cancelled` if its ``job`` is."""
 
     def __init__(
         self,
@@ -38,6 +39,7 @@ class Upkeep:
         self._mounter = mounter
         self._reaper = reaper
         self._watch = watch
+        self._checks: Shared[Sequence[Finding]] = Shared()
 
     def cleanup(self, job: Job | None = None) -> None:
         """Return when every deferred deletion is done and nothing orphaned is left.
@@ -53,20 +55,22 @@ class Upkeep:
                 self._reaper.finish(self._watch.over(job))
             except PermissionError:
                 raise FailedPrecondition(
-                    "cannot delete what was removed: some of it is immutable or append-only,"
-                    " chattr -R -f -ia the directories rm-* of the state directory"
+                    "cannot delete what was removed: some of it is immutable, append-only or an"
+                    " active swap file, chattr -R -f -ia the directories rm-* of the state"
+                    " directory, or swapoff"
                 ) from None
         job.conclude()
 
     def check(self, job: Job | None = None) -> Sequence[Finding]:
         """Return all that is wrong, after the deletions that are under way are done.
 
-        Nothing is changed. What other calls do meanwhile is not taken for an error.
+        Nothing is changed. Changes by other calls meanwhile are no findings. One check runs
+        at a time; all that are asked for meanwhile share the next one.
         """
         job = job or Job()
         job.begin(Operation.CHECK, "")
         with explained("check the state"):
-            found = self._findings(self._watch.over(job))
+            found = self._checks.run(self._findings, self._watch.over(job))
         job.conclude()
         return found
 
@@ -99,7 +103,7 @@ class Upkeep:
     def verify(self, name: str, job: Job | None = None) -> str:
         """Compare a committed snapshot's tree with the digest that Commit has recorded.
 
-        Return that. All is read, in the time that nobody else wants the processors and the disk.
+        Return that. The whole tree is read, at idle priority of processors and disk.
 
         Raises:
             InvalidArgument: the name cannot be.
@@ -111,8 +115,13 @@ class Upkeep:
         expected = digests.of(record)
         job = job or Job()
         job.begin(Operation.VERIFY, name, record.usage)
-        with unless_removed(self._store, record), explained(f"verify {quote(name)}"):
-            found = self._contents.digest(record.id, self._watch.over(job), idle=True)
+        report = self._watch.over(job)
+        with (
+            job.turn(report),
+            unless_removed(self._store, record),
+            explained(f"verify {quote(name)}"),
+        ):
+            found = self._contents.digest_on_disk(record.id, report)
         if found != expected:
             raise DataLoss(
                 f"{quote(name)} is not what was committed: its tree was changed or damaged,"
@@ -149,9 +158,10 @@ class Upkeep:
 
     def _left(self, report: trees.Report) -> Iterator[Finding]:
         """Yield the directories without a snapshot."""
-        # No Remove is half-way between the record, its directory and the reaper.
+        before = set(self._reaper.orphans())
+        # A Remove that was half-way between the record and its directory is over then.
         with self._mounter.unmounted():
-            before = set(self._reaper.orphans())
+            pass
         self._reaper.catch_up(report)
         for name in sorted(before.intersection(self._reaper.orphans())):
             if name.startswith("rm-"):

@@ -1,4 +1,4 @@
-"""What lets long work go on, or ends it."""
+"""End long work when the service stops or its job is cancelled."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Watch:
             raise Unavailable("the service is stopping: try again when it runs")
 
     def over(self, job: Job, *, count: bool = True) -> trees.Report:
-        """Return what is told of progress, and raises when the work is to end.
+        """Return a function that takes progress, and raises when the work is to end.
 
-        What is gone through for the second time does not ``count``.
+        Without ``count`` it does not add to the job's progress, as in a second pass over a tree.
         """
 
         def report(inodes: int, size: int) -> None:

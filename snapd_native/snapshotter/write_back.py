@@ -1,4 +1,4 @@
-"""What is on disk, and what a write that failed may have cost."""
+"""Write-back of the state to disk, and the trees that a failed write may have damaged."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 class WriteBack:
     """Puts the state's file system on disk.
 
-    The kernel tells of a write that failed once, not of which file, and takes what it could not
-    write for written. So whatever was there by then is in doubt: what is read of it may be in
-    memory only, and syncing it again succeeds. It stays so while the file system is mounted, and is
-    noted in a file for the next start of the service: not in the database, which is on that disk.
+    The kernel reports a failed write once and does not name the file. Afterwards it treats the data
+    as written: another sync succeeds, although the data may be in memory only. So all trees of that
+    moment are in doubt until the file system is mounted anew. A file outside of the state notes
+    this for the next start of the service, because the database is on the same disk.
     """
 
     def __init__(self, state: StateDirectory, store: Metastore, note: Path) -> None:
@@ -57,7 +57,7 @@ class WriteBack:
         new = self._store.unsettled()
         if new:
             self.sync()
-            # What is in doubt ends with this boot of the machine, whatever is synced later.
+            # A doubt lasts until the machine boots again, whatever is synced later.
             self._store.settle(id_ for id_ in new if not self.doubts(id_))
 
     def doubts(self, id_: int) -> bool:

@@ -90,7 +90,7 @@ class Cloner:
         self._report(1, rest)
 
     def _finish(self, source: int, target: int, status: os.stat_result) -> None:
-        # Whoever makes an entry in it would change its times, and inherit from its ACL.
+        # A peer that still makes entries would change the times, and they would inherit the ACL.
         self._peers.finish()
         self._copier.finish_directory(source, target, status)
 

@@ -8,12 +8,24 @@ import stat
 from pathlib import Path
 
 from snapd_native import linux
-from snapd_native.trees.walk import Report, allocated, changed, link_target
+from snapd_native.trees.walk import Report, allocated, changed, link_target, open_file
 
 CHUNK = 16 << 20
 """Bytes copied by one call at most, so that a copy can be stopped soon inside a large file."""
 
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_BUFFER = 1 << 20
+"""Bytes copied by one call where the data goes through this process."""
+
+_NOT_IN_KERNEL = {
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.ETXTBSY,  # an active swap file
+    errno.EXDEV,
+}
+"""Errors of copy_file_range(2) after which read(2) and write(2) can still copy the data."""
+
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _SPECIAL = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
 
@@ -58,7 +70,7 @@ class Copier:
 
     def _copy_file(self, source: int, target: int, name: str, status: os.stat_result) -> int:
         rest = allocated(status)
-        reader = os.open(name, _READ, dir_fd=source)
+        reader = open_file(source, name)
         try:
             mode = stat.S_IMODE(status.st_mode) & ~_SPECIAL
             writer = os.open(name, _CREATE, mode, dir_fd=target)
@@ -113,7 +125,7 @@ class Copier:
         """Copy a range, and report all but its last chunk, though not over ``most`` bytes."""
         reported = 0
         while start < end:
-            copied = os.copy_file_range(reader, writer, min(end - start, CHUNK), start, start)
+            copied = _copy(reader, writer, start, min(end - start, CHUNK))
             if copied == 0:
                 raise changed()  # It has become shorter.
             start += copied
@@ -122,6 +134,16 @@ class Copier:
                 self._report(0, more)
                 reported += more
         return reported
+
+
+def _copy(reader: int, writer: int, offset: int, size: int) -> int:
+    """Copy at most ``size`` bytes, inside the kernel where that can; return how many."""
+    try:
+        return os.copy_file_range(reader, writer, size, offset, offset)
+    except OSError as error:
+        if error.errno not in _NOT_IN_KERNEL:
+            raise
+    return os.pwrite(writer, os.pread(reader, min(size, _BUFFER), offset), offset)
 
 
 def _copy_unopened(source: int, target: int, name: str, status: os.stat_result) -> None:

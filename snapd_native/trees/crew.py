@@ -1,7 +1,7 @@
-"""Many hands for one tree: worker processes that share the walk through it.
+"""Worker processes that share the walk through one tree.
 
-Two threads in one interpreter would contend for its lock, and hold up whoever else needs it; the
-time that a tree takes is the kernel's, so processes are worth their while.
+Threads would contend for the interpreter's lock and delay all other calls. Most of the time is
+spent in system calls, so processes share it well.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Crew:
     def __init__(self, hands: int | None = None, *, idle: bool = False) -> None:
         """Use ``hands`` workers a job: as many as there are processors, if not said.
 
-        An ``idle`` crew takes only the processor time and the disk time that nobody else wants.
+        An ``idle`` crew works at idle priority of processor and disk.
         """
         self._priority = IDLE if idle else NORMAL
         self._hands = min(hands or len(os.sched_getaffinity(0)), MAX_WORKERS)
@@ -102,17 +102,18 @@ class Crew:
             total.merge(Tally.unpack(tally))
         return total.usage
 
-    def digest(self, root: int, report: Report) -> str:
+    def digest(self, root: int, report: Report, *, from_disk: bool = False) -> str:
         """Return the SHA-256, in hexadecimal, of a canonical listing of the tree at ``root``.
 
         See `Digester` for what that is made of. One worker goes through the tree; files are hashed
-        by as many threads as there are processors. What is reported adds up to what `measure`
-        finds.
+        by as many threads as there are processors, if ``from_disk`` past what the kernel has in
+        memory. What is reported adds up to what `measure` finds.
 
         Raises:
             OSError: as `clone`; ESTALE if directories are moved meanwhile.
         """
-        (found,) = self._run(Operation.DIGEST, [root], report, most=1)
+        operation = Operation.VERIFY if from_disk else Operation.DIGEST
+        (found,) = self._run(operation, [root], report, most=1)
         return found.decode()
 
     def _run(
@@ -143,12 +144,12 @@ class Crew:
                     order = ORDER.pack(operation, number, reflink)
                     socket.send_fds(worker.channel, [order], fds)
                 _watch(page, reports, workers, report)
-                # Whoever waits for a task wakes up, and finds that there will be none.
+                # Workers that wait for a task wake up, and see that no more will come.
                 for channel in (directories, names):
                     channel.shutdown(socket.SHUT_RDWR)
                 return [receive_finding(worker.channel) for worker in workers]
             except BaseException:
-                # Nobody may go on with what the caller is about to undo.
+                # No worker may go on with a job that the caller is about to undo.
                 for worker in workers:
                     worker.kill()
                 raise
@@ -221,10 +222,12 @@ def _watch(
         for worker in workers:
             selector.register(worker.channel, selectors.EVENT_READ)
         while outstanding:
-            for key, _ in selector.select(POLL_SECONDS):
-                if key.fileobj is not reports:
-                    raise ChildProcessError(errno.ECHILD, os.strerror(errno.ECHILD))
-                what, code = REPORT.unpack(receive(reports)[0])
+            if selector.select(POLL_SECONDS):
+                # A worker reports a failure before it is done with the job: reports come first.
+                try:
+                    what, code = REPORT.unpack(receive(reports, socket.MSG_DONTWAIT)[0])
+                except BlockingIOError:
+                    raise ChildProcessError(errno.ECHILD, os.strerror(errno.ECHILD)) from None
                 if what == ANNOUNCED:
                     outstanding += 1
                 elif what == DONE:

@@ -13,7 +13,7 @@ AT_ONCE = 1024
 """Entries of a directory that are read, and put in order, at once."""
 
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-"""What the kernel says where a directory was removed or replaced."""
+"""The errors of system calls on a directory that was removed or replaced."""
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 

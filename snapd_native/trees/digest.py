@@ -9,9 +9,10 @@ import stat
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TypeAlias
 
+from snapd_native.trees.blocks import Blocks, open_blocks
 from snapd_native.trees.descent import Descent
 from snapd_native.trees.walk import Report, allocated, changed, link_target
 
@@ -32,7 +33,6 @@ BLOCK = 1 << 20
 
 _ZEROS = bytes(BLOCK)
 _PATIENCE = 0.1
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _LETTERS = {
     stat.S_IFREG: b"f",
     stat.S_IFDIR: b"d",
@@ -60,12 +60,14 @@ class Digester:
     that file's number among those with several names. An empty netstring ends a directory.
 
     The list of blocks has a line, with ``\n`` at its end, for each `BLOCK` of the file that is not
-    all zeros: the offset, a space, and the block's SHA-256. So it takes no time to go through a
-    hole, and whether zeros are a hole is of no account. Numbers are decimal, hashes hexadecimal.
+    all zeros: the offset, a space, and the block's SHA-256. So a hole takes no time, and
+    a hole and zeros that are written give the same digest. Numbers are decimal, hashes hexadecimal.
     """
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Report, *, from_disk: bool = False) -> None:
+        """Read the contents of files from the disk itself, if ``from_disk``; see `Blocks`."""
         self._report = report
+        self._from_disk = from_disk
         self._listing = hashlib.sha256()
         self._coming: deque[bytes | _Hashing] = deque()
         self._hashing = 0
@@ -75,7 +77,7 @@ class Digester:
 
     @property
     def digest(self) -> bytes:
-        """What was found: the hash in hexadecimal."""
+        """Return the hash in hexadecimal."""
         return self._listing.hexdigest().encode()
 
     def directory(self, root: int) -> None:
@@ -126,7 +128,7 @@ class Digester:
         self._report(1, allocated(status))
 
     def _add_file(self, pool: ThreadPoolExecutor, name: str, directory: int) -> None:
-        fd = os.open(name, _READ, dir_fd=directory)
+        fd = open_blocks(directory, name, from_disk=self._from_disk)
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
@@ -149,15 +151,11 @@ class Digester:
         blocks = hashlib.sha256()
         size = allocated(status)
         offset = 0
-        with open(fd, "rb", buffering=0) as file, suppress(_EndOfData):
+        with closing(Blocks(fd, min(BLOCK, status.st_size))) as file, suppress(_EndOfData):
             while offset < status.st_size:
                 offset = _data(fd, offset) // BLOCK * BLOCK
-                file.seek(offset)
                 # The kernel refuses to read on where no file can go on.
-                most = min(BLOCK, status.st_size - offset)
-                block = file.read(most)
-                while block and len(block) < most and (more := file.read(most - len(block))):
-                    block += more
+                block = file.read(offset, min(BLOCK, status.st_size - offset))
                 if block != _ZEROS[: len(block)]:
                     blocks.update(b"%d %b\n" % (offset, hashlib.sha256(block).hexdigest().encode()))
                 self._hashed.append(min(len(block), size))

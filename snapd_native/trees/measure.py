@@ -68,7 +68,7 @@ class Tally:
 
     @property
     def usage(self) -> Usage:
-        """What was counted."""
+        """The sums so far."""
         return Usage(size=self.size, inodes=self.inodes)
 
 

@@ -16,11 +16,10 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 def open_tree(parent: int, name: str, *, writable: bool = False) -> Iterator[int]:
     """Open the directory ``name`` in the directory ``parent`` and yield its fd.
 
-    What is seen through the fd is the file system of ``parent`` alone: the fd belongs to a
-    detached, non-recursive clone of its mount, so whatever is mounted inside the tree or on it
-    (tmpfs, bind mounts, also of single files) is not there, and what it hides is. Unless
-    ``writable``, the clone is read-only. Reading leaves no access times behind, and a device cannot
-    be opened, whoever puts it in the place of a file.
+    The fd shows the file system of ``parent`` alone: it belongs to a detached, non-recursive clone
+    of its mount. Mounts inside the tree or on it (tmpfs, bind mounts, also of single files) are not
+    there, but the files that they hide are. Unless ``writable``, the clone is read-only. Reading
+    changes no access times, and a device in the place of a file cannot be opened.
     """
     mount = linux.open_tree(
         parent,

@@ -1,4 +1,4 @@
-"""What those who work on one tree are to each other."""
+"""How the workers of one tree share the work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 class Peers(Protocol):
     """The others who work on the same tree.
 
-    A directory is whatever the work needs of it, as open fds. What nobody takes, one does oneself.
+    A directory is a tuple of the fds that the work needs. A worker does itself what no peer takes.
     """
 
     def are_idle(self) -> bool:
@@ -26,7 +26,7 @@ class Peers(Protocol):
 
 
 class Work(Protocol):
-    """What is done with a tree; the arguments are those that `Peers` takes."""
+    """The work on a tree; its methods take the arguments that `Peers` takes."""
 
     @property
     def directory(self) -> Callable[..., None]:

@@ -1,8 +1,8 @@
-"""What a crew and its workers say to each other.
+"""The protocol between a crew and its workers.
 
 A job has a page of shared memory and three sockets. The page holds a flag of each worker that is
-idle, and each worker's progress; every byte has one writer. Tasks are open directories: those to do
-in whole travel over one socket to whoever is idle, those of which some names are to be done over
+idle, and each worker's progress; every byte has one writer. Tasks are open directories. Whole
+directories travel over one socket to a worker that is idle, some names of a directory over
 another. Reports go to the crew over the third, in one order for all workers: a task is announced
 before it is offered, so the crew never believes too early that all is done.
 """
@@ -29,10 +29,10 @@ _MOST_FDS = 8
 _LONGEST = 1 << 17
 
 ORDER = struct.Struct("=BBB")
-"""What begins a job: operation, the worker's number in the job, whether to share data."""
+"""The first message of a job: operation, the worker's number in the job, whether to share data."""
 
 REPORT = struct.Struct("=cI")
-"""What a worker says of a task: one of the following, and the errno of a failure."""
+"""A worker's message about a task: one of the following, and the errno of a failure."""
 ANNOUNCED = b"+"
 """A task is about to be offered."""
 DONE = b"-"
@@ -42,7 +42,7 @@ FAILED = b"!"
 
 
 class Operation(IntEnum):
-    """What a job does with its tasks."""
+    """The work that a job does with its tasks."""
 
     CLONE = 1
     """Fill the second directory with a copy of the first."""
@@ -50,6 +50,8 @@ class Operation(IntEnum):
     """Count what is in the directory."""
     DIGEST = 3
     """Hash the directory and what is in it."""
+    VERIFY = 4
+    """The same, with the contents of files read from the disk itself."""
 
 
 class Channels(NamedTuple):

@@ -26,11 +26,11 @@ _CHANGED = {
     errno.ENXIO,
     errno.ESPIPE,
 }
-"""What the kernel says when something in a tree is not what it was a moment ago."""
+"""Errors that mean that another process has changed the tree a moment ago."""
 
 
 class Share:
-    """What one worker does of a job, and its `Peers` in it."""
+    """The part of one worker in a job, which is also its view of its `Peers`."""
 
     def __init__(
         self, worker: int, parent: int, crew: socket.socket, page: Page, channels: Channels
@@ -70,7 +70,7 @@ class Share:
         return self.are_idle() and self._give(self._channels.give_directories, b"d", directory)
 
     def take_names(self, names: Sequence[str], *directory: int) -> bool:
-        """Give entries of a directory to whoever is idle; False if they cannot be given."""
+        """Give entries of a directory to an idle worker; False if they cannot be given."""
         message = b"\0".join(os.fsencode(name) for name in names)
         given = self._give(self._channels.give_names, message, (*directory, self._returned))
         self._given += given

@@ -33,13 +33,36 @@ def link_target(directory: int, name: str) -> str:
         raise
 
 
+def open_file(directory: int, name: str, flags: int = 0) -> int:
+    """Open a regular file to read it; wait where somebody must give up a lease on it first.
+
+    See F_SETLEASE in fcntl(2): Samba and NFS servers hold leases. Opening never waits for the
+    other end of a FIFO.
+
+    Raises:
+        OSError: the kernel's; ESTALE if it is no regular file by now.
+    """
+    flags |= os.O_RDONLY | os.O_CLOEXEC
+    try:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+    except BlockingIOError:
+        pass
+    found = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        if not stat.S_ISREG(os.fstat(found).st_mode):
+            raise changed()
+        return os.open(f"/proc/self/fd/{found}", flags)
+    finally:
+        os.close(found)
+
+
 def changed() -> OSError:
     """Return the error that tells that a tree was changed while it was read."""
     return OSError(errno.ESTALE, "the tree was changed while it was read")
 
 
 class Step(Enum):
-    """What a visit is about."""
+    """The kind of a visit."""
 
     ENTRY = auto()
     """Anything but a directory."""
@@ -65,8 +88,8 @@ class Visit(NamedTuple):
 class Walk:
     """A walk through everything below ``root``, depth first, the root itself excluded.
 
-    What vanishes between being listed and being looked at is not visited. Memory and open files
-    are bounded, whatever the tree. Iterating raises `OSError` where a directory cannot be read, or
+    Entries that vanish between listing and visiting are left out. Memory and open files are bounded
+    for every tree. Iterating raises `OSError` where a directory cannot be read, or
     was moved meanwhile (ESTALE).
     """
 

@@ -59,8 +59,9 @@ def _serve(crew: socket.socket, parent: int, order: bytes, fds: list[int]) -> by
                 counter = Counter(share.progress, share)
                 share.perform(counter)
                 return counter.tally.pack()
-            case Operation.DIGEST:
-                digester = Digester(share.progress)
+            case Operation.DIGEST | Operation.VERIFY as operation:
+                from_disk = operation is Operation.VERIFY
+                digester = Digester(share.progress, from_disk=from_disk)
                 share.perform(digester)
                 return digester.digest
 

@@ -1,1 +1,1 @@
-"""What service and clients share: names on the bus, values on the wire, and the connection."""
+"""Shared by the service and its clients: names on the bus, values on the wire, the connection."""

@@ -154,7 +154,7 @@ class Connection(MessageBus):
         signature: str,
         body: Body,
     ) -> None:
-        """Call a method without waiting for its answer; nobody learns of a failure."""
+        """Call a method without waiting for its answer; failures are ignored."""
         if self.connected:
             self.send(
                 Message(
@@ -191,7 +191,7 @@ class Connection(MessageBus):
         for fd in self._unmarshaller.unix_fds:
             os.close(fd)
         self._unmarshaller.unix_fds = []
-        # asyncio would complain of an error that nobody asks for.
+        # asyncio logs an exception that is never retrieved.
         if not self._disconnect_future.cancelled():
             self._disconnect_future.exception()
         # dbus-next leaves the socket to the garbage collector.
@@ -210,7 +210,7 @@ class Connection(MessageBus):
 
 
 class _Passed:
-    """A file descriptor that came with a message, and is closed with it if nobody takes it."""
+    """A file descriptor that came with a message, and is closed with it unless it is taken."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -281,7 +281,7 @@ class _Writer(_MessageWriter):
 
 
 def _check_text(value: object) -> None:
-    """Refuse text that cannot be sent: the bus hangs up on whoever tries.
+    """Refuse text that D-Bus does not allow: the bus would close the connection.
 
     Raises:
         InvalidArgument: some text in ``value`` is no UTF-8 or has a NUL character.

@@ -45,7 +45,7 @@ _CLASSES: dict[str, type[errors.SnapdError]] = {
 }
 _NAMES = {kind: name for name, kind in _CLASSES.items()}
 
-# What the bus itself says when it cannot deliver a call or its answer.
+# The errors of the bus itself when it cannot deliver a call or its answer.
 _FROM_THE_BUS: dict[str, tuple[type[errors.SnapdError], str]] = {
     _STANDARD + name: (errors.Unavailable, text)
     for name, text in {

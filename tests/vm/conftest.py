@@ -1,4 +1,4 @@
-"""Fixtures of a machine, which `tools/vm/run` gives by --hosts and --ssh-config."""
+"""Fixtures of a machine, which `tools/vm` gives by --hosts and --ssh-config."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def machine(request: pytest.FixtureRequest) -> Iterator[Guest]:
-    """Yield the machine."""
+    """Yield the machine, without mounts and snapshots."""
     ssh_config = Path(request.config.getoption("--ssh-config")).absolute()
     guest = Guest(str(ssh_config), request.config.getoption("--domain"))
     guest.connect()
+    # In a kept machine, an interrupted run may have left some.
+    clear(guest)
     yield guest
     guest.hang_up()
 

@@ -38,7 +38,7 @@ class _Write:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What a power cut did to one disk."""
+    """The effect of a power cut on one disk."""
 
     unflushed: int
     kept: int

@@ -79,7 +79,7 @@ def exhausted(client: BlockingClient, scarce: str) -> Iterator[tuple[str, str]]:
     yield "prepare from base", answer(client, client.prepare, "new", "base-1")
     yield "prepare", answer(client, client.prepare, "new")
     yield "view", answer(client, client.view, "new")
-    # What writes only a record has some room.
+    # Calls that only write a record have some room.
     with suppress(ResourceExhausted):
         for number in range(VIEWS if scarce == "blocks" else 1):
             client.view(f"view-{number}", "base-1")

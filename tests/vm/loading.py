@@ -7,8 +7,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from tests.vm.guest import HERE, Guest
-from tests.vm.ledger import Book
+from tests.support import PROJECT
+from tests.support.oracle import Book
+from tests.vm.guest import Guest
 
 WORKERS = 3
 """Clients of each instance."""
@@ -21,7 +22,7 @@ class Load:
         """Start them; those that are patient go on when a disk has failed or is full."""
         self._book = book
         self._lock = threading.Lock()
-        guest.run("cat >/run/load.py", stdin=(HERE / "load.py").read_text())
+        guest.run("cat >/run/load.py", stdin=(PROJECT / "tests/support/storm_load.py").read_text())
         self._process = guest.start("python3 -u /run/load.py")
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -73,7 +74,7 @@ class Load:
 
 def troubles(guest: Guest, book: Book) -> list[str]:
     """Compare what is there with what was promised, and ask the service itself."""
-    program = (HERE / "inspection.py").read_text()
+    program = (PROJECT / "tests/support/inspection.py").read_text()
     out = guest.run(f"python3 - {' '.join(book.ledgers)}", stdin=program, limit=300)
     found = json.loads(out)
     listed = []

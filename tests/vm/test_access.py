@@ -1,4 +1,4 @@
-"""Who may call: the real bus and the real polkit of the machine."""
+"""Authorization with the real bus and the real polkit of a machine."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def denied(guest: Guest, user: str = "vagrant") -> bool:
     return told.startswith(("AccessDenied: ", "InteractiveAuthorizationRequired: "))
 
 
-def test_a_user_is_denied_with_an_error_that_says_so(guest: Guest) -> None:
+def test_a_denied_user_gets_an_error_that_names_the_polkit_action(guest: Guest) -> None:
     outcome = guest.attempt(f"{AS_USER} {PREPARE} theirs '' 0")
     assert outcome.returncode == 1
     # busctl has words of its own for the error.
@@ -62,7 +62,7 @@ def test_a_user_is_denied_with_an_error_that_says_so(guest: Guest) -> None:
     guest.run(f"{PREPARE} mine '' 0")
 
 
-def test_a_rule_allows_it_and_its_end_forbids_it_again(ruled: Guest) -> None:
+def test_a_polkit_rule_allows_a_user_until_it_is_removed(ruled: Guest) -> None:
     assert attempt(ruled) == "allowed\n"
     assert denied(ruled, user="nobody")
     ruled.run(f"rm {RULE_FILE}; systemctl restart polkit")

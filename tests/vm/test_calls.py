@@ -7,7 +7,7 @@ import re
 import pytest
 
 from snapd_native.wire.names import MANAGER
-from tests.test_documents import block
+from tests.support.readme import block
 from tests.vm.guest import INSTANCES, Guest
 
 
@@ -22,7 +22,7 @@ def prepared(instance: str, key: str, parent: str = "") -> str:
     return f"$({prepare} | cut -d '\"' -f 4)"
 
 
-def test_the_readme_s_calls(guest: Guest) -> None:
+def test_the_busctl_calls_of_the_readme_work(guest: Guest) -> None:
     calls = block("calls")
     assert calls.startswith("busctl ")
     mounting, unmounting = (calls.index(f" {member} ") for member in ("ListMounts", "Unmount"))
@@ -37,13 +37,13 @@ def test_the_readme_s_calls(guest: Guest) -> None:
 
 
 @pytest.mark.parametrize(("instance", "name"), [("xfs", "commands"), ("ext4", "mounting")])
-def test_the_readme_s_commands(guest: Guest, instance: str, name: str) -> None:
+def test_the_commands_of_the_readme_work(guest: Guest, instance: str, name: str) -> None:
     commands = block(name)
     assert commands.startswith("snapd-native prepare ")
     guest.run(f"export SNAPD_NATIVE_INSTANCE={instance}\n{commands}", limit=240)
 
 
-def test_a_mount_is_the_machine_s_and_takes_along_what_is_below_it(guest: Guest) -> None:
+def test_a_mount_appears_on_the_host_with_the_mounts_below_it(guest: Guest) -> None:
     out = guest.run(f"""
         source={prepared("xfs", "tree")}
         mkdir "$source/below" /run/test-target
@@ -63,7 +63,7 @@ def test_a_mount_is_the_machine_s_and_takes_along_what_is_below_it(guest: Guest)
 
 
 @pytest.mark.parametrize(("instance", "shared"), [("xfs", True), ("ext4", False)])
-def test_a_copy_shares_its_blocks_where_the_file_system_can(
+def test_a_copy_shares_its_blocks_where_reflink_works(
     guest: Guest, instance: str, shared: bool
 ) -> None:
     out = guest.run(f"""
@@ -119,7 +119,7 @@ du -s --block-size=512 sparse
 
 
 @pytest.mark.parametrize("instance", INSTANCES)
-def test_whatever_a_tree_holds_is_copied(guest: Guest, instance: str) -> None:
+def test_prepare_copies_devices_capabilities_acls_and_holes(guest: Guest, instance: str) -> None:
     out = guest.run(f"""
         show() {{
             {SHOWN}
@@ -145,3 +145,19 @@ END
         "trusted.",
     ):
         assert sign in out
+
+
+def test_commit_makes_the_mounts_that_other_services_see_read_only(guest: Guest) -> None:
+    """A service with PrivateTmp= has copies of the host's mounts, also of later ones."""
+    guest.run("systemd-run --unit=neighbour --property=PrivateTmp=yes sleep infinity")
+    inside = "nsenter --mount --target $(systemctl show --value --property=MainPID neighbour)"
+    try:
+        guest.run("snapd-native prepare shared; mkdir -p /srv/shared")
+        guest.run("snapd-native mount shared /srv/shared")
+        guest.run(f"{inside} sh -c 'echo text >/srv/shared/file'")
+        guest.run("snapd-native commit --digest done shared")
+        refused = guest.attempt(f"{inside} sh -c 'echo more >>/srv/shared/file'")
+        assert "Read-only file system" in refused.stderr
+        assert guest.run("snapd-native verify done").endswith("done\n")
+    finally:
+        guest.run("systemctl stop neighbour; snapd-native umount /srv/shared; snapd-native rm done")

@@ -1,4 +1,4 @@
-"""Disks that fail under load: calls say so, and what was acknowledged is there when they are well.
+"""Disks that fail under load: calls raise an error, and acknowledged commits survive.
 
 What was under way when the disk failed may have happened, whatever was answered: a disk that has
 taken a write and then refuses to flush it, and everything else, cannot be asked to forget it.
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.support.oracle import Book
 from tests.vm.guest import Guest
-from tests.vm.ledger import Book
 from tests.vm.loading import Load, troubles
 from tests.vm.spare import SpareDisk, made, units
 from tests.vm.test_powercut import NO_SYNC
@@ -59,7 +59,7 @@ def ruin(guest: Guest, disks: list[SpareDisk], fail: Callable[[SpareDisk], None]
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("fail", [SpareDisk.refuse_writes, SpareDisk.refuse_all])
-def test_what_was_acknowledged_survives(
+def test_acknowledged_commits_survive_a_failing_disk(
     machine: Guest, disks: list[SpareDisk], fail: Callable[[SpareDisk], None]
 ) -> None:
     book = ruin(machine, disks, fail)
@@ -73,7 +73,7 @@ def test_what_was_acknowledged_survives(
 
 
 @pytest.mark.timeout(1200)
-def test_without_syncs_something_is_lost(machine: Guest) -> None:
+def test_the_oracle_finds_losses_when_syncs_are_disabled(machine: Guest) -> None:
     """The test above could fail."""
     disks = [SpareDisk(machine, filesystem) for filesystem in FILE_SYSTEMS]
     drop_in = "/run/systemd/system/snapd-native@.service.d"
@@ -104,7 +104,7 @@ REWRITE = """
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("filesystem", FILE_SYSTEMS)
-def test_a_file_that_could_not_be_written_is_never_committed(
+def test_commit_of_a_file_that_could_not_be_written_raises_data_loss(
     machine: Guest, filesystem: str
 ) -> None:
     """The file system lives on, and the kernel tells of it once."""

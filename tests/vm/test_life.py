@@ -1,4 +1,4 @@
-"""The life of the service under systemd: starts, ends, crashes, boots."""
+"""The daemon under systemd: starts, stops, crashes and reboots."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def restarted(guest: Guest, unit: str, before: str) -> None:
     )
 
 
-def test_the_bus_starts_it(guest: Guest) -> None:
+def test_a_bus_call_starts_the_stopped_daemon(guest: Guest) -> None:
     guest.run("systemctl stop snapd-native")
     version = f"busctl get-property org.snapdnative1 /org/snapdnative1 {MANAGER} Version"
     assert guest.run(f"{version}; systemctl is-active snapd-native").endswith("active\n")
@@ -61,7 +61,7 @@ def test_a_restart_keeps_mounts(mounted: Guest) -> None:
     assert '"look" true' in mounted.run(f"{BUS} ListMounts s look")
 
 
-def test_there_is_no_reload(machine: Guest) -> None:
+def test_systemctl_reload_fails_and_keeps_the_daemon(machine: Guest) -> None:
     before = main_pid(machine, "snapd-native")
     outcome = machine.attempt("systemctl reload snapd-native")
     assert outcome.returncode != 0
@@ -69,7 +69,7 @@ def test_there_is_no_reload(machine: Guest) -> None:
     assert main_pid(machine, "snapd-native") == before
 
 
-def test_a_crash_is_followed_by_a_start_that_keeps_mounts(mounted: Guest) -> None:
+def test_systemd_restarts_a_killed_daemon_and_its_mounts_stay(mounted: Guest) -> None:
     before = main_pid(mounted, "snapd-native@xfs")
     mounted.run("systemctl kill -s KILL --kill-whom=main snapd-native@xfs")
     restarted(mounted, "snapd-native@xfs", before)
@@ -77,7 +77,7 @@ def test_a_crash_is_followed_by_a_start_that_keeps_mounts(mounted: Guest) -> Non
     assert mounted.run("snapd-native --instance xfs check") == ""
 
 
-def test_one_that_hangs_is_killed_by_the_watchdog(guest: Guest) -> None:
+def test_the_watchdog_kills_a_hanging_daemon_and_systemd_restarts_it(guest: Guest) -> None:
     drop_in = "/run/systemd/system/snapd-native.service.d"
     guest.run(f"""
         mkdir -p {drop_in}
@@ -95,7 +95,7 @@ def test_one_that_hangs_is_killed_by_the_watchdog(guest: Guest) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_boot_brings_back_data_and_mounts(mounted: Guest) -> None:
+def test_data_and_persistent_mounts_are_restored_after_a_reboot(mounted: Guest) -> None:
     mounted.reboot()
     assert shown(mounted) == STANDS
     assert '"look" true "persistent" 0' in mounted.run(f"{BUS} ListMounts s look")

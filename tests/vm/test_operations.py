@@ -1,4 +1,4 @@
-"""What the README says to do on a whole machine, done."""
+"""The operations of the README, run on a whole machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.test_documents import ON_A_MACHINE, block
+from tests.support.readme import ON_A_MACHINE, block
 from tests.vm.guest import Guest
 
 TREE = """
@@ -46,21 +46,21 @@ def data(guest: Guest) -> Iterator[Guest]:
     )
 
 
-def test_all_are_here() -> None:
+def test_every_documented_operation_has_a_test() -> None:
     assert set(ON_A_MACHINE) == {
         *("install", "instance", "check", "backup", "restore", "move", "rule", "exposure")
     }
 
 
-def test_install(guest: Guest) -> None:
+def test_the_documented_installation_works(guest: Guest) -> None:
     build, *commands = block("install").splitlines()
-    # tools/vm/run has built what is installed by the same script.
+    # tools/vm has built what is installed by the same script.
     assert build == "make deb"
     out = guest.run("\n".join(["cd /vagrant", *commands]), limit=240)
     assert "active (running)" in out
 
 
-def test_an_instance_on_a_disk(data: Guest) -> None:
+def test_the_documented_setup_of_an_instance_works(data: Guest) -> None:
     assert data.run(block("instance"), limit=240).split() == [
         "NAME",
         "KIND",
@@ -71,18 +71,18 @@ def test_an_instance_on_a_disk(data: Guest) -> None:
     assert data.run("stat -c %a /srv/data/snapd-native /run/snapd-native@data") == "700\n700\n"
 
 
-def test_an_instance_without_its_disk(guest: Guest) -> None:
+def test_an_instance_without_its_disk_does_not_start(guest: Guest) -> None:
     assert guest.attempt("systemctl start snapd-native@nowhere").returncode != 0
     assert guest.attempt("test -e /srv/nowhere").returncode != 0
 
 
-def test_checking(guest: Guest) -> None:
+def test_the_documented_check_shows_the_calls_in_the_journal(guest: Guest) -> None:
     guest.run(TREE)
     out = guest.run(f"journalctl --sync; {block('check')}")
     assert 'Commit name="v1" key="import": done (uid 0, ' in out
 
 
-def test_backup_and_restoring_it(data: Guest) -> None:
+def test_the_documented_backup_can_be_restored(data: Guest) -> None:
     data.run(TREE + block("backup"), limit=240)
     data.run("snapd-native rm v1; snapd-native cleanup")
     data.run(block("restore"), limit=240)
@@ -90,7 +90,7 @@ def test_backup_and_restoring_it(data: Guest) -> None:
     assert data.run("stat -c %a /var/lib/snapd-native") == "700\n"
 
 
-def test_moving_the_state(data: Guest) -> None:
+def test_the_documented_move_of_the_state_keeps_the_data(data: Guest) -> None:
     data.run(TREE + block("move"), limit=240)
     out = data.run(LOOK + "\necho; echo $look")
     assert SEEN in out
@@ -100,7 +100,7 @@ def test_moving_the_state(data: Guest) -> None:
     data.run("snapd-native umount /mnt; snapd-native rm look v1")
 
 
-def test_a_rule_for_a_group(guest: Guest) -> None:
+def test_the_documented_polkit_rule_allows_a_group(guest: Guest) -> None:
     as_user = "runuser -u vagrant -- snapd-native"
     denied = guest.attempt(f"{as_user} ls")
     assert denied.returncode in (11, 12)
@@ -120,5 +120,5 @@ def test_a_rule_for_a_group(guest: Guest) -> None:
     assert guest.attempt(f"{as_user} ls").returncode == denied.returncode
 
 
-def test_exposure(machine: Guest) -> None:
+def test_the_documented_exposure_command_works(machine: Guest) -> None:
     assert "Overall exposure level for snapd-native.service" in machine.run(block("exposure"))

@@ -1,4 +1,4 @@
-"""The package on a living machine, in this order: upgrade, removal, installation, purge."""
+"""The package on a running machine, in this order: upgrade, removal, installation, purge."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_removal_keeps_data_and_a_new_installation_finds_it(full: Guest) -> None
 
 
 @pytest.mark.timeout(600)
-def test_purge_unmounts_and_deletes(full: Guest) -> None:
+def test_purge_unmounts_and_deletes_everything(full: Guest) -> None:
     out = full.run(
         f"""
         dpkg -P snapd-native >/dev/null 2>&1

@@ -1,4 +1,4 @@
-"""Power cuts under load: what was acknowledged stands, and the rest is whole or not there."""
+"""Power cuts under load: acknowledged changes survive, others are complete or undone."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from tests.support.oracle import Book
 from tests.vm.guest import Guest, VolatileDisks, clear
-from tests.vm.ledger import Book
 from tests.vm.loading import Load, troubles
 
 INSTANCES = ("ext4", "xfs")
@@ -28,7 +28,9 @@ def cut(guest: Guest, disks: VolatileDisks, load: Load) -> str:
 
 
 @pytest.mark.timeout(3600)
-def test_what_was_acknowledged_survives(machine: Guest, request: pytest.FixtureRequest) -> None:
+def test_acknowledged_commits_survive_power_cuts(
+    machine: Guest, request: pytest.FixtureRequest
+) -> None:
     seed = int(time.time())
     chance = random.Random(seed)
     clear(machine, *INSTANCES)
@@ -53,7 +55,7 @@ def test_what_was_acknowledged_survives(machine: Guest, request: pytest.FixtureR
 
 
 @pytest.mark.timeout(1200)
-def test_without_syncs_something_is_lost(machine: Guest) -> None:
+def test_the_oracle_finds_losses_when_syncs_are_disabled(machine: Guest) -> None:
     """The test above could fail."""
     clear(machine, *INSTANCES)
     drop_in = "/etc/systemd/system/snapd-native@.service.d/no-sync.conf"
@@ -80,7 +82,7 @@ def test_without_syncs_something_is_lost(machine: Guest) -> None:
                 systemctl stop {UNITS}""")
             if machine.attempt("mountpoint -q /srv/ext4 && mountpoint -q /srv/xfs").returncode:
                 print(machine.run("lsblk -f; journalctl -b --no-pager | tail -n 200"))
-                # What a boot has not found, the next one may.
+                # The next boot may find a loss that this one has not found.
                 machine.power_cut()
                 machine.power_on(whole=False)
             machine.run(f"""

@@ -1,4 +1,4 @@
-"""A quota that is exhausted: calls say so and are undone, reads go on, and Remove makes room."""
+"""An exhausted quota: changes are refused and undone, and reads and removals work."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ EXHAUSTED = {
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("scarce", ["blocks", "inodes"])
 @pytest.mark.parametrize("quota", QUOTAS, ids=[quota.filesystem for quota in QUOTAS])
-def test_an_exhausted_quota(machine: Guest, quota: Quota, scarce: str) -> None:
+def test_an_exhausted_quota_refuses_changes_but_not_reads_and_removals(
+    machine: Guest, quota: Quota, scarce: str
+) -> None:
     disk = SpareDisk(machine, quota.filesystem, quota.mkfs, quota.mount)
 
     def limit(blocks: int = 0, inodes: int = 0) -> None:

@@ -1,0 +1,192 @@
+"""Mounts of a tree in the mount namespaces of other processes; see mount_namespaces(7).
+
+A service with PrivateTmp= or the like has a mount namespace of its own, with a copy of each mount
+that there was when it started, and of many that came later. What is done to a mount is not done to
+its copies.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from snapd_native import linux
+from snapd_native.mounts.attach import make_read_only
+from snapd_native.mounts.bounded import bounded
+from snapd_native.mounts.table import Entry, Place, Table
+
+_ROUNDS = 10
+"""How often to look again for namespaces that were made while others were looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """A mount namespace, and a process that was found in it."""
+
+    fd: int
+    pid: int
+
+
+class NotFrozen(Exception):
+    """A mount in another namespace cannot be made read-only."""
+
+    def __init__(self, pid: int, entry: Entry, error: OSError) -> None:
+        super().__init__(pid, entry, error)
+        self.pid = pid
+        """A process in the namespace."""
+        self.entry = entry
+        self.error = error
+
+
+class Elsewhere:
+    """Makes the mounts read-only that other namespaces have of a tree."""
+
+    def __init__(self) -> None:
+        self.known: set[int] = set()
+        """The numbers of all mounts that namespaces have."""
+        self._over = False
+        """Whether the result of a thread that still runs is no longer wanted."""
+        self._stack = ExitStack()
+        self._done: list[tuple[Namespace, Entry]] = []
+
+    def close(self) -> None:
+        """Leave all mounts as they are."""
+        self._over = True
+        self._stack.close()
+
+    def freeze(self, place: Place) -> None:
+        """Make all writable mounts of the tree read-only; `thaw` undoes that.
+
+        Raises:
+            NotFrozen: one cannot be.
+            OSError: namespaces are made faster than they can be looked at, or a file system in one
+                does not answer.
+        """
+        for _ in range(_ROUNDS):
+            with _namespaces() as (found, closed):
+                if not _entering(partial(self._freeze, found, place), place):
+                    self._check_closed(closed, place)
+                    self.known.update(entry.id for entry in Table.read())
+                    return
+        raise OSError(errno.EAGAIN, "mount namespaces are made all the time")
+
+    def thaw(self) -> None:
+        """Make writable again what `freeze` has made read-only."""
+        if self._done:
+            with suppress(TimeoutError):
+                _entering(self._thaw, self)
+
+    def _freeze(self, found: list[Namespace], place: Place, proc: int) -> bool:
+        """Tell whether there was something to do."""
+        before = len(self._done)
+        for namespace in found:
+            if self._over:
+                # Its descriptor is closed, and may be another file by now.
+                return False
+            try:
+                linux.enter_mount_namespace(namespace.fd)
+            except OSError:
+                # A container may forbid that.
+                self._check_closed([namespace.pid], place)
+                continue
+            table = _table(proc)
+            self.known.update(entry.id for entry in table)
+            for entry in table.showing(place):
+                if entry.read_only:
+                    continue
+                try:
+                    make_read_only(entry, proc=proc)
+                except OSError as error:
+                    raise NotFrozen(namespace.pid, entry, error) from None
+                if self._over:
+                    with suppress(OSError):
+                        make_read_only(entry, read_only=False, proc=proc)
+                    return False
+                kept = os.dup(namespace.fd)
+                self._stack.callback(os.close, kept)
+                self._done.append((Namespace(kept, namespace.pid), entry))
+        return len(self._done) > before
+
+    def _check_closed(self, closed: list[int], place: Place) -> None:
+        """Check what can be seen of namespaces that cannot be entered."""
+        for pid in closed:
+            with suppress(FileNotFoundError, ProcessLookupError):
+                table = Table.read(Path(f"/proc/{pid}/mountinfo"))
+                self.known.update(entry.id for entry in table)
+                for entry in table.showing(place):
+                    if not entry.read_only:
+                        code = errno.EACCES
+                        raise NotFrozen(pid, entry, OSError(code, os.strerror(code)))
+
+    def _thaw(self, proc: int) -> bool:
+        for namespace, entry in self._done:
+            linux.enter_mount_namespace(namespace.fd)
+            now = _table(proc).get(entry.id)
+            if now and now.root == entry.root and now.read_only:
+                with suppress(OSError):
+                    make_read_only(now, read_only=False, proc=proc)
+        return True
+
+
+@contextmanager
+def _namespaces() -> Iterator[tuple[list[Namespace], list[int]]]:
+    """Open each mount namespace that a process is in, but for this process's own.
+
+    Yield also the processes whose namespaces even root may not open.
+    """
+    with ExitStack() as stack:
+        seen = {os.stat("/proc/self/ns/mnt").st_ino}
+        found: list[Namespace] = []
+        closed: list[int] = []
+        for process in Path("/proc").glob("[0-9]*"):
+            # A process may end meanwhile.
+            with suppress(FileNotFoundError, ProcessLookupError):
+                try:
+                    if os.stat(process / "ns" / "mnt").st_ino in seen:
+                        continue
+                    fd = os.open(process / "ns" / "mnt", os.O_RDONLY | os.O_CLOEXEC)
+                except PermissionError:
+                    closed.append(int(process.name))
+                    continue
+                stack.callback(os.close, fd)
+                seen.add(os.fstat(fd).st_ino)
+                found.append(Namespace(fd, int(process.name)))
+        yield found, closed
+
+
+def _entering(work: Callable[[int], bool], of: Hashable) -> bool:
+    """Run ``work`` in a thread that may enter namespaces, with this one's /proc open.
+
+    For ``of`` see `bounded`.
+
+    Raises:
+        TimeoutError: a file system in another namespace does not answer.
+    """
+
+    def run() -> bool:
+        with _directory("/proc") as proc:
+            return work(proc)
+
+    # Nothing else ever runs in the thread.
+    return bounded(run, of=of)
+
+
+@contextmanager
+def _directory(path: str) -> Iterator[int]:
+    """Open a directory for the block."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _table(proc: int) -> Table:
+    fd = os.open("thread-self/mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+    with open(fd, "rb") as file:
+        return Table.parse(file.read())

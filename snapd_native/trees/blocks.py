@@ -1,0 +1,80 @@
+"""Reading files from the disk itself, past the page cache; see O_DIRECT in open(2)."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+
+from snapd_native.trees.walk import open_file
+
+_ALIGNMENT = 4096
+"""Bytes to which offsets and lengths are rounded: the largest sector of a disk that Linux knows."""
+
+
+def open_blocks(directory: int, name: str, *, from_disk: bool) -> int:
+    """Open a file for `Blocks`, which read it from the disk itself if ``from_disk``."""
+    if from_disk:
+        try:
+            return open_file(directory, name, os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    fd = open_file(directory, name)
+    if from_disk:
+        _drop_cache(fd)
+    return fd
+
+
+class Blocks:
+    """Reads blocks of an open file, which belongs to it.
+
+    With O_DIRECT they come from the disk, even if the kernel has them in memory. Where the file
+    system cannot read a file like that, its pages are dropped from memory before they are read;
+    those that a process has mapped stay, and are read from memory.
+    """
+
+    def __init__(self, fd: int, most: int) -> None:
+        """Read blocks of up to ``most`` bytes."""
+        self._fd = fd
+        # O_DIRECT wants memory that begins at a page.
+        self._room = mmap.mmap(-1, max(_rounded(most), _ALIGNMENT))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._room.close()
+        os.close(self._fd)
+
+    def read(self, offset: int, most: int) -> bytes:
+        """Return ``most`` bytes from ``offset``, a multiple of a page; fewer at the end."""
+        if fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_DIRECT:
+            try:
+                return self._read(offset, most, _rounded(most))
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+            flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+            _drop_cache(self._fd)
+        return self._read(offset, most, most)
+
+    def _read(self, offset: int, most: int, asked: int) -> bytes:
+        with memoryview(self._room) as room:
+            found = 0
+            while found < most:
+                with room[found:asked] as rest:
+                    count = os.preadv(self._fd, [rest], offset + found)
+                found += count
+                # A count that is no multiple of a sector is the end of the file.
+                if count == 0 or (asked != most and count % _ALIGNMENT):
+                    break
+            return bytes(room[: min(found, most)])
+
+
+def _rounded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _drop_cache(fd: int) -> None:
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,244 @@
+"""Mount lifetimes: mounts that end with their client, and mounts that persist."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import (
+    ExitStack,
+    contextmanager,
+)
+from pathlib import Path
+
+import pytest
+from dbus_next.signature import Variant
+
+from snapd_native.client import BlockingClient
+from snapd_native.model import Lifetime
+from snapd_native.private import private_bus
+from tests.support.bus_mounts import (
+    MOUNT,
+    UNMOUNT,
+    is_gone,
+    listed,
+    stock,
+)
+from tests.support.file_systems import on_ext4
+from tests.support.kernel_mounts import below, mounted_on, place, user_in
+from tests.support.service import (
+    Service,
+    connection,
+    request,
+    serving,
+)
+from tests.support.waiting import becomes, eventually
+
+pytestmark = on_ext4
+
+HOLDER = """
+import os, sys
+from snapd_native.client import BlockingClient
+from snapd_native.model import Lifetime
+with BlockingClient() as client:
+    client.mount("work", sys.argv[1], lifetime=Lifetime.CLIENT)
+    if sys.argv[2] == "inside":
+        os.chdir(sys.argv[1])
+    print(flush=True)
+    input()
+"""
+
+
+@contextmanager
+def holding(target: Path, how: str = "") -> Iterator[subprocess.Popen[bytes]]:
+    """Run a client, perhaps inside of what is mounted for it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(target), how],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == b"\n"
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("how", ["ends", "is killed", "inside"])
+def test_a_client_mount_is_unmounted_when_its_client_leaves(
+    stocked: Service, places: Path, how: str
+) -> None:
+    here = place(places)
+    with holding(here, how) as client:
+        assert listed() == [[str(here), "work", False, "client", 0]]
+        if how == "ends":
+            client.communicate(b"\n")
+            assert client.returncode == 0
+        else:
+            client.kill()
+            client.wait()
+        eventually(lambda: is_gone(here))
+    assert list(here.iterdir()) == []
+    request("Remove", "sa{sv}", "work", {})
+
+
+def test_a_client_mount_is_unmounted_while_another_process_uses_it(
+    stocked: Service, places: Path
+) -> None:
+    here = place(places)
+    with (
+        holding(here) as client,
+        user_in(here) as cat,
+    ):
+        client.kill()
+        client.wait()
+        eventually(lambda: is_gone(here))
+        assert cat.poll() is None
+        assert Path(f"/proc/{cat.pid}/cwd/file").read_text() == "text"
+    request("Remove", "sa{sv}", "work", {})
+
+
+def test_only_the_client_mounts_of_a_leaving_client_are_unmounted(
+    stocked: Service, shared_client: BlockingClient, places: Path
+) -> None:
+    made = [place(places, f"{number}") for number in range(20)]
+    kept, others = str(place(places, "kept")), str(place(places, "other"))
+    shared_client.mount("work", others, lifetime=Lifetime.CLIENT)
+    with BlockingClient() as client:
+        client.mount("work", kept)
+        for target in made:
+            client.mount("look", str(target), lifetime=Lifetime.CLIENT)
+        client.mount("look", lifetime=Lifetime.CLIENT)
+        assert len(listed()) == 23
+    eventually(lambda: len(listed()) == 2)
+    assert below(places) == [others, kept]
+
+
+def test_a_client_that_leaves_during_mount_leaves_no_mount(stocked: Service, places: Path) -> None:
+    made = [str(place(places, f"{number}")) for number in range(60)]
+    options = {"lifetime": Variant("s", "client")}
+
+    async def scenario() -> None:
+        for number in range(0, len(made), 3):
+            async with connection() as bus:
+                calls = [
+                    asyncio.ensure_future(
+                        bus.ask(member="Mount", signature=MOUNT, body=["work", target, options])
+                    )
+                    for target in made[number : number + 3]
+                ]
+                # By turns, nothing and something was answered.
+                if number % 2:
+                    await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+                else:
+                    await bus.ask_driver("GetId", "", [])
+            await asyncio.gather(*calls, return_exceptions=True)
+
+    asyncio.run(scenario())
+    # Those of the next client go after all of them.
+    last = place(places, "last")
+    with holding(last, "is killed"):
+        pass
+    eventually(lambda: is_gone(last) and below(places) == [])
+
+
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_a_client_mount_survives_a_killed_daemon_but_not_its_client(
+    on_bus: str, scratch: Path, places: Path, meanwhile: bool
+) -> None:
+    here, state = place(places), scratch / "state"
+    with ExitStack() as stack:
+        with serving(on_bus, state, status=-signal.SIGKILL) as service:
+            with BlockingClient() as client:
+                stock(client)
+            holder = stack.enter_context(holding(here))
+            before = mounted_on(here)
+            service.daemon.process.kill()
+            service.daemon.process.wait()
+            assert before
+            assert mounted_on(here) == before
+        if meanwhile:
+            stack.close()
+            assert mounted_on(here) == before
+        with serving(on_bus, state):
+            if not meanwhile:
+                # The daemon finishes its start before it unmounts for other clients.
+                with BlockingClient() as client:
+                    client.mount("look", lifetime=Lifetime.CLIENT)
+                becomes(listed, [[str(here), "work", False, "client", 0]])
+                assert mounted_on(here) == before
+                holder.kill()
+            eventually(lambda: is_gone(here))
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_persistent_mounts_survive_the_end_of_the_daemon(
+    on_bus: str, scratch: Path, places: Path, how: signal.Signals
+) -> None:
+    here, there, state = place(places), place(places, "there"), scratch / "state"
+    with serving(on_bus, state, status=0 if how is signal.SIGTERM else -how) as service:
+        with BlockingClient() as client:
+            stock(client)
+            client.mount("work", str(here))
+            client.mount("look", str(there))
+        before, rows = [mounted_on(here), mounted_on(there)], listed()
+        service.daemon.process.send_signal(how)
+        service.daemon.process.wait()
+    for _ in range(2):
+        with serving(on_bus, state):
+            assert listed() == rows
+            assert below(places) == [str(here), str(there)]
+            assert [mounted_on(here), mounted_on(there)] == before
+    with serving(on_bus, state):
+        for target in (here, there):
+            request("Unmount", UNMOUNT, str(target), {})
+            assert mounted_on(target) is None
+
+
+def test_client_mounts_of_an_earlier_bus_are_unmounted_at_start(
+    scratch: Path, places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, kept, state = place(places), place(places, "kept"), scratch / "state"
+    name = ""
+
+    async def hold(buses: ExitStack, service: Service) -> str:
+        async with connection() as bus:
+            options = {"lifetime": Variant("s", "client")}
+            await bus.ask(member="Mount", signature=MOUNT, body=["work", str(here), options])
+            await bus.ask(member="Mount", signature=MOUNT, body=["look", str(kept), {}])
+            buses.close()
+            await asyncio.to_thread(service.daemon.process.wait)
+            return str(bus.unique_name)
+
+    with ExitStack() as buses:
+        address = buses.enter_context(private_bus())
+        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
+        with serving(address, state, status=1) as service:
+            with BlockingClient() as client:
+                stock(client)
+            name = asyncio.run(hold(buses, service))
+    assert below(places) == [str(here), str(kept)]
+
+    async def look(address: str) -> None:
+        async with connection() as first:
+            assert first.unique_name
+            others = [connection()]
+            while (await others[-1].__aenter__()).unique_name != name:
+                others.append(connection())
+            # Somebody else has the client's name now.
+            await asyncio.to_thread(serve, address)
+            for other in others:
+                other.disconnect()
+
+    def serve(address: str) -> None:
+        with serving(address, state):
+            eventually(lambda: mounted_on(here) is None)
+            assert [row[0] for row in listed()] == [str(kept)]
+
+    with private_bus() as address:
+        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
+        asyncio.run(look(address))
+    assert below(places) == [str(kept)]

@@ -1,0 +1,1 @@
+"""`snapd_native.cli`: the commands, as real processes."""

@@ -1,0 +1,298 @@
+"""The mount commands: mount, umount, mounts, and the lines they print for mounting by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from snapd_native import errors
+from snapd_native.cli.exits import STATUSES
+from snapd_native.client import BlockingClient
+from snapd_native.model import Lifetime
+from snapd_native.private import private_bus
+from tests.support.bus_mounts import stocked_with_snapshots
+from tests.support.command_line import PROGRAM, fails, out, program
+from tests.support.file_systems import FileSystem, scratch_on
+from tests.support.kernel_mounts import below, mounted_on, place, user_in
+from tests.support.service import NOBODY, Service, empty, serving
+
+
+@pytest.fixture(scope="module")
+def filesystem(ext4: FileSystem) -> FileSystem:
+    """All is the same on every file system: one will do."""
+    return ext4
+
+
+@pytest.fixture(scope="module")
+def lasting(bus: str, ext4: FileSystem) -> Iterator[Service]:
+    """Run a daemon whose state directory is nothing that a shell would leave alone."""
+    with scratch_on(ext4) as scratch, serving(bus, scratch / "a 'state' #1") as service:
+        yield service
+
+
+@pytest.fixture
+def stocked(lasting: Service, on_bus: str) -> Iterator[Service]:
+    """Lend the daemon with some snapshots, of which nothing is left in the end."""
+    assert on_bus == lasting.address
+    with stocked_with_snapshots(lasting):
+        yield lasting
+    with BlockingClient() as client:
+        empty(client)
+
+
+def is_read_only(path: Path) -> bool:
+    entry = mounted_on(path)
+    assert entry
+    return entry.read_only
+
+
+@pytest.mark.parametrize(
+    ("arguments", "read_only"),
+    [(["work"], False), (["work", "--read-only"], True), (["look"], True)],
+)
+def test_a_mount_stays_until_umount(
+    stocked: Service, places: Path, arguments: list[str], read_only: bool
+) -> None:
+    here = place(places, "with space")
+    key, *rest = arguments
+    assert out("mount", key, str(here), *rest) == f"{here}\n"
+    # It stays though the program has ended.
+    assert is_read_only(here) is read_only
+    assert (here / "file").read_text() == "text"
+    assert out("umount", str(here)) == ""
+    assert below(places) == []
+
+
+def test_mount_without_a_target_makes_a_directory_until_umount(stocked: Service) -> None:
+    target = Path(out("mount", "look").rstrip("\n"))
+    assert target.is_absolute()
+    assert is_read_only(target)
+    assert out("umount", "look") == ""
+    assert not target.exists()
+
+
+def test_a_relative_target_is_resolved_from_the_current_directory(
+    stocked: Service, places: Path
+) -> None:
+    here, there = place(places), place(places, "there")
+    assert out("mount", "work", "here", cwd=places) == f"{here}\n"
+    assert out("mount", "look", "../there/", cwd=here) == f"{there}\n"
+    assert below(places) == [str(here), str(there)]
+    out("umount", "./here", cwd=places)
+    out("umount", "there/", cwd=places)
+    assert below(places) == []
+
+
+def test_umount_of_a_key_unmounts_all_its_mounts(stocked: Service, places: Path) -> None:
+    here, there, other = (str(place(places, name)) for name in ("here", "there", "other"))
+    for target, key in ((here, "work"), (other, "look"), (there, "work")):
+        out("mount", key, target)
+    own = out("mount", "work").rstrip("\n")
+    assert out("umount", "work") == ""
+    assert below(places) == [other]
+    assert not Path(own).exists()
+    assert '"work" is not mounted' in fails(errors.NotFound, "umount", "work")
+    for what in (here, "none", "base", "work/"):
+        assert what in fails(errors.NotFound, "umount", what)
+    assert below(places) == [other]
+
+
+def test_umount_takes_its_argument_for_a_directory_before_a_key(
+    stocked: Service, places: Path
+) -> None:
+    work, there = str(place(places, "work")), str(place(places, "there"))
+    out("mount", "look", work)
+    out("mount", "work", there)
+    out("umount", "work", cwd=places)
+    assert below(places) == [there]
+    out("umount", "work", cwd=places)
+    assert below(places) == []
+
+
+def test_umount_of_a_busy_mount_needs_the_lazy_option(stocked: Service, places: Path) -> None:
+    here = place(places)
+    out("mount", "work", str(here))
+    with user_in(here) as cat:
+        for what in (str(here), "work"):
+            line = fails(errors.FailedPrecondition, "umount", what)
+            assert f"cat (pid {cat.pid})" in line
+        assert out("umount", "--lazy", "work") == ""
+    assert below(places) == []
+
+
+def test_mounts_prints_target_key_options_lifetime_and_uid(stocked: Service, places: Path) -> None:
+    assert out("mounts").split() == ["TARGET", "KEY", "OPTIONS", "LIFETIME", "UID"]
+    assert json.loads(out("mounts", "--json")) == []
+    here, there = place(places), place(places, "a\nlong \x1b name")
+    out("mount", "work", str(here))
+    with BlockingClient() as client:
+        client.mount("look", str(there), lifetime=Lifetime.CLIENT)
+        assert json.loads(out("mounts", "--json")) == [
+            {
+                "target": str(here),
+                "key": "work",
+                "read-only": False,
+                "lifetime": "persistent",
+                "uid": 0,
+            },
+            {
+                "target": str(there),
+                "key": "look",
+                "read-only": True,
+                "lifetime": "client",
+                "uid": 0,
+            },
+        ]
+        heading, *lines = out("mounts").splitlines()
+    assert [line.split()[-4:] for line in lines] == [
+        ["work", "rw", "persistent", "0"],
+        ["look", "ro", "client", "0"],
+    ]
+    assert lines[0].startswith(f"{here} ")
+    assert lines[1].startswith(f"{places}/a\\nlong \\x1b name ")
+    assert heading.index("KEY") == lines[0].index("work") == lines[1].index("look")
+
+
+TARGETS = ["here", "with space", "tab\tand\\slash", "new\nline", "a#b 'c' \"$d\"", "ü\u2003x"]
+
+
+@pytest.mark.parametrize("key", ["work", "look"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_printed_fstab_line_mounts_the_snapshot(
+    stocked: Service, places: Path, key: str, name: str
+) -> None:
+    here = place(places, name)
+    line = out("mounts", key, str(here), "--fstab")
+    assert line.count("\n") == 1
+    assert len(line.split()) == 6
+    table = places / "fstab"
+    table.write_text(f"# the table\n{line}")
+    subprocess.run(["mount", "-T", str(table), str(here)], check=True)
+    check_mounted_by_hand(here, read_only=key == "look")
+    assert out("mounts", key, name, "--fstab", cwd=places) == line
+
+
+@pytest.mark.parametrize("key", ["work", "look"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_printed_mount_command_mounts_the_snapshot(
+    stocked: Service, places: Path, key: str, name: str
+) -> None:
+    here = place(places, name)
+    line = out("mounts", key, str(here), "--command")
+    subprocess.run(["sh", "-c", line], check=True)
+    check_mounted_by_hand(here, read_only=key == "look")
+    assert out("mounts", key, name, "--command", cwd=places) == line
+
+
+def check_mounted_by_hand(here: Path, *, read_only: bool) -> None:
+    assert is_read_only(here) is read_only
+    assert (here / "file").read_text() == "text"
+    # The service knows nothing of it.
+    assert json.loads(out("mounts", "--json")) == []
+    subprocess.run(["umount", str(here)], check=True)
+
+
+def test_the_printed_lines_use_mnt_without_a_target(stocked: Service) -> None:
+    assert out("mounts", "look", "--fstab").split()[1] == "/mnt"
+    assert out("mounts", "look", "--command").rstrip("\n").endswith(" /mnt")
+
+
+@pytest.mark.parametrize("form", ["--fstab", "--command"])
+def test_a_target_that_is_not_utf_8_causes_no_traceback(
+    stocked: Service, places: Path, form: str
+) -> None:
+    here = os.fsencode(places) + b"/\xff x"
+    outcome = subprocess.run(
+        [*PROGRAM, "mounts", "look", here, form], capture_output=True, check=False
+    )
+    assert b"Traceback" not in outcome.stderr
+    assert outcome.returncode in (0, STATUSES[errors.InvalidArgument])
+    if outcome.returncode == 0:
+        assert b"/\xff" in outcome.stdout
+
+
+@pytest.mark.parametrize("command", ["mount", "umount"])
+def test_mount_and_umount_refuse_arguments_that_are_not_utf_8(
+    stocked: Service, places: Path, command: str
+) -> None:
+    for arguments in ([b"\xff"], ["work", os.fsencode(places) + b"/\xff"]):
+        outcome = program(command, *arguments[-1 if command == "umount" else 0 :])
+        (line,) = outcome.stderr.splitlines()
+        assert line.startswith("snapd-native: ")
+        kinds = (errors.InvalidArgument, errors.NotFound)
+        assert outcome.returncode in [STATUSES[kind] for kind in kinds]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["mount"],
+        ["mount", "work", "/mnt", "/opt"],
+        ["mount", "work", "--rw"],
+        ["mount", "work", "--read-only=yes"],
+        ["umount"],
+        ["umount", "/mnt", "/opt"],
+        ["umount", "--force", "/mnt"],
+        ["mounts", "--fstab"],
+        ["mounts", "--command"],
+        ["mounts", "", "/mnt", "--command"],
+        ["mounts", "work", "--fstab", "--json"],
+        ["mounts", "work", "/mnt", "--command", "--json"],
+        ["mounts", "work", "/mnt", "/opt"],
+    ],
+)
+def test_wrong_usage_prints_one_line_and_exits_with_2(
+    stocked: Service, arguments: list[str]
+) -> None:
+    outcome = program(*arguments)
+    assert (outcome.returncode, outcome.stdout) == (2, "")
+    (line,) = outcome.stderr.splitlines()
+    assert line.startswith("snapd-native: ")
+    assert line.endswith(" --help.")
+
+
+def test_a_failed_mount_command_exits_with_the_status_of_its_error(
+    stocked: Service, places: Path
+) -> None:
+    here, there = str(place(places)), str(place(places, "there"))
+    (places / "link").symlink_to(there)
+    out("mount", "work", here)
+    with BlockingClient() as client:
+        shutil.rmtree(client.prepare("lost").source)
+    for kind, *arguments in (
+        (errors.InvalidArgument, "mount", "", there),
+        (errors.InvalidArgument, "mount", "work", f"{places}/none"),
+        (errors.InvalidArgument, "mount", "work", f"{places}/link"),
+        (errors.InvalidArgument, "mount", "work", str(stocked.state)),
+        (errors.NotFound, "mount", "none", there),
+        (errors.NotFound, "mounts", "none", "--fstab"),
+        (errors.AlreadyExists, "mount", "look", here),
+        (errors.FailedPrecondition, "mount", "base", there),
+        (errors.FailedPrecondition, "mounts", "base", there, "--command"),
+        (errors.FailedPrecondition, "rm", "work"),
+        (errors.DataLoss, "mount", "lost", there),
+    ):
+        fails(kind, *arguments)
+    assert below(places) == [here]
+
+
+@pytest.mark.parametrize("command", [["mount", "work"], ["umount", "work"], ["mounts"]])
+def test_a_mount_command_of_another_user_exits_with_access_denied(
+    stocked: Service, command: list[str]
+) -> None:
+    fails(errors.AccessDenied, *command, user=NOBODY)
+
+
+@pytest.mark.parametrize("command", [["mount", "work"], ["umount", "work"], ["mounts"]])
+def test_a_mount_command_without_a_daemon_exits_with_unavailable(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with private_bus() as address:
+        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
+        assert "systemctl start" in fails(errors.Unavailable, *command)

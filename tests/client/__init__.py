@@ -1,0 +1,1 @@
+"""`snapd_native.client`: the asynchronous and the blocking client."""

@@ -1,0 +1,399 @@
+"""The calls of the client with progress: what they report, and how they are cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dbus_next.constants import MessageType
+from dbus_next.message import Message
+from dbus_next.signature import Variant
+
+from snapd_native.client import BlockingClient, Client, Job, Progress
+from snapd_native.errors import AlreadyExists, Cancelled, NotFound, SnapdError, Unavailable
+from snapd_native.model import Added, Kind, Mount, Usage
+from snapd_native.private import private_bus
+from snapd_native.wire.names import (
+    BUS_NAME,
+    DRIVER,
+    DRIVER_PATH,
+    JOB,
+    JOB_PATH,
+    MANAGER,
+    OBJECT_PATH,
+    PROPERTIES,
+)
+from tests.support.descriptors import THIS, nothing_left_open
+from tests.support.file_systems import on_ext4
+from tests.support.holding import held
+from tests.support.job_watch import Watch, held_up, watch
+from tests.support.service import (
+    PATIENCE,
+    Service,
+    committed,
+    connection,
+    everything,
+    refused,
+    run,
+    serving,
+)
+
+pytestmark = on_ext4
+
+
+class Seen:
+    """The progress that a call has reported."""
+
+    def __init__(self) -> None:
+        self.all: list[Progress] = []
+        self.first = asyncio.Event()
+
+    def __call__(self, progress: Progress) -> None:
+        self.all.append(progress)
+        self.first.set()
+
+    def check(self, total: Usage) -> None:
+        """Check that it never went back."""
+        for count in ("inodes", "size"):
+            values = [getattr(progress.done, count) for progress in self.all]
+            assert values == sorted(values)
+            assert all(value <= getattr(total, count) for value in values)
+        assert all(progress.total == total for progress in self.all)
+
+
+CALLS: dict[str, Callable[[Client, Seen], Coroutine[Any, Any, Mount | None]]] = {
+    "prepare": lambda client, seen: client.prepare("key", "base", {"a": "1"}, seen),
+    "commit": lambda client, seen: client.commit("name", "work", {"a": "1"}, progress=seen),
+}
+
+
+@pytest.mark.parametrize("member", CALLS)
+def test_a_call_with_progress_reports_the_progress_of_its_job(
+    filled: Service, shared_client: BlockingClient, member: str
+) -> None:
+    async def scenario(client: Client) -> Mount | None:
+        seen = Seen()
+        with held_up(filled):
+            calling = asyncio.ensure_future(CALLS[member](client, seen))
+            await seen.first.wait()
+            (job,) = await client.jobs()
+            key = "key" if member == "prepare" else "work"
+            assert job == Job(job.id, member, key, 0)
+            assert await client.progress(job.id) == seen.all[-1]
+        outcome = await calling
+        if member == "prepare":
+            seen.check(await client.usage("base"))
+        assert await client.jobs() == []
+        return outcome
+
+    outcome = run(scenario)
+    if member == "prepare":
+        assert outcome == shared_client.mounts("key")
+        assert shared_client.stat("key").labels == {"a": "1"}
+    else:
+        assert outcome is None
+        info = shared_client.stat("name")
+        assert (info.kind, info.parent, info.labels) == (Kind.COMMITTED, "base", {"a": "1"})
+
+
+def test_a_call_with_progress_succeeds_when_it_ends_at_once(filled: Service) -> None:
+    with BlockingClient() as client:
+        for number in range(20):
+            mount = client.prepare(f"{number}", progress=lambda _: None)
+            assert client.mounts(f"{number}") == mount
+            client.commit(f"name {number}", f"{number}", progress=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    "body", [("", ""), ("work", "base"), ("new", "none"), ("new", "\0")], ids=ascii
+)
+def test_a_call_raises_the_same_error_with_and_without_progress(
+    filled: Service, shared_client: BlockingClient, body: tuple[str, str]
+) -> None:
+    told: list[Progress] = []
+    for call in (shared_client.prepare, shared_client.commit):
+        with pytest.raises(SnapdError) as plain:
+            call(*body)
+        with pytest.raises(SnapdError) as caught:
+            call(*body, progress=told.append)
+        assert type(caught.value) is type(plain.value)
+        assert caught.value.message == plain.value.message
+    assert told == []
+
+
+@asynccontextmanager
+async def waiting(
+    service: Service, client: Client, member: str = "prepare"
+) -> AsyncIterator[tuple[asyncio.Task[Mount | None], Seen]]:
+    """Yield a call with progress that waits for workers."""
+    seen = Seen()
+    with held_up(service):
+        calling = asyncio.ensure_future(CALLS[member](client, seen))
+        await seen.first.wait()
+        yield calling, seen
+
+
+@pytest.mark.parametrize("member", CALLS)
+def test_a_cancelled_coroutine_cancels_its_job(
+    filled: Service, shared_client: BlockingClient, member: str
+) -> None:
+    before = everything(shared_client, filled)
+
+    async def scenario(client: Client) -> None:
+        async with waiting(filled, client, member) as (calling, _), Client() as other:
+            calling.cancel()
+            await asyncio.wait({calling})
+            # All is undone when the coroutine has ended.
+            assert await other.jobs() == []
+            assert calling.cancelled()
+        await client.list()
+
+    run(scenario)
+    assert everything(shared_client, filled) == before
+
+
+def test_a_coroutine_cancelled_at_any_message_leaves_no_job(
+    filled: Service, shared_client: BlockingClient
+) -> None:
+    """After each message that the client gets, from none at all."""
+    before = everything(shared_client, filled)
+
+    async def cancel_after(steps: int, client: Client) -> bool:
+        """Tell whether the call waited for its job already."""
+        connection = client._connected()
+        left, seen = steps, Seen()
+
+        def count(_: Message) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                calling.cancel()
+
+        with held_up(filled):
+            calling = asyncio.ensure_future(CALLS["prepare"](client, seen))
+            connection.add_message_handler(count)
+            await asyncio.sleep(0)
+            if not steps:
+                calling.cancel()
+            told = asyncio.ensure_future(seen.first.wait())
+            await asyncio.wait({calling, told}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (calling, told):
+                task.cancel()
+            await asyncio.wait({calling})
+            connection.remove_message_handler(count)
+            assert calling.cancelled(), f"after {steps} messages: {calling.exception()!r}"
+            assert await client.jobs() == []
+        await client.usage("work")
+        return bool(seen.all)
+
+    for steps in range(100):
+        if run(partial(cancel_after, steps)):
+            break
+    assert everything(shared_client, filled) == before
+
+
+def test_a_call_raises_cancelled_when_another_client_cancels_its_job(
+    filled: Service, shared_client: BlockingClient
+) -> None:
+    async def scenario(client: Client) -> None:
+        async with waiting(filled, client) as (calling, _), Client() as other:
+            (job,) = await other.jobs()
+            await other.cancel(job.id)
+            with refused(Cancelled, '"key"', "was cancelled"):
+                await calling
+            for call in (other.cancel, other.progress):
+                with refused(NotFound, f"no job {job.id}"):
+                    await call(job.id)
+            with refused(AlreadyExists, '"work"'):
+                await client.prepare("work", "base", progress=lambda _: None)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("member", CALLS)
+def test_ctrl_c_cancels_the_job_of_a_blocking_call(
+    filled: Service, shared_client: BlockingClient, member: str
+) -> None:
+    before = everything(shared_client, filled)
+    told: list[Progress] = []
+    calls: dict[str, Callable[..., object]] = {
+        "prepare": partial(shared_client.prepare, "key", "base"),
+        "commit": partial(shared_client.commit, "name", "work"),
+    }
+
+    async def interrupt(client: Client) -> None:
+        while not await client.jobs():
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as pool, held_up(filled):
+        interrupting = pool.submit(run, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            calls[member](progress=told.append)
+        interrupting.result(PATIENCE)
+    assert shared_client.jobs() == []
+    assert everything(shared_client, filled) == before
+    shared_client.prepare("key", "base", progress=told.append)
+
+
+def test_ctrl_c_in_the_progress_callback_cancels_the_job(
+    filled: Service, shared_client: BlockingClient
+) -> None:
+    before = everything(shared_client, filled)
+    with held_up(filled), pytest.raises(KeyboardInterrupt):
+        shared_client.prepare("key", "base", progress=lambda _: signal.raise_signal(signal.SIGINT))
+    assert shared_client.jobs() == []
+    assert everything(shared_client, filled) == before
+
+
+def test_a_waiting_call_raises_unavailable_when_the_daemon_is_killed(
+    on_bus: str, scratch: Path
+) -> None:
+    with serving(on_bus, scratch / "state", status=-signal.SIGKILL) as service:
+
+        async def scenario(client: Client) -> None:
+            async with waiting(service, client) as (calling, _):
+                service.daemon.process.kill()
+                with refused(Unavailable, "service"):
+                    await calling
+
+        with BlockingClient() as client:
+            committed(client, "base", files={"file": "text"})
+        run(scenario)
+    with serving(on_bus, scratch / "state"), BlockingClient() as client:
+        assert [info.name for info in client.list()] == ["base"]
+
+
+def test_a_waiting_call_raises_unavailable_when_the_bus_ends(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExitStack() as stack:
+        address = stack.enter_context(private_bus())
+        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
+        with serving(address, scratch / "state", status=1) as service:
+
+            async def scenario(client: Client) -> None:
+                async with waiting(service, client) as (calling, _):
+                    await asyncio.to_thread(stack.close)
+                    with refused(Unavailable, "bus"):
+                        await calling
+
+            with BlockingClient() as client:
+                committed(client, "base", files={"file": "text"})
+            run(scenario)
+            service.daemon.process.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["further", "gone"])
+def test_a_slow_client_gets_correct_progress_and_its_result(
+    shared: Service, shared_client: BlockingClient, ended: bool
+) -> None:
+    """When it gets to ask about its job, that is further than signals told, or gone."""
+    tree = committed(shared_client, "base", files={f"{number}": "text" for number in range(20)})
+    ready = threading.Event()
+
+    async def observe(watched: Watch) -> None:
+        ready.set()
+        _, path = await watched.signal("JobNew")
+        # Progress from before JobNew is not signalled: none may happen before this answer.
+        await watched.call("Stat", "s", "base")
+        copy.let_pass(5)
+        _, changed, _ = await watched.signal("PropertiesChanged", path)
+        if ended:
+            holding.close()
+            await watched.signal("JobRemoved", path)
+            return
+        copy.let_pass(5)
+        while (await watched.properties(path))["EntriesDone"] == changed["EntriesDone"]:
+            pass
+
+    async def scenario(client: Client) -> None:
+        def wait(message: Message) -> None:
+            # The reply with the job's path, and nothing else.
+            if message.message_type is MessageType.METHOD_RETURN and message.signature == "o":
+                observing.result(PATIENCE)
+
+        def progress(now: Progress) -> None:
+            seen(now)
+            holding.close()
+
+        client._connected().add_message_handler(wait)
+        seen = Seen()
+        mount = await client.prepare("key", "base", progress=progress)
+        assert mount == await client.mounts("key")
+        assert bool(seen.all) is not ended
+        seen.check(await client.usage("base"))
+
+    with ThreadPoolExecutor(1) as pool, ExitStack() as holding:
+        # The root passes.
+        copy = holding.enter_context(held(tree, after=1))
+        observing = pool.submit(watch, observe)
+        assert ready.wait(PATIENCE)
+        run(scenario)
+
+
+def lies(path: str) -> list[Message]:
+    """Return what a stranger may say of the job at ``path``, and of the service."""
+    number = int(path.removeprefix(f"{JOB_PATH}/"))
+    far = {"EntriesDone": Variant("t", 1 << 40)}
+    return [
+        Message.new_signal(path, PROPERTIES, "PropertiesChanged", "sa{sv}as", [JOB, far, []]),
+        Message.new_signal(path, PROPERTIES, "PropertiesChanged", "u", [0]),
+        Message.new_signal(OBJECT_PATH, MANAGER, "SnapshotAdded", "sss", ["lie", "active", ""]),
+        Message.new_signal(OBJECT_PATH, MANAGER, "SnapshotAdded", "u", [0]),
+        Message.new_signal(
+            *(OBJECT_PATH, MANAGER, "JobRemoved", "uossss", [number, path, "key", "done", "", ""])
+        ),
+        Message.new_signal(DRIVER_PATH, DRIVER, "NameOwnerChanged", "sss", [BUS_NAME, ":1.1", ""]),
+    ]
+
+
+@pytest.mark.parametrize("aimed", [False, True], ids=["to all", "to the client"])
+@pytest.mark.parametrize("lie", range(6))
+def test_a_client_ignores_forged_signals_of_other_senders(
+    filled: Service, lie: int, aimed: bool
+) -> None:
+    """Anybody on the system bus may send signals that look like the service's."""
+
+    async def say(path: str, to: str | None) -> None:
+        async with connection() as stranger:
+            message = lies(path)[lie]
+            message.destination = to  # type: ignore[assignment]
+            await stranger.send(message)
+            # Its answer tells that the bus has passed on what came before.
+            await stranger.ask_driver("GetId", "", [])
+
+    async def scenario(client: Client) -> None:
+        async with client.changes() as changes:
+            async with waiting(filled, client) as (calling, seen):
+                (job,) = await client.jobs()
+                await say(
+                    f"{JOB_PATH}/{job.id}", client._connected().unique_name if aimed else None
+                )
+                for _ in range(3):
+                    await client.stat("base")
+                assert not calling.done(), "it believes that the job or the service has ended"
+            assert await calling == await client.mounts("key")
+            seen.check(await client.usage("base"))
+            assert await anext(changes) == Added("key", Kind.ACTIVE, "base")
+
+    run(scenario)
+
+
+def test_calls_with_progress_leave_no_open_descriptors(
+    filled: Service, shared_client: BlockingClient
+) -> None:
+    with nothing_left_open(THIS):
+        for _ in range(10):
+            with BlockingClient() as client:
+                client.prepare("key", "base", progress=lambda _: None)
+                client.remove("key")

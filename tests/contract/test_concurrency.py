@@ -1,0 +1,316 @@
+"""Signals and their order, reserved keys, and calls while trees are copied or deleted."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
+from functools import partial
+from pathlib import Path
+
+from dbus_next.constants import MessageType
+from dbus_next.message import Message
+
+from snapd_native.client import BlockingClient, Client
+from snapd_native.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    SnapdError,
+)
+from snapd_native.model import Added, Change, Committed, Kind, Mount, Removed, Updated
+from snapd_native.wire.names import BUS_NAME, OBJECT_PATH
+from tests.support.holding import held
+from tests.support.job_watch import held_up
+from tests.support.service import (
+    Service,
+    committed,
+    connection,
+    refused,
+    run,
+    wait_until_held,
+)
+
+LIFE: list[tuple[Callable[[Client], Awaitable[object]], Change]] = [
+    (lambda c: c.prepare("ü/1"), Added("ü/1", Kind.ACTIVE, "")),
+    (lambda c: c.update("ü/1", {"a": "1"}), Updated("ü/1")),
+    (lambda c: c.commit("base", "ü/1"), Committed("base", "ü/1")),
+    (lambda c: c.prepare("key", "base"), Added("key", Kind.ACTIVE, "base")),
+    (lambda c: c.view("view", "base"), Added("view", Kind.VIEW, "base")),
+    (lambda c: c.view("empty"), Added("empty", Kind.VIEW, "")),
+    (lambda c: c.update("base", {}, ["labels.a"]), Updated("base")),
+    (lambda c: c.commit("name", "key"), Committed("name", "key")),
+    (lambda c: c.remove("name"), Removed("name")),
+    (lambda c: c.remove("view"), Removed("view")),
+    (lambda c: c.remove("empty"), Removed("empty")),
+    (lambda c: c.remove("base"), Removed("base")),
+]
+"""Calls, each with the one change that it makes."""
+
+FAILURES: list[Callable[[Client], Awaitable[object]]] = [
+    lambda c: c.prepare(""),
+    lambda c: c.prepare("new", "none"),
+    lambda c: c.view("new", "none"),
+    lambda c: c.commit("new", "none"),
+    lambda c: c.update("none", {}),
+    lambda c: c.remove("none"),
+]
+
+
+def test_each_change_sends_exactly_one_signal(shared: Service) -> None:
+    async def scenario(client: Client) -> None:
+        async with client.changes() as changes:
+            for call, change in LIFE:
+                for fail in FAILURES:
+                    with suppress(SnapdError):
+                        await fail(client)
+                await client.list()
+                await call(client)
+                assert await anext(changes) == change
+
+    run(scenario)
+
+
+def test_the_signal_of_a_change_arrives_before_the_reply(shared: Service) -> None:
+    """The signal of a change arrives before the answer to the call, seen as raw messages."""
+
+    async def scenario() -> list[str]:
+        arrived: list[str] = []
+
+        def record(message: Message) -> None:
+            # A call that takes long also shows as a job.
+            if message.message_type is MessageType.SIGNAL and message.member.startswith("Snapshot"):
+                arrived.append(f"{message.path} {message.member} {message.signature}")
+            elif message.message_type is MessageType.METHOD_RETURN:
+                arrived.append("reply")
+
+        async with connection() as bus:
+            rule = f"type='signal',sender='{BUS_NAME}'"
+            await bus.ask_driver("AddMatch", "s", [rule])
+            bus.add_message_handler(record)
+            for member, signature, body in (
+                ("Prepare", "ssa{sv}", ["key", "", {}]),
+                ("Update", "sa{ss}as", ["key", {}, []]),
+                ("Commit", "ssa{sv}", ["name", "key", {}]),
+                ("Remove", "sa{sv}", ["name", {}]),
+            ):
+                reply = await bus.ask(member=member, signature=signature, body=body)
+                assert reply.message_type is MessageType.METHOD_RETURN
+        return arrived
+
+    assert asyncio.run(scenario()) == [
+        f"{OBJECT_PATH} SnapshotAdded sss",
+        "reply",
+        f"{OBJECT_PATH} SnapshotUpdated s",
+        "reply",
+        f"{OBJECT_PATH} SnapshotCommitted ss",
+        "reply",
+        f"{OBJECT_PATH} SnapshotRemoved s",
+        "reply",
+    ]
+
+
+def test_signals_of_eight_competing_clients_replay_to_the_final_state(shared: Service) -> None:
+    """All compete for the same few names; the signals alone tell what there is at the end."""
+
+    async def scenario(client: Client) -> None:
+        async with client.changes() as changes, AsyncExitStack() as stack:
+            others = [await stack.enter_async_context(Client()) for _ in range(8)]
+            # Of each change at least this one is not left to chance.
+            await client.prepare("the first")
+            await client.update("the first", {"a": "1"})
+            await client.commit("the second", "the first")
+            await client.remove("the second")
+            await asyncio.gather(*(compete(other, seed) for seed, other in enumerate(others)))
+            await client.prepare("the last")
+            history = [await anext(changes)]
+            while history[-1] != Added("the last", Kind.ACTIVE, ""):
+                history.append(await anext(changes))
+            assert {type(change) for change in history} == {Added, Committed, Updated, Removed}
+            found = {info.name: (info.kind, info.parent) for info in await client.list()}
+            assert replayed(history) == found
+
+    run(scenario)
+
+
+async def compete(client: Client, seed: int) -> None:
+    dice = random.Random(seed)
+    names = [f"name {number}" for number in range(12)]
+    for _ in range(80):
+        one, other = dice.choice(names), dice.choice(["", *names])
+        calls: dict[str, Callable[[], Awaitable[object]]] = {
+            "prepare": partial(client.prepare, one, other),
+            "view": partial(client.view, one, other),
+            "commit": partial(client.commit, other, one),
+            "update": partial(client.update, one, {"seed": str(seed)}),
+            "remove": partial(client.remove, one),
+        }
+        with suppress(NotFound, AlreadyExists, FailedPrecondition, InvalidArgument):
+            await calls[dice.choice([*calls])]()
+
+
+def replayed(history: list[Change]) -> dict[str, tuple[Kind, str]]:
+    """Return what there is after ``history``; each change must be possible where it stands."""
+    there: dict[str, tuple[Kind, str]] = {}
+    for change in history:
+        match change:
+            case Added(key, kind, parent):
+                assert key not in there
+                assert not parent or there[parent][0] is Kind.COMMITTED
+                there[key] = (kind, parent)
+            case Committed(name, key):
+                kind, parent = there.pop(key)
+                assert kind is Kind.ACTIVE
+                assert name not in there
+                there[name] = (Kind.COMMITTED, parent)
+            case Updated(name):
+                assert name in there
+            case Removed(key):
+                del there[key]
+                assert all(parent != key for _, parent in there.values())
+    return there
+
+
+def test_only_one_of_sixteen_concurrent_calls_gets_a_key(
+    shared: Service, shared_client: BlockingClient
+) -> None:
+    committed(shared_client, "base")
+
+    async def scenario(client: Client) -> list[Mount | BaseException]:
+        calls = [client.prepare("key", "base") for _ in range(8)]
+        calls += [client.view("key") for _ in range(8)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    outcomes = run(scenario)
+    assert sum(isinstance(outcome, Mount) for outcome in outcomes) == 1
+    assert sum(isinstance(outcome, AlreadyExists) for outcome in outcomes) == 15
+
+
+def test_a_key_is_reserved_but_not_visible_while_prepare_runs(
+    shared: Service, shared_client: BlockingClient
+) -> None:
+    committed(shared_client, "base", files={"file": "text"})
+
+    async def scenario(client: Client) -> None:
+        with held_up(shared):
+            preparing = asyncio.ensure_future(client.prepare("key", "base"))
+            await look_and_take(preparing)
+        mount = await preparing
+        assert await client.mounts("key") == mount
+
+    async def look_and_take(preparing: asyncio.Future[Mount]) -> None:
+        async with Client() as other:
+            await wait_until_held(other, "key")
+            for look in (other.stat, other.mounts, other.usage, other.remove):
+                with refused(NotFound, '"key"'):
+                    await look("key")
+            with refused(NotFound, '"key"'):
+                await other.update("key", {})
+            with refused(NotFound, '"key"'):
+                await other.commit("name", "key")
+            with refused(NotFound, '"key"'):
+                await other.prepare("child", "key")
+            assert [info.name for info in await other.list()] == ["base"]
+            for take in (other.prepare, other.view):
+                with refused(AlreadyExists, '"key"', "still running"):
+                    await take("key")
+            with refused(FailedPrecondition, 'cannot remove "base"', "children"):
+                await other.remove("base")
+            assert not preparing.done()
+
+    run(scenario)
+    assert (Path(shared_client.mounts("key").source) / "file").read_text() == "text"
+
+
+def test_key_and_name_are_reserved_while_commit_runs(
+    shared: Service, shared_client: BlockingClient
+) -> None:
+    committed(shared_client, "base")
+    shared_client.prepare("key", "base")
+
+    async def scenario(client: Client) -> None:
+        with held_up(shared):
+            committing = asyncio.ensure_future(client.commit("name", "key"))
+            await look_and_take(committing)
+        await committing
+
+    async def look_and_take(committing: asyncio.Future[None]) -> None:
+        async with Client() as other:
+            await wait_until_held(other, "name")
+            removing, again, taking, seeing = await asyncio.gather(
+                other.remove("key"),
+                other.commit("another", "key"),
+                other.view("name"),
+                other.stat("key"),
+                return_exceptions=True,
+            )
+            assert not committing.done()
+            with refused(FailedPrecondition, '"key"', "being committed"):
+                raise thrown(removing)
+            with refused(FailedPrecondition, '"key"', "being committed"):
+                raise thrown(again)
+            with refused(AlreadyExists, '"name"'):
+                raise thrown(taking)
+            assert not isinstance(seeing, BaseException)
+            assert seeing.kind is Kind.ACTIVE
+
+    run(scenario)
+
+
+def thrown(outcome: object) -> BaseException:
+    assert isinstance(outcome, BaseException)
+    return outcome
+
+
+async def short_calls(client: Client) -> None:
+    """Make each call that has next to nothing to copy."""
+    await client.stat("base")
+    assert len(await client.list(["kind==committed"])) >= 1
+    await client.view("view", "base")
+    await client.mounts("view")
+    await client.prepare("new")
+    await client.update("new", {"a": "1"})
+    await client.usage("base")
+    await client.usage("new")
+    await client.remove("new")
+    await client.prepare("copy", "base")
+    await client.remove("copy")
+    await client.remove("view")
+
+
+def test_short_calls_do_not_wait_for_a_running_copy(
+    shared: Service, shared_client: BlockingClient
+) -> None:
+    committed(shared_client, "base", files={"file": "text"})
+
+    async def scenario(client: Client) -> None:
+        with held_up(shared):
+            preparing = asyncio.ensure_future(client.prepare("key", "base"))
+            async with Client() as other:
+                await wait_until_held(other, "key")
+                await short_calls(other)
+            assert not preparing.done()
+        await preparing
+
+    run(scenario)
+
+
+def test_short_calls_do_not_wait_for_a_running_deletion(
+    shared: Service, shared_client: BlockingClient
+) -> None:
+    committed(shared_client, "base")
+    tree = committed(shared_client, "doomed")
+
+    async def scenario(client: Client) -> None:
+        with held(tree) as deletion:
+            await client.remove("doomed")
+            await asyncio.to_thread(deletion.wait_until_reached)
+            cleaning = asyncio.ensure_future(client.cleanup())
+            async with Client() as other:
+                await short_calls(other)
+            assert not cleaning.done()
+        await cleaning
+
+    run(scenario)

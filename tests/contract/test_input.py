@@ -1,0 +1,271 @@
+"""Every bad argument of every call is refused and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from dbus_next.signature import Variant
+
+from snapd_native.client import BlockingClient
+from snapd_native.errors import FailedPrecondition, InvalidArgument, NotFound
+from snapd_native.wire.values import Body
+from tests.support.file_systems import long_on_xfs
+from tests.support.service import Service, brief, committed, everything, refused, request
+
+pytestmark = long_on_xfs
+
+CALLS: dict[str, tuple[str, Body]] = {
+    "Prepare": ("ssa{sv}", ["new", "base", {}]),
+    "View": ("ssa{sv}", ["new", "base", {}]),
+    "Commit": ("ssa{sv}", ["new", "key", {}]),
+    "Mounts": ("s", ["key"]),
+    "Stat": ("s", ["key"]),
+    "Update": ("sa{ss}as", ["key", {"a": "2"}, ["labels.a"]]),
+    "Usage": ("s", ["key"]),
+    "List": ("asa{sv}", [["name==key"], {}]),
+    "Remove": ("sa{sv}", ["key", {}]),
+    "Cleanup": ("a{sv}", [{}]),
+}
+"""Every method with arguments that it accepts."""
+
+NAMES = [
+    ("Prepare", 0),
+    ("Prepare", 1),
+    ("View", 0),
+    ("View", 1),
+    ("Commit", 0),
+    ("Commit", 1),
+    ("Mounts", 0),
+    ("Stat", 0),
+    ("Update", 0),
+    ("Usage", 0),
+    ("Remove", 0),
+]
+"""Each argument that names a snapshot."""
+
+WITH_OPTIONS = ["Prepare", "View", "Commit", "List", "Remove", "Cleanup"]
+
+TOO_LONG = {
+    "4097 bytes": "k" * 4097,
+    "4097 characters of two bytes": "é" * 4097,
+    "1025 characters of four bytes": "😀" * 1025,
+    "2 MiB": "k" * (2 << 20),
+}
+
+ODD = (
+    "a/b",
+    "../../etc/passwd",
+    "../metadata.db",
+    "%00",
+    "\\0",
+    "\\x00",
+    "'; DROP TABLE snapshots; --",
+    "%s%n",
+    "\x01\x1b[2J\x7f",
+    "two\nlines\r\n",
+    "\u2028\u202e\ufeff\u0645\u0631\u062d\u0628\u0627",
+    "👩‍👩‍👧😀",
+    "\ufdd0\uffff\U0010ffff",
+    "k" * 4096,
+    "é" * 2048,
+)
+"""Texts that name nothing here, though they could."""
+
+LABELS: dict[str, tuple[dict[str, str], str]] = {
+    "no key": ({"": "v"}, "empty key"),
+    "4097 bytes": ({"k": "v" * 4096}, '"k" has 4097 bytes'),
+    "4097 bytes of key": ({"k" * 4097: ""}, "4097 bytes"),
+    "4098 bytes in characters of two": ({"é": "é" * 2048}, '"é" has 4098 bytes'),
+    "1 MiB": ({"k": "v" * (1 << 20)}, '"k" has 1048577 bytes'),
+    "too many": ({f"{n:04}": "v" * 4092 for n in range(257)}, "1052672 bytes in all"),
+}
+
+
+@pytest.fixture
+def unchanged(shared: Service, shared_client: BlockingClient) -> Iterator[BlockingClient]:
+    """Snapshots base, key and view, which must be the same after the test."""
+    committed(shared_client, "base", files={"file": "text"})
+    shared_client.prepare("key", "base", {"a": "1"})
+    shared_client.view("view", "base")
+    before = everything(shared_client, shared)
+    yield shared_client
+    assert everything(shared_client, shared) == before
+
+
+def replaced(member: str, index: int, value: object) -> tuple[str, Body]:
+    signature, body = CALLS[member]
+    return signature, [value if at == index else given for at, given in enumerate(body)]
+
+
+@pytest.mark.parametrize(("member", "index"), NAMES)
+def test_an_empty_or_too_long_name_raises_invalid_argument(
+    unchanged: BlockingClient, member: str, index: int
+) -> None:
+    for text in TOO_LONG.values():
+        signature, body = replaced(member, index, text)
+        with refused(InvalidArgument, text[:40], f"{len(text.encode())} bytes", "4096"):
+            request(member, signature, *body)
+    if (member, index) not in (("Prepare", 1), ("View", 1)):
+        signature, body = replaced(member, index, "")
+        with refused(InvalidArgument, "is empty"):
+            request(member, signature, *body)
+
+
+@pytest.mark.parametrize(
+    ("member", "index"),
+    [name for name in NAMES if name not in (("Prepare", 0), ("View", 0), ("Commit", 0))],
+)
+def test_an_unused_odd_name_raises_not_found(
+    unchanged: BlockingClient, member: str, index: int
+) -> None:
+    for text in ODD:
+        signature, body = replaced(member, index, text)
+        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:80])
+        with refused(NotFound, shown):
+            request(member, signature, *body)
+
+
+@pytest.mark.parametrize("name", ODD, ids=brief)
+def test_error_messages_escape_odd_names(shared_client: BlockingClient, name: str) -> None:
+    """Messages about a snapshot with such a name are as clean as any."""
+    committed(shared_client, name)
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name[:80])
+    with refused(FailedPrecondition, shown):
+        shared_client.mounts(name)
+    shared_client.view("child", name)
+    with refused(FailedPrecondition, shown):
+        shared_client.remove(name)
+
+
+@pytest.mark.parametrize("member", ["Prepare", "View", "Commit"])
+@pytest.mark.parametrize("which", LABELS)
+def test_bad_labels_raise_invalid_argument(
+    unchanged: BlockingClient, member: str, which: str
+) -> None:
+    labels, says = LABELS[which]
+    signature, body = replaced(member, 2, {"labels": Variant("a{ss}", labels)})
+    with refused(InvalidArgument, says):
+        request(member, signature, *body)
+
+
+@pytest.mark.parametrize("which", LABELS)
+def test_update_with_bad_labels_raises_invalid_argument(
+    unchanged: BlockingClient, which: str
+) -> None:
+    labels, says = LABELS[which]
+    for paths in ([], ["labels"], ["labels.a"]):
+        with refused(InvalidArgument, says):
+            unchanged.update("key", labels, paths)
+    if which != "too many":
+        with refused(InvalidArgument):
+            unchanged.update("key", {"b": "v" * 4096}, ["labels.a", "labels.b"])
+
+
+@pytest.mark.parametrize("path", [*ODD[:13], "labels." * 2000 + "\n", "k" * (1 << 20)], ids=brief)
+def test_update_with_an_odd_field_path_is_refused(unchanged: BlockingClient, path: str) -> None:
+    if path.startswith("labels."):
+        with refused(NotFound):
+            unchanged.update("none", {}, [path])
+    else:
+        with refused(InvalidArgument, "labels.KEY"):
+            unchanged.update("key", {"a": "2"}, [path])
+
+
+@pytest.mark.parametrize("member", WITH_OPTIONS)
+def test_an_unknown_option_raises_invalid_argument(unchanged: BlockingClient, member: str) -> None:
+    index = len(CALLS[member][1]) - 1
+    for option in ("", "Labels", "force", "labels ", "\x01", "😀", "o" * 5000):
+        signature, body = replaced(member, index, {option: Variant("b", True)})
+        with refused(InvalidArgument, "option", option[:80].replace("\x01", "\\x01")):
+            request(member, signature, *body)
+
+
+@pytest.mark.parametrize(
+    ("member", "option", "right"),
+    [
+        ("Prepare", "labels", "a{ss}"),
+        ("View", "labels", "a{ss}"),
+        ("Commit", "labels", "a{ss}"),
+        ("Commit", "parent", "s"),
+        ("List", "after", "s"),
+        ("List", "limit", "u"),
+    ],
+)
+def test_an_option_of_the_wrong_type_raises_invalid_argument(
+    unchanged: BlockingClient, member: str, option: str, right: str
+) -> None:
+    index = len(CALLS[member][1]) - 1
+    values = {
+        "a{ss}": {"a": "b"},
+        "a{sv}": {"a": Variant("s", "b")},
+        "as": ["a"],
+        "s": "text",
+        "o": "/text",
+        "u": 7,
+        "i": 7,
+        "t": 7,
+        "v": Variant("u", 7),
+        "b": True,
+        "(s)": ["a"],
+        "ay": b"bytes",
+    }
+    for signature, value in values.items():
+        if signature != right:
+            takes, body = replaced(member, index, {option: Variant(signature, value)})
+            with refused(InvalidArgument, option, f'"{signature}"', f"give {right}"):
+                request(member, takes, *body)
+
+
+@pytest.mark.parametrize("member", CALLS)
+def test_a_wrong_signature_raises_invalid_argument(unchanged: BlockingClient, member: str) -> None:
+    right, body = CALLS[member]
+    wrong: list[tuple[str, Body]] = [
+        ("", []),
+        ("u", [7]),
+        (right + "s", [*body, "more"]),
+        ("v" + right, [Variant("s", "more"), *body]),
+        (f"({right})", [body]),
+        ("a{sv}" * 20, [{}] * 20),
+        ("a" * 32 + "s", [[]]),
+    ]
+    for signature, given in wrong:
+        with refused(InvalidArgument, member, f"({right})"):
+            request(member, signature, *given)
+
+
+def test_list_with_bad_paging_or_filters_raises_invalid_argument(unchanged: BlockingClient) -> None:
+    for text in TOO_LONG.values():
+        with refused(InvalidArgument, text[:40], f"{len(text.encode())} bytes"):
+            unchanged.list(after=text)
+    for filters in (["name==a"] * 101, ["name==" + "a" * 20_000], ["name~=" + "a" * 2000]):
+        with refused(InvalidArgument):
+            unchanged.list(filters)
+    for text in ODD[:13]:
+        with refused(InvalidArgument, "the filter"):
+            unchanged.list([f"={text}"])
+        assert unchanged.list(["name==none"], after=text) == []
+
+
+@pytest.mark.parametrize("member", CALLS)
+def test_a_body_over_4_mib_raises_invalid_argument(unchanged: BlockingClient, member: str) -> None:
+    signature, body = CALLS[member]
+    for index, given in enumerate(body):
+        large = "x" * (5 << 20)
+        values: dict[type, object] = {str: large, list: [large], dict: {"a": large}}
+        value = values[type(given)]
+        if isinstance(value, dict) and "v" in signature:
+            value = {"labels": Variant("s", large)}
+        _, mended = replaced(member, index, value)
+        with refused(InvalidArgument, member, "4194304"):
+            request(member, signature, *mended)
+
+
+@pytest.mark.parametrize("pattern", ['"(?\\x00"', '"(?\\xff"', '"\\x00**"', '"\\ud800("'])
+def test_error_messages_escape_characters_that_dbus_forbids(
+    unchanged: BlockingClient, pattern: str
+) -> None:
+    """The bus would hang up on the service, for an error that quotes it as it is."""
+    with pytest.raises(InvalidArgument):
+        unchanged.list([f"name~={pattern}"])
+    assert unchanged.stat("base").name == "base"

@@ -1,0 +1,1 @@
+"""`snapd_native.daemon` and `snapd_native.logs`: start, stop, systemd and the journal."""

@@ -1,0 +1,194 @@
+"""The end of the daemon, by a signal or by a kill, and the state it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from snapd_native.client import BlockingClient, Client
+from snapd_native.errors import NotFound, Unavailable
+from snapd_native.model import Kind
+from tests.support.daemon_process import IMPATIENT, Notifications, started
+from tests.support.holding import held
+from tests.support.service import (
+    PATIENCE,
+    committed,
+    refused,
+    run,
+    serving,
+)
+
+DIRECTORIES = 10
+"""In the tree that is copied when the end comes, with a file each."""
+
+ENTRIES = 2 * DIRECTORIES + 1
+"""With its root."""
+
+
+def commit_big(client: BlockingClient) -> Path:
+    """Commit `big`, and return where its tree lies."""
+    files = {f"{number}/file": "text" for number in range(DIRECTORIES)}
+    return committed(client, "big", files=files)
+
+
+def consistent(on_bus: str, state: Path) -> Mapping[str, Kind]:
+    """Start the service again and return what it has; every record has a tree, and no more."""
+    with serving(on_bus, state) as service, BlockingClient() as client:
+        infos = list(client.walk())
+        trees = set(os.listdir(state / "snapshots"))
+        assert len(trees) == len(infos)
+        for info in infos:
+            if info.kind is not Kind.COMMITTED:
+                assert Path(client.mounts(info.name).source).name in trees
+            assert client.usage(info.name).inodes == ENTRIES
+        client.cleanup()
+        assert set(os.listdir(state / "snapshots")) == trees
+        assert service.daemon.process.poll() is None
+        return {info.name: info.kind for info in infos}
+
+
+Begin = Callable[[Client], "asyncio.Future[object]"]
+
+LONG: dict[str, tuple[Begin, str, set[str]]] = {
+    "Prepare": (
+        lambda c: asyncio.ensure_future(c.prepare("new", "big")),
+        "big",
+        {"big", "key", "new"},
+    ),
+    "Commit": (lambda c: asyncio.ensure_future(c.commit("new", "key")), "key", {"big", "new"}),
+}
+"""A call that takes long, the snapshot whose tree it walks, and what there is when it is done."""
+
+
+def commit_big_and_prepare_key() -> dict[str, Path]:
+    """Return where the trees of both lie."""
+    with BlockingClient() as client:
+        big = commit_big(client)
+        return {"big": big, "key": Path(client.prepare("key", "big").source)}
+
+
+@pytest.mark.parametrize("member", LONG)
+def test_a_stopping_daemon_finishes_a_running_call(on_bus: str, scratch: Path, member: str) -> None:
+    state = scratch / "state"
+    begin, walked, done = LONG[member]
+    with serving(on_bus, state) as service:
+        trees = commit_big_and_prepare_key()
+
+        async def scenario(client: Client) -> None:
+            with held(trees[walked] / "5") as walk:
+                running = begin(client)
+                await asyncio.to_thread(walk.wait_until_reached)
+                service.daemon.process.terminate()
+                async with Client() as other:
+                    with refused(Unavailable, "is stopping"):
+                        while True:
+                            await other.stat("big")
+                assert not running.done()
+            await running
+
+        run(scenario)
+    assert consistent(on_bus, state).keys() == done
+
+
+def test_more_signals_while_the_daemon_ends_do_not_change_its_exit_status(
+    on_bus: str, scratch: Path
+) -> None:
+    with serving(on_bus, scratch / "state") as service:
+        ended = False
+        while not ended:
+            service.daemon.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                service.daemon.process.wait(0.01)
+                ended = True
+
+
+def test_a_stopping_daemon_undoes_a_copy_that_takes_too_long(
+    on_bus: str, scratch: Path, notifications: Notifications
+) -> None:
+    state = scratch / "state"
+    program = IMPATIENT.format(state=str(state))
+    with started(on_bus, state, notifications, program) as daemon:
+        notifications.until("READY=1")
+        with BlockingClient() as client:
+            tree = commit_big(client)
+        with (
+            BlockingClient() as client,
+            ThreadPoolExecutor(1) as pool,
+            held(tree / "5" / "file") as copy,
+        ):
+            running = pool.submit(client.prepare, "new", "big")
+            copy.wait_until_reached()
+            daemon.terminate()
+            with refused(Unavailable, "is stopping"):
+                running.result()
+    assert len(os.listdir(state / "snapshots")) == 1
+    assert consistent(on_bus, state).keys() == {"big"}
+
+
+def test_a_daemon_stopped_during_a_deletion_leaves_a_consistent_state(
+    on_bus: str, scratch: Path
+) -> None:
+    state = scratch / "state"
+    with serving(on_bus, state) as service:
+        with BlockingClient() as client:
+            tree = commit_big(client)
+            with held(tree / "5") as deletion:
+                client.remove("big")
+                deletion.wait_until_reached()
+                service.daemon.process.terminate()
+        assert service.daemon.process.wait(PATIENCE) == 0
+    assert consistent(on_bus, state) == {}
+
+
+@pytest.mark.parametrize("member", LONG)
+@pytest.mark.parametrize("where", [".", "5"])
+def test_a_killed_daemon_leaves_nothing_of_a_running_call(
+    on_bus: str, scratch: Path, member: str, where: str
+) -> None:
+    """Killed when the tree is opened, or in the middle of it."""
+    state = scratch / "state"
+    begin, walked, _ = LONG[member]
+    with serving(on_bus, state, status=-signal.SIGKILL) as service:
+        trees = commit_big_and_prepare_key()
+
+        async def scenario(client: Client) -> None:
+            with held(trees[walked] / where) as walk:
+                running = begin(client)
+                await asyncio.to_thread(walk.wait_until_reached)
+                service.daemon.process.kill()
+                await asyncio.wait({running})
+                assert isinstance(running.exception(), Unavailable)
+
+        run(scenario)
+    assert consistent(on_bus, state).keys() == {"big", "key"}
+
+
+def test_acknowledged_calls_survive_a_killed_daemon(on_bus: str, scratch: Path) -> None:
+    state = scratch / "state"
+    with serving(on_bus, state, status=-signal.SIGKILL) as service, BlockingClient() as client:
+        for number in range(20):
+            committed(client, f"{number}", str(number - 1) if number else "", {f"{number}": "text"})
+        client.prepare("key", "19", {"a": "1"})
+        client.view("view", "19")
+        client.update("view", {"b": "2"})
+        client.remove("view")
+        service.daemon.process.kill()
+        before = {"key"} | {str(number) for number in range(20)}
+        service.daemon.process.wait(PATIENCE)
+    with serving(on_bus, state), BlockingClient() as client:
+        assert {info.name for info in client.list()} == before
+        root = Path(client.mounts("key").source)
+        assert {path.name: path.read_text() for path in root.iterdir()} == {
+            str(number): "text" for number in range(20)
+        }
+        assert client.stat("key").labels == {"a": "1"}
+        with refused(NotFound, '"view"'):
+            client.stat("view")

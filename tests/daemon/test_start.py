@@ -1,0 +1,323 @@
+"""The start of the daemon process, its refusals to start, and its notifications to systemd."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from snapd_native.bus.lanes import Lane, Lanes
+from snapd_native.client import BlockingClient
+from snapd_native.daemon import _WAITING, _Daemon
+from snapd_native.errors import DataLoss, SnapdError
+from snapd_native.private import private_bus
+from snapd_native.snapshotter import Snapshotter
+from snapd_native.wire.names import BUS_NAME, DRIVER
+from tests.support.daemon_process import Notifications, fails, started
+from tests.support.file_systems import mounted
+from tests.support.service import (
+    NOBODY,
+    PATIENCE,
+    committed,
+    connection,
+    serving,
+)
+
+
+def test_the_daemon_takes_its_bus_name_after_recovery(on_bus: str, scratch: Path) -> None:
+    state = scratch / "state"
+    with serving(on_bus, state), BlockingClient() as client:
+        kept = committed(client, "base", files={"file": "text"})
+    snapshots = state / "snapshots"
+    for name in ("new-90", "rm-91", "92"):
+        for number in range(200):
+            (snapshots / name / str(number)).mkdir(parents=True)
+
+    async def scenario() -> list[str]:
+        async with asyncio.timeout(PATIENCE), connection() as bus:
+            found: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+
+            def look(message: object) -> None:
+                if getattr(message, "member", "") == "NameOwnerChanged" and not found.done():
+                    found.set_result(os.listdir(snapshots))
+
+            bus.add_message_handler(look)
+            rule = f"type='signal',sender='{DRIVER}',member='NameOwnerChanged',arg0='{BUS_NAME}'"
+            await bus.ask_driver("AddMatch", "s", [rule])
+            await asyncio.to_thread(stack.enter_context, serving(on_bus, state))
+            return await found
+
+    with ExitStack() as stack:
+        assert asyncio.run(scenario()) == [kept.name]
+
+
+@pytest.mark.parametrize("watchdog", [False, True])
+def test_the_daemon_notifies_systemd_of_ready_watchdog_and_stopping(
+    on_bus: str, scratch: Path, notifications: Notifications, watchdog: bool
+) -> None:
+    state = scratch / "stäte"
+    environment = {"WATCHDOG_USEC": "600000"} if watchdog else {}
+    with started(on_bus, state, notifications, **environment) as daemon:
+        before = notifications.until("READY=1")
+        assert before[0].startswith("STATUS=")
+        assert any(line.startswith("EXTEND_TIMEOUT_USEC=") for line in before)
+        assert before[-1] == f"STATUS=Serving {state}"
+        assert "WATCHDOG=1" not in before
+        for _ in range(3 if watchdog else 0):
+            assert notifications.until("WATCHDOG=1")[-1] == "WATCHDOG=1"
+        daemon.send_signal(signal.SIGTERM)
+        after = notifications.until("STOPPING=1")
+        assert ("WATCHDOG=1" in after) <= watchdog
+        assert after[-1].startswith("STATUS=")
+
+
+def test_watchdog_pings_continue_after_the_disk_is_gone(
+    on_bus: str, loop_directory: Path, notifications: Notifications
+) -> None:
+    """No restart would bring it back, and nobody would say what is the matter."""
+    with (
+        mounted("xfs", 320 << 20, loop_directory) as disk,
+        started(on_bus, disk.root / "state", notifications, WATCHDOG_USEC="600000") as daemon,
+        BlockingClient() as client,
+    ):
+        notifications.until("READY=1")
+        shut_down(disk.root)
+        # Reads may be answered from memory.
+        with pytest.raises(DataLoss):
+            client.view("view")
+        for _ in range(3):
+            notifications.until("WATCHDOG=1")
+        daemon.send_signal(signal.SIGTERM)
+
+
+def test_watchdog_pings_continue_while_the_file_system_is_frozen(
+    on_bus: str, loop_directory: Path, notifications: Notifications
+) -> None:
+    """Backups freeze it for a while, and a restart would only interrupt calls."""
+    with (
+        mounted("ext4", 64 << 20, loop_directory) as disk,
+        started(on_bus, disk.root / "state", notifications, WATCHDOG_USEC="600000") as daemon,
+    ):
+        notifications.until("READY=1")
+        # Of the lane's threads one waits for the disk, and the others for that one.
+        with ThreadPoolExecutor() as pool, frozen(disk.root):
+            calls = [
+                pool.submit(view, f"view {number}") for number in range(2 * Lane.CHANGE.threads)
+            ]
+            for _ in range(3):
+                seen = notifications.until(_WAITING)
+                assert "WATCHDOG=1" in seen
+        for call in calls:
+            call.result(PATIENCE)
+        notifications.until(f"STATUS=Serving {disk.root}/state")
+        daemon.send_signal(signal.SIGTERM)
+
+
+def view(key: str) -> None:
+    """Make a view; one that has waited too long for the others may be refused."""
+    with BlockingClient() as client, suppress(SnapdError):
+        client.view(key)
+
+
+@contextmanager
+def frozen(root: Path) -> Iterator[None]:
+    """Freeze a file system for the block: what is written to it waits."""
+    subprocess.run(["fsfreeze", "--freeze", root], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["fsfreeze", "--unfreeze", root], check=True)
+
+
+def shut_down(root: Path) -> None:
+    """Have a file system fail whatever is asked of it until it is unmounted."""
+    fd = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # FS_IOC_SHUTDOWN with FSOP_GOING_FLAGS_NOLOGFLUSH.
+        fcntl.ioctl(fd, 0x8004587D, struct.pack("=I", 2))
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("lane", [Lane.READ, Lane.CHANGE])
+def test_watchdog_pings_stop_while_all_threads_of_a_lane_hang(
+    scratch: Path, notifications: Notifications, monkeypatch: pytest.MonkeyPatch, lane: Lane
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(notifications.path))
+    snapshotter = Snapshotter(scratch / "state", lambda *_: None)
+    lanes, release = Lanes(), threading.Event()
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        notifications.socket.setblocking(False)
+        feeding = asyncio.ensure_future(
+            _Daemon("a name", scratch, scratch, 0.1)._feed(0.001, lanes, snapshotter)
+        )
+        for _ in range(3):
+            assert await loop.sock_recv(notifications.socket, 100) == b"WATCHDOG=1"
+        hung = [
+            asyncio.ensure_future(lanes.run(lane, 0, release.wait)) for _ in range(lane.threads)
+        ]
+        # One more than those that hang: the check of the watchdog itself, which waits.
+        while lanes._admitted[lane, True] <= lane.threads:
+            await asyncio.sleep(0)
+        while True:
+            try:
+                notifications.socket.recv(100)
+            except BlockingIOError:
+                break
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        with pytest.raises(BlockingIOError):
+            notifications.socket.recv(100)
+        release.set()
+        assert await loop.sock_recv(notifications.socket, 100) == b"WATCHDOG=1"
+        # A ping that nobody reads would hold up everything here.
+        feeding.cancel()
+        await asyncio.gather(*hung)
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        release.set()
+        lanes.close()
+        snapshotter.close()
+
+
+def test_a_second_daemon_on_a_state_directory_exits_with_1(on_bus: str, scratch: Path) -> None:
+    state = scratch / "state"
+    with serving(on_bus, state), private_bus() as other, BlockingClient() as client:
+        for address in (on_bus, other):
+            status, line = fails(address, state)
+            assert status == 1
+            assert f"{state} is in use by another snapd-native daemon" in line
+        client.prepare("key")
+
+
+def test_a_second_daemon_on_a_bus_exits_with_1(on_bus: str, scratch: Path) -> None:
+    with serving(on_bus, scratch / "state"), BlockingClient() as client:
+        status, line = fails(on_bus, scratch / "other")
+        assert status == 1
+        assert f"the name {BUS_NAME} is taken by another process" in line
+        client.prepare("key")
+
+
+@pytest.mark.parametrize("address", ["unix:path=/nonexistent/socket", "nonsense", "unix:path="])
+def test_the_daemon_exits_with_1_without_a_bus(scratch: Path, address: str) -> None:
+    status, line = fails(address, scratch / "state")
+    assert status == 1
+    assert "DBUS_SYSTEM_BUS_ADDRESS" in line
+
+
+def test_the_daemon_exits_with_1_when_the_bus_closes_the_connection(
+    scratch: Path, tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        listening.listen()
+
+        def hang_up() -> None:
+            connection, _ = listening.accept()
+            connection.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        status, line = fails(f"unix:path={tmp_path / 'socket'}", scratch / "state")
+        thread.join()
+    assert status == 1
+    assert "the system bus does not answer" in line
+
+
+def test_the_daemon_exits_with_1_when_its_bus_ends(scratch: Path) -> None:
+    with ExitStack() as stack:
+        address = stack.enter_context(private_bus())
+        with serving(address, scratch / "state", status=1) as service:
+            stack.close()
+            assert service.daemon.process.wait(PATIENCE) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_daemon_exits_with_0_on_a_signal(
+    on_bus: str, scratch: Path, number: signal.Signals
+) -> None:
+    with serving(on_bus, scratch / "state") as service:
+        service.daemon.process.send_signal(number)
+        assert service.daemon.process.wait(PATIENCE) == 0
+
+
+def test_only_root_can_start_the_daemon(on_bus: str, scratch: Path) -> None:
+    status, line = fails(on_bus, scratch / "state", user=NOBODY)
+    assert (status, line) == (11, "snapd-native: the daemon needs root: run it as root")
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", [None, 0o755, 0o777])
+def test_the_daemon_closes_its_state_directory_to_other_users(
+    on_bus: str, scratch: Path, mode: int | None
+) -> None:
+    state = scratch / "state"
+    if mode is not None:
+        state.mkdir()
+        state.chmod(mode)
+        (state / "snapshots").mkdir()
+        (state / "snapshots").chmod(mode)
+    before = os.umask(0)
+    try:
+        with serving(on_bus, state), BlockingClient() as client:
+            client.prepare("key")
+            for path in (state, *state.iterdir()):
+                allowed = 0o700 if path.is_dir() else 0o600
+                assert stat.S_IMODE(path.stat().st_mode) == allowed
+            assert {path.name for path in state.iterdir()} >= {"snapshots", "metadata.db"}
+    finally:
+        os.umask(before)
+
+
+def test_the_daemon_refuses_a_bad_state_directory(on_bus: str, scratch: Path) -> None:
+    (scratch / "file").touch()
+    status, line = fails(on_bus, scratch / "file")
+    assert status == 2
+    assert "is a file" in line
+    (scratch / "strange").mkdir(mode=0o700)
+    (scratch / "strange" / "snapshots").symlink_to("/nowhere")
+    status, line = fails(on_bus, scratch / "strange")
+    assert status == 1
+    assert "is not a directory" in line
+    (scratch / "open" / "document").mkdir(parents=True)
+    status, line = fails(on_bus, scratch / "open")
+    assert status == 1
+    assert "is not empty and open to others" in line
+    (scratch / "foreign").mkdir()
+    os.chown(scratch / "foreign", NOBODY, NOBODY)
+    status, line = fails(on_bus, scratch / "foreign")
+    assert status == 1
+    assert f"belongs to uid {NOBODY}" in line
+    (scratch / "broken" / "snapshots").mkdir(parents=True)
+    (scratch / "broken" / "metadata.db").write_bytes(b"this is no database" * 1000)
+    status, line = fails(on_bus, scratch / "broken")
+    assert status == 1
+    assert "restore it from a backup" in line
+
+
+def test_the_daemon_has_paths_in_utf_8_in_every_locale(on_bus: str, scratch: Path) -> None:
+    """D-Bus has no other encoding; see PEP 540."""
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    here = scratch / "ключ"
+    here.mkdir()
+    with serving(on_bus, scratch / "stäte", ascii_only), BlockingClient() as client:
+        assert Path(client.prepare("Käse").source).is_relative_to(scratch / "stäte")
+        assert client.mount("Käse", str(here)) == str(here)
+        assert [mounted.target for mounted in client.list_mounts()] == [str(here)]
+        client.unmount(str(here))

@@ -1,0 +1,444 @@
+"""Damaged databases: what still works, what check reports, and what repair fixes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from snapd_native.client import BlockingClient
+from snapd_native.errors import (
+    AlreadyExists,
+    Cancelled,
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    SnapdError,
+)
+from snapd_native.jobs import Job
+from snapd_native.metastore.rules import broken_rules
+from snapd_native.model import Finding, Trouble
+from snapd_native.snapshotter import Snapshotter
+from snapd_native.snapshotter.reaping import Reaper
+from tests.support.engine import BEFORE, ignore, names, opened, state_of
+from tests.support.kernel_mounts import place
+from tests.support.service import Service, committed
+from tests.support.waiting import WAIT
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+def damage(state: Path, *statements: str) -> None:
+    """Change the database as no rule of its own lets anybody."""
+    with closing(sqlite3.connect(state / "metadata.db", isolation_level=None)) as db:
+        db.execute("PRAGMA ignore_check_constraints = ON")
+        triggers = db.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'")
+        kept = triggers.fetchall()
+        for name, _ in kept:
+            db.execute(f"DROP TRIGGER {name}")
+        for statement in statements:
+            db.execute(statement)
+        for _, sql in kept:
+            db.execute(sql)
+
+
+def about(found: Sequence[Finding]) -> set[tuple[Trouble, str]]:
+    return {(finding.kind, finding.key) for finding in found}
+
+
+RECORDS = {
+    "labels that are no JSON": """labels = '{"of'""",
+    "labels that are a list": "labels = '[]'",
+    "a label that is a number": """labels = '{"of": 1}'""",
+    "a label with a NUL": r"""labels = '{"of": "a\u0000b"}'""",
+    "a label with half a character": r"""labels = '{"of": "\ud800"}'""",
+    "labels that are no UTF-8": "labels = CAST(x'7b22ff227d' AS TEXT)",
+    "a kind that is none": "kind = 'cnmmitted'",
+    "a negative time": "created = -1",
+    "a usage that is gone": "size = NULL",
+}
+
+
+@pytest.mark.parametrize("how", RECORDS)
+def test_a_damaged_record_does_not_affect_other_snapshots(left: Path, how: str) -> None:
+    with opened(left) as engine:
+        engine.prepare("preparing")
+        engine.commit("done", "preparing", {"snapd-native.standby": "0"})
+    damage(left, f"UPDATE snapshots SET {RECORDS[how]} WHERE name = 'done'")  # noqa: S608
+    with opened(left) as engine:
+        assert names(engine) == BEFORE
+        for call in (
+            lambda: engine.stat("done"),
+            lambda: engine.update("done", {}),
+            lambda: engine.prepare("new", "done"),
+            lambda: engine.upkeep.verify("done"),
+        ):
+            with pytest.raises(DataLoss, match='the record of "done" is damaged'):
+                call()
+        with pytest.raises(AlreadyExists):
+            engine.prepare("done")
+        before = engine.upkeep.check()
+        assert (Trouble.DATABASE, "done") in about(before)
+        assert {key for _, key in about(before)} <= {"done", ""}
+        assert engine.upkeep.repair() == []
+        assert engine.upkeep.check() == before
+        engine.prepare("new", "base")
+        engine.commit("other", "work")
+        engine.remove("done")
+        assert engine.upkeep.check() == []
+
+
+@pytest.mark.parametrize("name", ["'lo' || char(0) || 'ne'", "CAST(x'6cff' AS TEXT)", "''"])
+def test_a_record_with_a_bad_name_does_not_affect_other_snapshots(left: Path, name: str) -> None:
+    trees = sorted(os.listdir(left / "snapshots"))
+    damage(left, f"UPDATE snapshots SET name = {name} WHERE name = 'lone'")  # noqa: S608
+    with opened(left) as engine:
+        rest = [key for key in BEFORE if key != "lone"]
+        assert names(engine) == rest
+        found = engine.upkeep.check()
+        assert about(found) == {(Trouble.DATABASE, "")}
+        assert engine.upkeep.repair() == []
+        assert all(finding.what.isprintable() for finding in found)
+        engine.prepare("lone", "base")
+    assert set(os.listdir(left / "snapshots")) >= set(trees)
+
+
+def test_a_child_of_an_unreadable_parent_is_unlisted_and_can_be_removed(left: Path) -> None:
+    damage(left, "UPDATE snapshots SET name = CAST(x'ff' AS TEXT) WHERE name = 'base'")
+    with opened(left) as engine:
+        assert names(engine) == ["lone"]
+        assert about(engine.upkeep.check()) == {
+            (Trouble.DATABASE, key) for key in ("", "look", "work")
+        }
+        engine.remove("look")
+        assert "work" not in names(engine)
+
+
+LINE = "INSERT INTO mounts (snapshot, target, read_only, lifetime, uid, owner, boot, mount) VALUES"
+
+
+@pytest.mark.parametrize(
+    "values", ["'/x', 0, 'forever', 0", "'/x', 7, 'persistent', 0", "'/x', 0, 'persistent', -1"]
+)
+def test_check_reports_a_bad_ledger_line_until_its_snapshot_is_removed(
+    left: Path, values: str
+) -> None:
+    work = "(SELECT id FROM snapshots WHERE name = 'work')"
+    damage(left, f"{LINE} ({work}, {values}, '', 'b', 1)")
+    with opened(left) as engine:
+        assert names(engine) == BEFORE
+        assert engine.mounter.list_mounts() == []
+        found = engine.upkeep.check()
+        assert (Trouble.DATABASE, "work") in about(found)
+        assert engine.upkeep.repair() == []
+        engine.remove("work")
+        assert engine.upkeep.check() == []
+
+
+def test_repair_deletes_a_ledger_line_without_a_snapshot(left: Path) -> None:
+    damage(left, f"{LINE} (99, '/x', 0, 'persistent', 0, '', 'b', 1)")
+    with opened(left) as engine:
+        found = engine.upkeep.check()
+        assert about(found) == {(Trouble.DATABASE, "")}
+        assert all("call Repair" in f.what or "foreign key" in f.what for f in found)
+        assert [f for f in engine.upkeep.repair() if "/x" in f.what]
+        assert engine.upkeep.check() == []
+
+
+def test_damaged_records_raise_data_loss_over_the_bus(
+    service: Service, client: BlockingClient
+) -> None:
+    committed(client, "base")
+    client.prepare("work", "base")
+    client.prepare("other")
+    damage(
+        service.state, r"""UPDATE snapshots SET labels = '{"a": "\u0000"}' WHERE name = 'work'"""
+    )
+    damage(service.state, "UPDATE snapshots SET name = 'a' || char(0) WHERE name = 'other'")
+    assert [info.name for info in client.walk()] == ["base"]
+    with pytest.raises(DataLoss):
+        client.stat("work")
+    assert about(client.check()) == {(Trouble.DATABASE, "work"), (Trouble.DATABASE, "")}
+    assert client.repair() == []
+    client.remove("work")
+
+
+def header(offset: int, value: int) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        with path.open("r+b") as file:
+            file.seek(offset)
+            file.write(bytes([value]))
+
+    return change
+
+
+def instead(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return change
+
+
+UNUSABLE: dict[str, tuple[type[SnapdError], Callable[[Path], object]]] = {
+    "no version": (DataLoss, header(63, 0)),
+    "the first version": (DataLoss, header(63, 1)),
+    "the version before mounts": (DataLoss, header(63, 2)),
+    "a version to come": (DataLoss, header(60, 1)),
+    "a format that may not be written": (DataLoss, header(18, 6)),
+    "a table that is gone": (DataLoss, lambda path: damage(path.parent, "DROP TABLE mounts")),
+    "one page": (DataLoss, lambda path: os.truncate(path, 4096)),
+    "another database": (
+        DataLoss,
+        instead(
+            lambda path: sqlite3.connect(path).execute("CREATE TABLE x (x)").connection.close()
+        ),
+    ),
+    "a directory": (FailedPrecondition, instead(Path.mkdir)),
+    "a pipe": (FailedPrecondition, instead(os.mkfifo)),
+    "a link": (FailedPrecondition, instead(lambda path: path.symlink_to("elsewhere"))),
+}
+
+
+@pytest.mark.parametrize("how", UNUSABLE)
+def test_start_with_an_unusable_database_raises_and_keeps_all_trees(left: Path, how: str) -> None:
+    before = sorted(os.listdir(left / "snapshots"))
+    error, change = UNUSABLE[how]
+    change(left / "metadata.db")
+    for _ in range(2):
+        with pytest.raises(error, match=r"metadata\.db .*(backup|newer version)"):
+            Snapshotter(left, ignore)
+    assert sorted(os.listdir(left / "snapshots")) == before
+
+
+def copy_over(path: Path) -> None:
+    copy = Path(shutil.copy(path, path.with_name("copy")))
+    copy.rename(path)
+
+
+MOVED: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "gone": ("metadata.db", Path.unlink),
+    "a copy": ("metadata.db", copy_over),
+    "a WAL that is gone": ("metadata.db-wal", Path.unlink),
+}
+
+
+@pytest.mark.parametrize("how", MOVED)
+def test_changing_calls_raise_data_loss_when_the_database_was_moved(
+    full: Snapshotter, how: str
+) -> None:
+    name, move = MOVED[how]
+    move(full.state_directory / name)
+    before = state_of(full)
+    for call in (
+        lambda: full.prepare("new", "base"),
+        lambda: full.view("new", "base"),
+        lambda: full.commit("new", "work"),
+        lambda: full.update("base", {}),
+        lambda: full.remove("lone"),
+        lambda: full.mounter.mount("work"),
+    ):
+        with pytest.raises(DataLoss, match="moved or replaced"):
+            call()
+    assert state_of(full) == before
+    assert names(full) == BEFORE
+    (finding,) = full.upkeep.check()
+    assert finding.kind is Trouble.DATABASE
+    assert "moved or replaced" in finding.what
+    assert full.upkeep.repair() == []
+
+
+def test_check_reports_an_index_that_repair_cannot_rebuild(left: Path) -> None:
+    path = left / "metadata.db"
+    content = path.read_bytes()
+    assert content.count(b"loneactive") == 1
+    path.write_bytes(content.replace(b"loneactive", b"workactive"))
+    with opened(left) as engine:
+        found = engine.upkeep.check()
+        assert (Trouble.DATABASE, "work") in about(found)
+        assert all("backup" in finding.what for finding in found)
+        assert engine.upkeep.repair() == []
+        assert engine.upkeep.check() == found
+
+
+def test_an_id_is_not_reused_when_the_id_counter_is_lost(left: Path) -> None:
+    damage(left, "UPDATE sqlite_sequence SET seq = 1")
+    with opened(left) as engine:
+        shutil.rmtree(engine.prepare("lost").source)
+    damage(left, "UPDATE sqlite_sequence SET seq = 1")
+    with opened(left) as engine:
+        engine.prepare("new")
+        damage(left, "UPDATE snapshots SET id = id + 10 WHERE name = 'lost'")
+        assert engine.upkeep.repair() != []
+        for number in range(12):
+            engine.prepare(f"next {number}")
+
+
+@pytest.mark.parametrize("how", ["DELETE FROM snapshots", "UPDATE snapshots SET kind = 'active'"])
+def test_commit_with_a_lost_parent_raises_data_loss(left: Path, how: str) -> None:
+    damage(left, f"{how} WHERE name = 'base'")
+    with opened(left) as engine:
+        before = state_of(engine)
+        with pytest.raises(DataLoss, match='the parent of "work"'):
+            engine.commit("done", "work")
+        assert state_of(engine) == before
+
+
+def test_repair_of_a_wrong_index_key_keeps_the_ledger_lines(left: Path) -> None:
+    """And no line of the ledger is struck out for it."""
+    with opened(left) as engine:
+        last = engine._store.get("lone").id
+    path = left / "metadata.db"
+    content = path.read_bytes()
+    # The entry in the index of names: the key, and the id as a byte.
+    key, other = b"lone" + bytes([last]), b"lone" + bytes([last + 2])
+    assert content.count(key) == 1
+    path.write_bytes(content.replace(key, other))
+    damage(left, f"{LINE} ({last}, '/x', 0, 'persistent', 0, '', 'b', 1)")
+    with opened(left) as engine:
+        found = engine.upkeep.check()
+        assert [finding for finding in found if "index" in finding.what]
+        assert not [finding for finding in found if "ancestor" in finding.what]
+        assert engine.upkeep.repair() != []
+        assert [line.target for line in engine._store.ledger.lines()] == ["/x"]
+        assert not [f for f in engine.upkeep.check() if f.kind is Trouble.DATABASE]
+
+
+def test_check_reports_no_cycle_below_a_lost_parent(left: Path) -> None:
+    with opened(left) as engine:
+        engine.commit("done", "work")
+        engine.prepare("next", "done")
+    damage(left, "DELETE FROM snapshots WHERE name = 'base'")
+    with opened(left) as engine:
+        found = [finding.what for finding in engine.upkeep.check()]
+    assert found
+    assert not [what for what in found if "ancestor" in what]
+
+
+@pytest.mark.parametrize("what", ["TRIGGER only_labels_change", "INDEX children", "INDEX standbys"])
+def test_repair_recreates_missing_triggers_and_indexes(left: Path, what: str) -> None:
+    with closing(sqlite3.connect(left / "metadata.db", isolation_level=None)) as db:
+        db.execute(f"DROP {what}")
+    with opened(left) as engine:
+        (finding,) = engine.upkeep.check()
+        assert finding.kind is Trouble.DATABASE
+        assert "call Repair" in finding.what
+        assert engine.upkeep.repair() == [finding]
+        assert engine.upkeep.check() == []
+
+
+def test_check_asks_for_a_backup_when_an_index_page_is_lost(left: Path) -> None:
+    with closing(sqlite3.connect(left / "metadata.db")) as db:
+        (page,) = db.execute(
+            "SELECT rootpage FROM sqlite_schema WHERE name = 'children'"
+        ).fetchone()
+    header((page - 1) * 4096, 0xFF)(left / "metadata.db")
+    with opened(left) as engine:
+        found = engine.upkeep.check()
+        assert found
+        assert all("backup" in finding.what for finding in found)
+        assert engine.upkeep.repair() == []
+
+
+def test_repair_does_not_block_on_a_fifo_in_place_of_a_file(full: Snapshotter) -> None:
+    path = full.state_directory / "metadata.db-shm"
+    path.rename(full.state_directory / "kept")
+    os.mkfifo(path, 0o644)
+    found = full.upkeep.check()
+    assert [finding.kind for finding in found] == [Trouble.MODE]
+    assert full.upkeep.repair() == []
+    path.unlink()
+    (full.state_directory / "kept").rename(path)
+
+
+def test_check_and_repair_accept_a_snapshots_directory_behind_a_symlink(left: Path) -> None:
+    (left / "snapshots").rename(left / "elsewhere")
+    (left / "snapshots").symlink_to("elsewhere")
+    with opened(left) as engine:
+        assert engine.upkeep.check() == []
+        (left / "elsewhere").chmod(0o755)
+        (finding,) = engine.upkeep.check()
+        assert finding.kind is Trouble.MODE
+        assert engine.upkeep.repair() == [finding]
+        assert (left / "elsewhere").stat().st_mode & 0o777 == 0o700
+
+
+def test_repair_cannot_be_cancelled_once_it_has_changed_something(
+    full: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (full.state_directory / "metadata.db").chmod(0o644)
+    job = Job()
+    real = full._state.close_to_others
+
+    def late() -> None:
+        real()
+        assert not job.cancel()
+
+    monkeypatch.setattr(full._state, "close_to_others", late)
+    assert len(full.upkeep.repair(job)) == 1
+    (full.state_directory / "metadata.db").chmod(0o644)
+    early = Job()
+    assert early.cancel()
+    with pytest.raises(Cancelled):
+        full.upkeep.repair(early)
+    assert len(full.upkeep.check()) == 1
+    job = Job()
+    full.upkeep.check(job)
+    assert not job.cancel()
+
+
+def test_repair_returns_its_changes_although_another_step_fails(
+    full: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise DataLoss("it is damaged")
+
+    (full.state_directory / "metadata.db").chmod(0o644)
+    monkeypatch.setattr(Reaper, "finish", failing)
+    monkeypatch.setattr(full.mounter, "mend", failing)
+    assert [finding.kind for finding in full.upkeep.repair()] == [Trouble.MODE]
+
+
+def test_repair_does_not_turn_a_read_only_mount_writable(full: Snapshotter, places: Path) -> None:
+    target = place(places)
+    full.mounter.mount("work", str(target))
+    subprocess.run(["mount", "-o", "remount,bind,ro", target], check=True)
+    (full.state_directory / "metadata.db").chmod(0o644)
+    assert len(full.upkeep.repair()) == 1
+    with pytest.raises(OSError, match="Read-only"):
+        (target / "file").touch()
+    full.mounter.unmount(str(target))
+
+
+def test_calls_do_not_wait_while_repair_searches_the_database(
+    full: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking, go_on = threading.Event(), threading.Event()
+
+    def slow(db: sqlite3.Connection) -> object:
+        looking.set()
+        assert go_on.wait(WAIT)
+        return broken_rules(db)
+
+    monkeypatch.setattr("snapd_native.metastore.store.broken_rules", slow)
+    thread = threading.Thread(target=full._store.mend)
+    thread.start()
+    try:
+        assert looking.wait(WAIT)
+        full.view("new", "base")
+    finally:
+        go_on.set()
+        thread.join()
+
+
+def test_a_label_with_a_nul_raises_invalid_argument(full: Snapshotter) -> None:
+    for labels in ({"a\0": "b"}, {"a": "b\0"}):
+        with pytest.raises(InvalidArgument, match="NUL"):
+            full.prepare("new", labels=labels)

@@ -1,0 +1,420 @@
+"""A disk that loses writes: commit never succeeds for data that is not on the disk."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snapd_native import linux, trees
+from snapd_native.errors import DataLoss, ResourceExhausted
+from snapd_native.model import STANDBY_LABEL, Kind, Mount
+from snapd_native.snapshotter import Snapshotter
+from tests.support import PROJECT
+from tests.support.engine import directories, identity, ignore, names
+from tests.support.failing_disk import KINDS, FailingDisk, failing_disk
+from tests.support.service import check_sentence
+from tests.support.waiting import WAIT, eventually
+
+LENGTH = 1 << 20
+
+ALIVE = [kind for kind in KINDS if kind != "ext4 without its journal"]
+
+
+@pytest.fixture(params=KINDS)
+def disk(request: pytest.FixtureRequest, loop_directory: Path) -> Iterator[FailingDisk]:
+    with failing_disk(request.param, loop_directory) as made:
+        yield made
+
+
+only_alive = pytest.mark.parametrize("disk", ALIVE, indirect=True)
+"""For tests in which the file system outlives the failure."""
+
+
+on_xfs = pytest.mark.parametrize("disk", ["xfs"], indirect=True)
+"""It keeps what it cannot write of directories until the disk is healed; ext4 gives up."""
+
+
+@contextmanager
+def opened(disk: FailingDisk, runtime: Path) -> Iterator[Snapshotter]:
+    with closing(Snapshotter(disk.root / "state", ignore, runtime=runtime)) as made:
+        # Nothing is done in the background any more.
+        made._syncer.submit(lambda: None).result()
+        yield made
+
+
+def fill(engine: Snapshotter, disk: FailingDisk) -> None:
+    change(engine.prepare("preparing"), "base")
+    engine.commit("base", "preparing")
+    engine.prepare("work", "base")
+    engine.view("look", "base")
+    engine.prepare("gone")
+    engine._syncer.submit(lambda: None).result()
+    disk.sync()
+
+
+def change(mount: Mount, text: str) -> None:
+    """Write a file of its own, so large that most of it is where nothing was before."""
+    (Path(mount.source) / text).write_text(text * LENGTH)
+
+
+def lose(mount: Mount) -> None:
+    """Change a tree on a disk that has failed.
+
+    What is written before that could be on the disk by then: the kernel writes it whenever it
+    likes, and anybody may call sync(2). A file system without a journal may have given up already.
+    """
+    with suppress(OSError):
+        change(mount, "lost")
+
+
+def holds(mount: Mount, text: str) -> bool:
+    """Tell whether the disk, and not only the memory, has what `change` has written."""
+    fd = os.open(Path(mount.source) / text, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        with open(fd, "rb", closefd=False) as file:
+            return file.read() == text.encode() * LENGTH
+    finally:
+        os.close(fd)
+
+
+def test_a_write_to_the_failing_disk_raises_enospc(disk: FailingDisk) -> None:
+    pages, page = 16, mmap.PAGESIZE
+    fd = os.open(disk.root / "file", os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, pages * page)
+        with mmap.mmap(-1, pages * page) as data:
+            os.pwrite(fd, memoryview(data)[:page], 0)
+            disk.sync()
+            disk.fail()
+            with pytest.raises(OSError, match="No space left"):
+                os.pwrite(fd, data, 0)
+    finally:
+        os.close(fd)
+
+
+def test_commit_of_lost_data_raises_and_stays_refused(disk: FailingDisk, tmp_path: Path) -> None:
+    with opened(disk, tmp_path) as engine:
+        fill(engine, disk)
+        work = engine.mounts("work")
+        disk.fail()
+        lose(work)
+        with pytest.raises((DataLoss, ResourceExhausted)) as caught:
+            engine.commit("done", "work")
+        check_sentence(caught.value.message, '"work"')
+        disk.heal()
+        for _ in range(2):
+            with pytest.raises(DataLoss) as lost:
+                engine.commit("done", "work")
+            check_sentence(lost.value.message, '"work"')
+        assert names(engine) == ["base", "gone", "look", "work"]
+        assert engine.stat("work").parent == "base"
+        if disk.lives_on:
+            assert not holds(engine.mounts("work"), "lost")
+            engine.remove("work")
+            change(engine.prepare("work", "base"), "kept")
+            engine.commit("done", "work")
+    disk.mount_again()
+    with opened(disk, tmp_path) as engine:
+        assert engine.upkeep.check() == []
+        assert holds(engine.view("see base", "base"), "base")
+        if disk.lives_on:
+            assert holds(engine.view("see", "done"), "kept")
+        change(engine.prepare("anew", "base"), "anew")
+        engine.commit("after", "anew")
+        assert "done" in names(engine) or not disk.lives_on
+
+
+@only_alive
+def test_commit_of_lost_data_is_still_refused_after_a_restart(
+    disk: FailingDisk, tmp_path: Path
+) -> None:
+    """The kernel has told the one who ended; to the next one, all looks as if it were written."""
+    with opened(disk, tmp_path) as engine:
+        fill(engine, disk)
+        work = engine.mounts("work")
+        disk.fail()
+        lose(work)
+        with pytest.raises((DataLoss, ResourceExhausted)):
+            engine.commit("done", "work")
+        disk.heal()
+    for _ in range(2):
+        with opened(disk, tmp_path) as engine:
+            for key in ("work", "gone"):
+                with pytest.raises(DataLoss, match="prepare it anew"):
+                    engine.commit("done", key)
+    assert not holds(work, "lost")
+    with opened(disk, tmp_path) as engine:
+        for key in ("work", "gone"):
+            engine.remove(key)
+        change(engine.prepare("work", "base"), "kept")
+        engine.commit("done", "work")
+        assert holds(engine.view("see", "done"), "kept")
+
+
+@only_alive
+@pytest.mark.parametrize("note", ["", "no note at all", "a mounting\n7\n8\n"])
+def test_an_unreadable_note_of_a_failed_sync_makes_commit_raise_data_loss(
+    disk: FailingDisk, tmp_path: Path, note: str
+) -> None:
+    with opened(disk, tmp_path) as engine:
+        fill(engine, disk)
+    (tmp_path / "doubt").write_text(note)
+    with opened(disk, tmp_path) as engine:
+        with pytest.raises(DataLoss, match="prepare it anew"):
+            engine.commit("done", "work")
+        engine.prepare("anew", "base")
+        engine.commit("done", "anew")
+    (tmp_path / "doubt").write_text("another mounting\n1000000\n")
+    with opened(disk, tmp_path) as engine:
+        engine.commit("more", "work")
+
+
+def wait(gate: threading.Event) -> None:
+    assert gate.wait(WAIT)
+
+
+def rewind_wal(disk: FailingDisk) -> None:
+    """Have the next records written over the head of the WAL, where a failed disk takes them."""
+    with closing(sqlite3.connect(disk.root / "state" / "metadata.db")) as db:
+        db.execute("PRAGMA wal_checkpoint(RESTART)")
+    disk.sync()
+
+
+@on_xfs
+def test_a_copy_that_the_disk_lost_is_dropped_at_the_next_boot(
+    disk: FailingDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after later syncs, and after a restart of the service."""
+    with opened(disk, tmp_path) as engine:
+        fill(engine, disk)
+        gate = threading.Event()
+        engine._syncer.submit(partial(wait, gate))
+        rewind_wal(disk)
+        disk.fail()
+        lost = engine.prepare("lost", "base")
+        gate.set()
+        engine._syncer.submit(lambda: None).result()
+        disk.heal()
+        change(engine.prepare("kept", "base"), "kept")
+    with opened(disk, tmp_path) as engine:
+        assert not holds(lost, "base")
+        assert engine._store.unsettled() == {int(identity(engine, "lost"))}
+    monkeypatch.setattr(linux, "boot_id", lambda: "the-next")
+    with opened(disk, tmp_path) as engine:
+        assert names(engine) == ["base", "gone", "kept", "look", "work"]
+        assert holds(engine.mounts("kept"), "base")
+
+
+@on_xfs
+def test_a_standby_clone_that_the_disk_lost_is_dropped(
+    disk: FailingDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another has been told of the failure, and its own sync succeeds."""
+    real = trees.Crew.clone
+
+    def clone(*arguments: Any, **options: Any) -> None:  # noqa: ANN401 - as it is
+        if made.is_set():
+            assert seen.wait(WAIT)
+            real(*arguments, **options)
+            return
+        disk.fail()
+        real(*arguments, **options)
+        with pytest.raises(OSError, match=r"No space|I/O"):
+            engine._write_back.sync()
+        disk.heal()
+        made.set()
+
+    made, seen = threading.Event(), threading.Event()
+    with opened(disk, tmp_path) as engine:
+        change(engine.prepare("preparing"), "base")
+        engine.commit("base", "preparing")
+        monkeypatch.setattr(trees.Crew, "clone", clone)
+        engine.update("base", {STANDBY_LABEL: "1"})
+        assert made.wait(WAIT)
+        # If the label was seen before its change was told of, the next try waits already.
+        eventually(lambda: not any(name.endswith("-1") for name in directories(engine)))
+        assert engine.standby("base") == (0, 1)
+        seen.set()
+        # It is tried again when something has changed.
+        engine.update("base", {STANDBY_LABEL: "1", "a": "b"})
+        eventually(lambda: engine.standby("base") == (1, 1))
+        assert holds(engine.prepare("work", "base"), "base")
+        engine.commit("done", "work")
+
+
+REFUSED = """
+import sys
+from contextlib import suppress
+from pathlib import Path
+from snapd_native.errors import DataLoss, ResourceExhausted
+from snapd_native.snapshotter import Snapshotter
+
+engine = Snapshotter(Path(sys.argv[1]), lambda *_: None, runtime=Path(sys.argv[2]))
+engine._syncer.submit(lambda: None).result()
+# The head of the WAL is on disk: what comes next could be found.
+engine.update("look", {})
+print("there", flush=True)
+sys.stdin.readline()
+with suppress(DataLoss, ResourceExhausted):
+    while True:
+        engine.update("look", {})
+try:
+    eval(sys.argv[3])
+except (DataLoss, ResourceExhausted) as error:
+    print("refused")
+    print(error, flush=True)
+    sys.stdin.read()
+"""
+
+
+CALLS = {
+    "engine.update('base', {'a': 'b'})": ALIVE,
+    "engine.view('new', 'base')": ALIVE,
+    "engine.commit('done', 'gone')": ALIVE,
+    # ext4 gives up when it cannot write a new directory, be it half a minute later.
+    "engine.prepare('new')": ["xfs"],
+}
+
+
+@pytest.mark.parametrize(
+    ("disk", "call"),
+    [(kind, call) for call, kinds in CALLS.items() for kind in kinds],
+    indirect=["disk"],
+)
+def test_a_refused_call_has_no_effect_after_a_crash(
+    disk: FailingDisk, tmp_path: Path, call: str
+) -> None:
+    """SQLite finds in the WAL what could not be synced, as long as it is in memory."""
+    with opened(disk, tmp_path) as engine:
+        fill(engine, disk)
+        engine.remove("work")
+        engine.upkeep.cleanup()
+        before = directories(engine), outline(engine)
+    # Now the blocks that xfs frees later are free.
+    disk.mount_again()
+    disk.trim()
+    command = [sys.executable, "-c", REFUSED, str(disk.root / "state"), str(tmp_path), call]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=PROJECT) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "there\n"
+            disk.fail()
+            print("go", file=process.stdin, flush=True)
+            assert process.stdout.readline() == "refused\n"
+            check_sentence(process.stdout.readline().rstrip("\n"))
+        finally:
+            process.kill()
+        assert process.wait(WAIT) == -signal.SIGKILL
+    disk.heal()
+    with opened(disk, tmp_path) as engine:
+        assert (directories(engine), outline(engine)) == before
+        assert engine.upkeep.check() == []
+
+
+def outline(engine: Snapshotter) -> list[tuple[str, Kind, dict[str, str]]]:
+    return [(info.name, info.kind, dict(info.labels)) for info in engine.list()]
+
+
+@pytest.mark.parametrize("how", ["fail", "shut_down"])
+def test_calls_on_a_failed_file_system_raise_data_loss_or_resource_exhausted(
+    disk: FailingDisk, tmp_path: Path, how: str
+) -> None:
+    """Nothing is called a bug, and nothing half done is left on the disk."""
+    target = tmp_path / "target"
+    target.mkdir()
+    with opened(disk, tmp_path / "run") as engine:
+        fill(engine, disk)
+        before = engine.list()
+        getattr(disk, how)()
+        with suppress(OSError, DataLoss):
+            lose(engine.mounts("work"))
+            disk.sync()
+        calls: list[Callable[[], object]] = [
+            lambda: engine.prepare("new", "base"),
+            lambda: engine.prepare("empty"),
+            lambda: engine.view("view", "base"),
+            lambda: engine.update("base", {"a": "b"}),
+            lambda: engine.mounter.mount("work", str(target)),
+            lambda: engine.commit("done", "work"),
+            lambda: engine.remove("gone"),
+        ]
+        for call in calls if not disk.lives_on or how == "shut_down" else []:
+            with pytest.raises((DataLoss, ResourceExhausted)) as caught:
+                call()
+            check_sentence(caught.value.message, "disk")
+        assert engine.list() == before or disk.lives_on
+        disk.heal()
+    disk.mount_again()
+    with opened(disk, tmp_path / "run") as engine:
+        assert engine.upkeep.check() == []
+        assert holds(engine.view("see base", "base"), "base")
+        if not disk.lives_on or how == "shut_down":
+            assert [info.name for info in before] == [n for n in names(engine) if n != "see base"]
+
+
+def test_an_unreadable_disk_is_not_reported_as_a_damaged_database(
+    disk: FailingDisk, tmp_path: Path
+) -> None:
+    with opened(disk, tmp_path) as engine:
+        fill(engine, disk)
+        for name in names(engine):
+            # More than SQLite has in memory.
+            engine.update(name, {str(number): "x" * 4000 for number in range(250)})
+        disk.shut_down()
+        with pytest.raises(DataLoss, match="check the disk"):
+            engine.list()
+    disk.mount_again()
+
+
+@on_xfs
+def test_a_checkpoint_during_a_read_loses_no_record(disk: FailingDisk, tmp_path: Path) -> None:
+    """SQLite syncs the database only when it has put all of the WAL into it."""
+    long = {"long": "x" * 3000}
+    names_of = iter(map(str, count(1000)))
+
+    def add(number: int) -> None:
+        with suppress(ResourceExhausted, DataLoss):
+            for name in islice(names_of, number):
+                engine.view(name, "base", long)
+
+    with opened(disk, tmp_path) as engine:
+        fill(engine, disk)
+        # The WAL is so long then that the disk does not fail there, and the database has to grow.
+        add(300)
+        engine.update("look", {str(number): "x" * 4000 for number in range(250)})
+        add(5)
+        disk.sync()
+        disk.fail()
+        add(20)
+        with engine._store._connections.reading() as db:
+            db.execute("BEGIN")
+            db.execute("SELECT count(*) FROM snapshots").fetchone()
+            add(36)
+            with suppress(OSError):
+                disk.sync()
+            db.execute("COMMIT")
+        add(50)
+        disk.heal()
+        add(300)
+        before = names(engine)
+        assert len(before) > 600
+    disk.mount_again()
+    with opened(disk, tmp_path) as engine:
+        assert names(engine) == before
+        assert engine.upkeep.check() == []

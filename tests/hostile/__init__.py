@@ -1,0 +1,1 @@
+"""Hostile clients, users, trees and mounts."""

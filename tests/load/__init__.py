@@ -1,0 +1,1 @@
+"""Long runs under load: storm, fuzz, soak."""

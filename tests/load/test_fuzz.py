@@ -1,0 +1,305 @@
+"""Random calls over a real bus, one at a time and many at once.
+
+``FUZZ_CALLS`` says how many in all.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import pytest
+from dbus_next.constants import MessageType
+from dbus_next.message import Message
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from snapd_native.bus.lanes import Lane
+from snapd_native.client import BlockingClient
+from snapd_native.model import DIGEST_LABEL, STANDBY_LABEL
+from snapd_native.wire.names import JOB, JOB_PATH, PEER
+from tests.support.descriptors import descriptors, wait_until_closed
+from tests.support.fuzz.calls import ANSWERED, CALLS, LAST_JOB, REFUSED, RETURNS
+from tests.support.fuzz.packets import Packet, Peer
+from tests.support.kernel_mounts import below
+from tests.support.service import Service, committed, empty, serving
+from tests.support.waiting import eventually
+
+NUMBER = int(os.environ.get("FUZZ_CALLS", "2000"))
+AT_ONCE = 40
+"""Calls in an example: it begins with `base` alone, so that a failure can be made small."""
+PEERS = 4
+
+MEMORY = 12 << 20
+"""Bytes that the service may take more after all calls than after the first ones.
+
+It may remember some signatures that it has met.
+"""
+
+GIVES_BACK = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=1024"}
+"""Has the C library give back what is freed, so that what is still there is still used.
+
+Otherwise large calls leave gaps between small objects: up to 20 MiB that the next calls take.
+"""
+
+THREADS = 10 + sum(lane.threads for lane in Lane)
+"""Those of all lanes, and a few that each have a name."""
+
+OURS, STANDARD = "org.snapdnative1.Error.", "org.freedesktop.DBus.Error."
+ALWAYS = {
+    f"{OURS}InvalidArgument",
+    *(f"{STANDARD}Unknown{what}" for what in ("Method", "Object", "Interface")),
+}
+"""The errors that any call may raise."""
+
+MAY_FAIL: dict[str, tuple[str, ...]] = {
+    "Prepare": ("NotFound", "AlreadyExists"),
+    "PrepareJob": ("NotFound", "AlreadyExists"),
+    "View": ("NotFound", "AlreadyExists"),
+    "Commit": ("AlreadyExists", "NotFound", "FailedPrecondition"),
+    "CommitJob": ("AlreadyExists", "NotFound", "FailedPrecondition"),
+    "Mounts": ("NotFound", "FailedPrecondition"),
+    "Stat": ("NotFound",),
+    "Update": ("NotFound",),
+    "Usage": ("NotFound",),
+    "Remove": ("NotFound", "FailedPrecondition"),
+    "Verify": ("NotFound", "FailedPrecondition"),
+    "VerifyJob": ("NotFound", "FailedPrecondition"),
+    "Standby": ("NotFound",),
+    "Mount": ("NotFound", "FailedPrecondition", "AlreadyExists"),
+    "Unmount": ("NotFound", "FailedPrecondition"),
+    "ListMounts": ("NotFound",),
+    "OpenTree": ("NotFound", "FailedPrecondition"),
+    "Cancel": ("NotFound", "FailedPrecondition"),
+    "Introspect": ("NotFound",),
+    "Get": ("NotFound",),
+    "GetAll": ("NotFound",),
+    "Set": ("NotFound",),
+}
+"""The other errors of each call while no other call runs."""
+
+PROPERTIES = {f"{STANDARD}UnknownProperty", f"{STANDARD}PropertyReadOnly"}
+DISTURBED = {f"{OURS}{name}" for name in ("FailedPrecondition", "ResourceExhausted", "Cancelled")}
+"""The errors that a call may also raise while others run."""
+
+Portrait = tuple[object, ...]
+
+
+@dataclass
+class Fuzzed:
+    """A service, what it has, and what it answers."""
+
+    service: Service
+    scratch: Path
+    job: int = 0
+    """The number of the last job."""
+    seen: Counter[str] = field(default_factory=Counter)
+    """Calls, by what they came to."""
+    memory: int = 0
+    """Bytes that the service has had after the first calls."""
+    descriptors: Counter[str] = field(default_factory=Counter)
+    """Its open descriptors at that moment, by kind."""
+
+    def __enter__(self) -> Self:
+        places = self.scratch / "places"
+        for name in ("0", "1", "2", "é 😀"):
+            (places / name).mkdir(parents=True)
+        (places / "file").touch()
+        (places / "link").symlink_to("0")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with BlockingClient() as client:
+            self._clear(client)
+            if not any(error):
+                assert client.check() == []
+                self._check_leaks(client)
+
+    def place(self, text: str) -> str:
+        """Return what a packet's text stands for."""
+        if text.startswith("@"):
+            return f"{self.scratch}{text[1:]}"
+        if text.startswith(LAST_JOB):
+            return f"{JOB_PATH}/{max(self.job - int(text.removeprefix(LAST_JOB)), 0)}"
+        return text
+
+    def begin(self) -> None:
+        """Have nothing but `base`, which is committed."""
+        with BlockingClient() as client:
+            self._clear(client)
+            if self.memory == 0 and self.seen.total() > NUMBER // 100:
+                self._employ(client)
+                self.descriptors = descriptors(self.service)
+                self.memory = self._memory()
+            committed(client, "base", files={"file": "text", "other": "more"})
+
+    def portrait(self) -> Portrait:
+        """Return all that a call that is refused must not change."""
+        trees = []
+        with closing(sqlite3.connect(self.service.state / "metadata.db")) as db:
+            # But for whether it is on disk already.
+            snapshots = db.execute(
+                "SELECT id, name, kind, parent, created, updated, labels, size, inodes"
+                " FROM snapshots ORDER BY id"
+            ).fetchall()
+            mounts = db.execute("SELECT * FROM mounts ORDER BY id").fetchall()
+        for tree in (self.service.state / "snapshots").iterdir():
+            # Clones and deletions come and go.
+            if tree.name.isdigit():
+                status = tree.stat()
+                trees.append((tree.name, status.st_mode, status.st_mtime_ns, os.listdir(tree)))
+        places = [(path, path.lstat().st_mode) for path in (self.scratch / "places").iterdir()]
+        return snapshots, mounts, sorted(trees), sorted(places), below(self.scratch)
+
+    def judge(self, packet: Packet, answer: Message, others: Iterable[str] = ()) -> bool:
+        """Check that an answer is one of the contract's; return whether the call was refused."""
+        if answer.message_type is MessageType.METHOD_RETURN:
+            assert answer.signature == RETURNS[packet.member]
+            self.seen["done"] += 1
+            return False
+        name, (text,) = answer.error_name, answer.body
+        allowed = {*ALWAYS, *(f"{OURS}{name}" for name in MAY_FAIL.get(packet.member, ()))}
+        if packet.member in ("Get", "Set"):
+            allowed |= PROPERTIES
+        assert name in {*allowed, *others}, f"{packet}: {text}"
+        assert text.isprintable()
+        for inner in ("Traceback", ".py", "sqlite", "<class", "/snapshots/"):
+            assert inner not in text
+        asked = [self.place(value) for value in packet.body if isinstance(value, str)]
+        # A message may name mount targets and paths of the call, and no other path.
+        other = text.replace(str(self.scratch / "places"), "")
+        assert str(self.scratch) not in other or any(str(self.scratch) in value for value in asked)
+        self.seen[name.rpartition(".")[2]] += 1
+        return True
+
+    def await_jobs(self, peer: Peer) -> None:
+        """Return when no job goes on that ``peer`` has started."""
+        while peer.call(Packet("ListJobs")).body != [[]]:
+            peer.signal("JobRemoved")
+        peer.signals.clear()
+
+    def _check_leaks(self, client: BlockingClient) -> None:
+        # Calls of those who have left may still go on.
+        eventually(lambda: not client.jobs())
+        wait_until_closed(self.service, self.descriptors)
+        assert int(self._status("Threads")) <= THREADS
+        print(f"{self.memory >> 10} KiB, and {self._memory() - self.memory >> 10} KiB more")
+        assert self._memory() - self.memory < MEMORY
+
+    def _employ(self, client: BlockingClient) -> None:
+        """Have the service hire all workers that it keeps."""
+        client.prepare("employing")
+        labels = {STANDBY_LABEL: "1", DIGEST_LABEL: "any"}
+        client.commit("employed", "employing", labels)
+        client.verify("employed")
+        eventually(lambda: client.standby("employed").ready == 1)
+        self._clear(client)
+
+    def _memory(self) -> int:
+        """Return what the service has in memory, in bytes."""
+        return int(self._status("VmRSS").split()[0]) << 10
+
+    def _status(self, what: str) -> str:
+        lines = Path(f"/proc/{self.service.pid}/status").read_text().splitlines()
+        return dict(line.split(":", 1) for line in lines)[what]
+
+    def _clear(self, client: BlockingClient) -> None:
+        for mounted in client.list_mounts():
+            client.unmount(mounted.target, lazy=True)
+        empty(client)
+
+
+@pytest.fixture
+def fuzzed(on_bus: str, scratch: Path) -> Iterator[Fuzzed]:
+    with (
+        serving(on_bus, scratch / "state", GIVES_BACK) as service,
+        Fuzzed(service, scratch) as lent,
+    ):
+        yield lent
+        print(f"{sum(lent.seen.values())} calls: {dict(lent.seen.most_common())}")
+
+
+def examples(calls: int) -> settings:
+    """Run as many examples as make so many calls."""
+    return settings(
+        max_examples=max(calls // AT_ONCE, 1),
+        deadline=None,
+        database=None,
+        # To make a failure smaller takes longer than to understand it.
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+    )
+
+
+def several(calls: st.SearchStrategy[Packet]) -> st.SearchStrategy[list[Packet]]:
+    return st.lists(calls, min_size=AT_ONCE, max_size=AT_ONCE)
+
+
+@pytest.mark.timeout(600 + NUMBER // 5)
+@pytest.mark.parametrize("refused", [False, True], ids=["any", "refused"])
+def test_each_random_call_gets_an_answer_of_the_contract(
+    fuzzed: Fuzzed, refused: bool, run_seed: int
+) -> None:
+    """Each answer is one of the contract, and a refused call has changed nothing."""
+
+    @seed(run_seed)
+    @examples(NUMBER // 5)
+    @given(several(REFUSED if refused else ANSWERED))
+    def run(packets: list[Packet]) -> None:
+        fuzzed.begin()
+        with Peer(fuzzed.service.address, fuzzed.place) as peer:
+            peer.subscribe("type='signal',member='JobRemoved'")
+            before, running = fuzzed.portrait(), False
+            for packet in packets:
+                if running and packet.interface != JOB:
+                    fuzzed.await_jobs(peer)
+                    before, running = fuzzed.portrait(), False
+                answer = peer.call(packet)
+                was_refused = fuzzed.judge(packet, answer)
+                assert was_refused or not refused, packet
+                if answer.signature == "o":
+                    fuzzed.job, running = int(answer.body[0].rpartition("/")[2]), True
+                if not running:
+                    after = fuzzed.portrait()
+                    assert after == before or not was_refused, packet
+                    before = after
+            fuzzed.await_jobs(peer)
+
+    run()
+
+
+@pytest.mark.timeout(600 + NUMBER // 5)
+def test_concurrent_random_calls_are_answered_and_leak_nothing(
+    fuzzed: Fuzzed, run_seed: int
+) -> None:
+    """Each call that waits for an answer has one, and nothing is left of those who are gone."""
+
+    @seed(run_seed)
+    @examples(NUMBER // 10)
+    @given(several(CALLS))
+    def run(packets: list[Packet]) -> None:
+        fuzzed.begin()
+        with ExitStack() as stack:
+            address = fuzzed.service.address
+            peers = [stack.enter_context(Peer(address, fuzzed.place)) for _ in range(PEERS)]
+            waiting: list[dict[int, Packet]] = [{} for _ in peers]
+            for number, packet in enumerate(packets):
+                serial = peers[number % PEERS].send(packet)
+                if packet.wants_reply:
+                    waiting[number % PEERS][serial] = packet
+            # The last one leaves without having read anything.
+            peers.pop().close()
+            for peer, calls in zip(peers, waiting, strict=False):
+                while calls:
+                    answer = peer.answer()
+                    fuzzed.judge(calls.pop(answer.reply_serial), answer, DISTURBED)
+                assert peer.call(Packet("Ping", PEER)).body == []
+
+    run()

@@ -1,0 +1,350 @@
+"""Many clients for a long time: nothing leaks, nothing is lost, and Stat stays fast.
+
+``SOAK_MINUTES`` says for how long, on all file systems together. The seed of a run repeats the
+choices of the clients, but not the instants. Clients work in rounds. Between two rounds all clients
+rest, and what is there then is compared with what they know, and with what the signals said.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dbus_next.constants import MessageType
+from dbus_next.message import Message
+
+from snapd_native.client import BlockingClient, Client
+from snapd_native.model import STANDBY_LABEL, Info
+from snapd_native.mounts import Table
+from snapd_native.wire.names import BUS_NAME, MANAGER, PEER
+from tests.support import PROJECT
+from tests.support.raw_client import wait_until_asleep
+from tests.support.service import AS_INSTALLED, PATIENCE, Service, connection, serving
+from tests.support.soak.clients import Order
+from tests.support.soak.gauges import MIB, Gauge, growth, table, too_large
+from tests.support.soak.tenants import Signal
+
+MINUTES = float(os.environ.get("SOAK_MINUTES", "0.3"))
+
+FILE_SYSTEMS = 2
+ROUNDS = min(12, 4 + int(MINUTES))
+WARM = ROUNDS // 4
+"""Rounds after which every thread, worker and connection has been there."""
+
+TENANTS = 28
+PROCESSES = 4
+ONLOOKERS = 4
+"""Clients that call nothing but Stat, in a process of their own."""
+
+TREES = (10, 100, 1000, 10_000)
+"""Files in the snapshots that everybody copies."""
+
+STAT_P99 = 0.05
+"""Seconds that 99 of 100 calls of Stat take at most, on a machine that does nothing else."""
+
+JUDGED = 10
+"""Minutes from which on that is judged: a shorter run says more of the machine than of Stat, and is
+one beside others."""
+
+
+@pytest.mark.timeout(300 + 90 * MINUTES)
+@pytest.mark.long
+def test_many_clients_over_a_long_time_lose_nothing_and_leak_nothing(
+    on_bus: str, scratch: Path, run_seed: int
+) -> None:
+    with (
+        serving(on_bus, scratch / "state", AS_INSTALLED) as service,
+        stopped_and_unmounted(service),
+    ):
+        with BlockingClient() as client:
+            bases = {f"/base/{files}": grow(client, f"/base/{files}", files) for files in TREES}
+        soak = Soak(service)
+        asyncio.run(soak.run(run_seed, bases, MINUTES * 60 / FILE_SYSTEMS / ROUNDS))
+        assert service.directories() == []
+    print_figures(soak)
+    assert growth(soak.rests[WARM - 1 :]) == []
+    assert too_large([*soak.rests, *chain(*soak.rounds)]) == []
+    if MINUTES >= JUDGED:
+        p99 = percentile(soak.seconds["Stat"], 99)
+        assert p99 <= STAT_P99
+
+
+def grow(client: BlockingClient, name: str, files: int) -> int:
+    """Commit a snapshot of many files, a hundred in each directory; return its inodes."""
+    root = Path(client.prepare(f"{name} in the making").source)
+    for number in range(files):
+        directory = root / str(number // 100)
+        directory.mkdir(exist_ok=True)
+        (directory / str(number)).write_bytes(bytes([number % 251]) * (number % 4000))
+    client.commit(name, f"{name} in the making", digest=files <= 1000)
+    return client.usage(name).inodes
+
+
+@contextmanager
+def stopped_and_unmounted(service: Service) -> Iterator[None]:
+    """See to it that nothing more of the state's file system is mounted after the block.
+
+    The service is stopped then.
+    """
+    before = mounts_of(service.state)
+    try:
+        yield
+        assert mounts_of(service.state) == before
+    finally:
+        # It may still be about to mount what was asked for, and unmounts for clients that are gone.
+        service.daemon.stop()
+        for target in reversed([one for one in mounts_of(service.state) if one not in before]):
+            subprocess.run(["umount", "--lazy", target], check=False)
+
+
+def mounts_of(path: Path) -> list[str]:
+    """Return where the file system of ``path`` is mounted, and parts of it."""
+    device = path.stat().st_dev
+    found = f"{os.major(device)}:{os.minor(device)}"
+    return [entry.target for entry in Table.read() if entry.root.device == found]
+
+
+class History:
+    """The signals of the service, and the answers that each client got."""
+
+    def __init__(self, there: dict[str, tuple[str, str]]) -> None:
+        """Begin with the kinds and parents of the snapshots that there are."""
+        self.there = there
+        self.total = 0
+        self._impossible: list[Signal] = []
+        self._acknowledged: defaultdict[str, list[Signal]] = defaultdict(list)
+        self._heard: defaultdict[str, list[Signal]] = defaultdict(list)
+
+    def acknowledge(self, tenant: int, change: Signal) -> None:
+        """Note a change that the tenant was told of before its call was answered."""
+        self._acknowledged[f"{tenant}"].append(change)
+
+    def hear(self, message: Message) -> None:
+        """Note a signal; see whether it is possible after all that came before it."""
+        change = (message.member, *message.body)
+        if message.message_type is MessageType.SIGNAL and message.member.startswith("Snapshot"):
+            self.total += 1
+            self._heard[message.body[0].split("/")[1]].append(change)
+            if not self._happens(change):
+                self._impossible.append(change)
+
+    def _happens(self, change: Signal) -> bool:
+        match change:
+            case "SnapshotAdded", str(key), str(kind), str(parent):
+                free = key not in self.there
+                possible = not parent or self.there.get(parent, ("", ""))[0] == "committed"
+                self.there[key] = (kind, parent)
+                return free and possible
+            case "SnapshotCommitted", str(name), str(key):
+                kind, parent = self.there.pop(key, ("", ""))
+                free = name not in self.there
+                self.there[name] = ("committed", parent)
+                return free and kind == "active"
+            case "SnapshotUpdated", str(name):
+                return name in self.there
+            case "SnapshotRemoved", str(key):
+                return self.there.pop(key, None) is not None
+        return False
+
+    def compare(self, infos: Sequence[Info]) -> None:
+        """With nothing going on, compare all that was heard with what was answered and is there."""
+        assert self._impossible == []
+        assert {info.name: (info.kind.value, info.parent) for info in infos} == self.there
+        for owner in {*self._acknowledged, *self._heard} - {"base"}:
+            told, heard = self._acknowledged[owner], self._heard[owner]
+            for number, (one, other) in enumerate(zip_longest(told, heard)):
+                assert one == other, (
+                    f"change {number} of tenant {owner} was answered as {one}, heard as {other},"
+                    f" after {told[max(0, number - 3) : number]}"
+                )
+        self._acknowledged.clear()
+        self._heard.clear()
+
+
+class Process:
+    """A process of clients."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    def tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n".encode())
+
+    async def until(self, place: str, note: Callable[[dict[str, Any]], None]) -> None:
+        """Have ``note`` take what its clients tell, until all of them are at some place."""
+        assert self._process.stdout is not None
+        async for line in self._process.stdout:
+            told = json.loads(line)
+            if "failed" in told:
+                raise AssertionError(told["failed"])
+            if told.get("at") == place:
+                return
+            note(told)
+        raise AssertionError("a process of clients has ended")
+
+
+@asynccontextmanager
+async def crowd(seed: int, bases: Mapping[str, int]) -> AsyncIterator[list[Process]]:
+    """Start all clients."""
+    orders: list[Order] = [
+        {
+            "seed": seed,
+            "bases": {**bases},
+            "tenants": [*range(number, TENANTS, PROCESSES)],
+            "onlookers": 0,
+        }
+        for number in range(PROCESSES)
+    ]
+    orders.append({"seed": seed, "bases": {**bases}, "tenants": [], "onlookers": ONLOOKERS})
+    started: list[asyncio.subprocess.Process] = []
+    try:
+        for _ in orders:
+            one = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "tests.support.soak.clients"),
+                cwd=PROJECT,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=64 * MIB,
+            )
+            started.append(one)
+        processes = [*map(Process, started)]
+        for process, order in zip(processes, orders, strict=True):
+            process.tell(json.dumps(order))
+        yield processes
+    finally:
+        for one in started:
+            with suppress(ProcessLookupError):
+                one.kill()
+        for one in started:
+            await one.communicate()
+
+
+class Soak:
+    """The judge: has clients work and rest, and measures the daemon."""
+
+    def __init__(self, service: Service) -> None:
+        self.seconds: defaultdict[str, list[float]] = defaultdict(list)
+        """How long calls took, by what was called."""
+        self.rests: list[Gauge] = []
+        self.rounds: list[list[Gauge]] = []
+        """The measurements under load, one a second."""
+        self.refused = 0
+        self._service = service
+
+    @property
+    def calls(self) -> int:
+        return sum(map(len, self.seconds.values()))
+
+    async def run(self, seed: int, bases: Mapping[str, int], seconds: float) -> None:
+        """Have all clients work in rounds of some ``seconds``, rest between them, and leave."""
+        async with Client() as client, connection() as bus:
+            match = f"type='signal',sender='{BUS_NAME}',interface='{MANAGER}'"
+            await bus.ask_driver("AddMatch", "s", [match])
+            infos = [info async for info in client.walk()]
+            self.history = History({info.name: (info.kind.value, info.parent) for info in infos})
+            bus.add_message_handler(self.history.hear)
+            async with crowd(seed, bases) as processes:
+                for _ in range(ROUNDS):
+                    await self._work(processes, seconds)
+                    await self._compare(client, bus)
+                    await self._rest(client)
+                await self._tell(processes, "leave", "end")
+            for name in bases:
+                await client.remove(name)
+            await self._compare(client, bus)
+            assert self.history.there == {}
+
+    async def _work(self, processes: Sequence[Process], seconds: float) -> None:
+        """Have all clients work for a while, and look at the daemon meanwhile."""
+        samples: list[Gauge] = []
+        self.rounds.append(samples)
+        end = time.monotonic() + seconds
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._tell(processes, "work", "rest"))
+            while (left := end - time.monotonic()) > 0:
+                await asyncio.sleep(min(1, left))
+                samples.append(Gauge.read(self._service))
+                if len(samples) % 10 == 0:
+                    print(f"round {len(self.rounds)} of {ROUNDS}: {self._progress()}", flush=True)
+            for process in processes:
+                process.tell("rest")
+
+    async def _compare(self, client: Client, bus: connection) -> None:
+        """With nothing going on, compare what there is with what was told."""
+        # Cleanup would delete what Check finds.
+        assert await client.check() == []
+        await client.cleanup()
+        infos = [info async for info in client.walk()]
+        async with asyncio.timeout(PATIENCE):
+            for info in infos:
+                wanted = int(info.labels.get(STANDBY_LABEL, "0"))
+                while (await client.standby(info.name)).ready != wanted:
+                    await asyncio.sleep(0.01)
+        assert await client.jobs() == []
+        # The answer comes after all that was sent before it.
+        await bus.ask(interface=PEER, member="Ping")
+        self.history.compare(infos)
+
+    async def _rest(self, client: Client) -> None:
+        """Take the gauge, when there are workers and nothing is done in the background any more.
+
+        Workers may all have ended, as those of a cancelled job do.
+        """
+        await client.prepare("/base/employing")
+        await client.usage("/base/employing")
+        await client.remove("/base/employing")
+        await client.cleanup()
+        await asyncio.to_thread(wait_until_asleep, self._service.pid)
+        self.rests.append(Gauge.read(self._service))
+
+    async def _tell(self, processes: Sequence[Process], command: str, place: str) -> None:
+        """Give all processes a command, and return when all their clients are at its end."""
+        async with asyncio.TaskGroup() as group:
+            for process in processes:
+                process.tell(command)
+                group.create_task(process.until(place, self._note))
+
+    def _note(self, told: dict[str, Any]) -> None:
+        self.refused += told["refused"]
+        for what, seconds in told["seconds"].items():
+            self.seconds[what] += seconds
+        for tenant, change in told["changes"]:
+            self.history.acknowledge(tenant, tuple(change))
+
+    def _progress(self) -> str:
+        gauge = self.rounds[-1][-1]
+        p99 = percentile(self.seconds["Stat"], 99)
+        return (
+            f"{self.calls} calls, {self.history.total} changes, Stat p99 {p99 * 1000:.1f} ms,"
+            f" {gauge.memory / MIB:.1f} MiB, {gauge.descriptors} descriptors,"
+            f" {gauge.threads} threads, {gauge.workers} workers"
+        )
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    return sorted(values)[len(values) * percent // 100] if values else 0
+
+
+def print_figures(soak: Soak) -> None:
+    """Print tables for a document."""
+    print(f"\n{soak.calls} calls, {soak.refused} of them refused as the contract says,")
+    print(f"{soak.history.total} changes\n")
+    print("| call | calls | median, ms | p99, ms | longest, ms |")
+    print("| --- | --- | --- | --- | --- |")
+    for what, seconds in sorted(soak.seconds.items()):
+        figures = (percentile(seconds, 50), percentile(seconds, 99), max(seconds))
+        print(f"| {what} | {len(seconds)} |", *(f"{value * 1000:.1f} |" for value in figures))
+    print()
+    print(table(soak.rests, soak.rounds))

@@ -1,0 +1,70 @@
+"""Acknowledged changes survive kills of the daemon at random instants under a mixed load.
+
+``STORM_KILLS`` says how many on each file system. The seed of a run repeats its choices, but not
+the instants.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from snapd_native.client import BlockingClient
+from tests.support.oracle import Book
+from tests.support.service import serving
+from tests.support.storm import found, rage
+
+KILLS = int(os.environ.get("STORM_KILLS", "20"))
+CLIENTS = 8
+
+
+@pytest.mark.timeout(300 + 20 * KILLS)
+@pytest.mark.long
+def test_acknowledged_changes_survive_kills_at_random_instants(
+    on_bus: str, scratch: Path, run_seed: int
+) -> None:
+    chance = random.Random(run_seed)
+    book = Book(("",))
+    (ledger,) = book.ledgers.values()
+    total = 0
+    for number in range(KILLS):
+        if chance.random() < 0.1:
+            kill_while_it_starts(on_bus, scratch / "state", chance.uniform(0, 0.8))
+        with serving(on_bus, scratch / "state", status=-signal.SIGKILL) as service:
+            troubles = ledger.compare(found())
+            assert troubles == [], f"after kill {number}\n{book.story(troubles)}"
+            order = book.order(number, CLIENTS)
+            commits, seconds = chance.randrange(1, 12), chance.uniform(0, 0.05)
+            total += rage(book, service, order, commits, seconds, service.daemon.process.kill)
+    with serving(on_bus, scratch / "state"):
+        troubles = ledger.compare(found())
+        assert troubles == [], book.story(troubles)
+        with BlockingClient() as client:
+            assert client.check() == []
+    print(f"{KILLS} kills, {total} calls acknowledged, {ledger.acknowledged} of them commits")
+    # It must have had something to lose.
+    assert ledger.acknowledged >= KILLS
+
+
+def kill_while_it_starts(address: str, state: Path, seconds: float) -> None:
+    with tempfile.TemporaryDirectory() as runtime:
+        starting = subprocess.Popen(
+            [
+                *(sys.executable, "-P", "-m", "snapd_native", "daemon", "--quiet"),
+                *("--state-directory", str(state), "--runtime-directory", runtime),
+            ],
+            env={**os.environ, "DBUS_SYSTEM_BUS_ADDRESS": address},
+        )
+        ended = os.pidfd_open(starting.pid)
+        select.select([ended], [], [], seconds)
+        os.close(ended)
+        starting.kill()
+        assert starting.wait() == -signal.SIGKILL

@@ -1,0 +1,1 @@
+"""`snapd_native.metastore`: records, reservations and SQLite."""

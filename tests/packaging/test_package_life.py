@@ -1,0 +1,325 @@
+"""The package in a Debian of its own: installed, upgraded, removed and purged."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from snapd_native import __version__
+from tests.support.package import said
+
+pytestmark = pytest.mark.long
+
+
+class Machine:
+    """A Debian in a directory, in name spaces of its own, as long as a process in it lives."""
+
+    def __init__(self, pid: int) -> None:
+        self._enter = ["nsenter", f"--target={pid}", "--mount", "--pid", "--root", "--wd"]
+
+    def run(self, script: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*self._enter, "env", "-i", f"PATH={PATH}", "LC_ALL=C.UTF-8", "sh", "-euc", script],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def __call__(self, script: str) -> str:
+        outcome = self.run(script)
+        assert outcome.returncode == 0, outcome.stderr
+        return outcome.stdout
+
+    def fails(self, script: str) -> str:
+        outcome = self.run(script)
+        assert outcome.returncode != 0
+        return outcome.stderr
+
+
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+
+START = """
+set -eu
+mount --bind "$1" "$1"
+mount -t proc proc "$1/proc"
+mount -t tmpfs tmpfs "$1/run"
+cp "$2"/*.deb "$1/root"
+# The shell stays: somebody has to be told of processes that end.
+exec chroot "$1" sh -c 'echo ready; cat; exit'
+"""
+
+
+@contextmanager
+def started(root: Path, packages: Path) -> Iterator[Machine]:
+    command = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [*command, "sh", "-c", START, "sh", root, packages], stdin=pipe, stdout=pipe
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        (inside,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        try:
+            yield Machine(int(inside))
+        finally:
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def debian(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Make a Debian with what the package depends on, and nothing else."""
+    depends = said("dpkg-deb", "--field", package, "Depends")
+    wanted = re.findall(r"(?:^|, )([a-z0-9.+-]+)", depends)
+    root = tmp_path_factory.mktemp("debian") / "root"
+    try:
+        subprocess.run(
+            [
+                *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase"),
+                *(f"--include={','.join(sorted(set(wanted)))}", "bookworm", str(root)),
+            ],
+            check=True,
+            capture_output=True,
+            env={**os.environ, "PATH": PATH},
+        )
+        yield root
+    finally:
+        shutil.rmtree(root.parent)
+
+
+@pytest.fixture(scope="module")
+def packages(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where the package is, as ``new.deb``, and as an older version, ``old.deb``."""
+    directory = tmp_path_factory.mktemp("packages")
+    shutil.copy(package, directory / "new.deb")
+    subprocess.run(["dpkg-deb", "--raw-extract", package, directory / "old"], check=True)
+    control = directory / "old" / "DEBIAN" / "control"
+    control.write_text(control.read_text().replace(f"Version: {__version__}", "Version: 0.0.9"))
+    subprocess.run(
+        ["dpkg-deb", "--root-owner-group", "--build", directory / "old", directory / "old.deb"],
+        check=True,
+        capture_output=True,
+    )
+    shutil.rmtree(directory / "old")
+    return directory
+
+
+@pytest.fixture
+def machine(debian: Path, packages: Path, tmp_path: Path) -> Iterator[Machine]:
+    """Lend a Debian in which whatever is done is gone afterwards."""
+    root = tmp_path / "root"
+    for name in ("upper", "work", "root"):
+        (tmp_path / name).mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", tmp_path / "upper"], check=True)
+    try:
+        (tmp_path / "upper" / "upper").mkdir()
+        (tmp_path / "upper" / "work").mkdir()
+        options = f"lowerdir={debian},upperdir={tmp_path}/upper/upper,workdir={tmp_path}/upper/work"
+        subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", root], check=True)
+        try:
+            with started(root, packages) as machine:
+                yield machine
+        finally:
+            subprocess.run(["umount", root], check=True)
+    finally:
+        subprocess.run(["umount", tmp_path / "upper"], check=True)
+
+
+# The service without systemd: the bus as Debian configures it, and what the package adds to it.
+BUS = "mkdir -p /run/dbus && dbus-daemon --system --fork"
+
+SERVE = """
+snapd-native daemon >/root/log 2>&1 & echo $! >/root/pid
+for _ in $(seq 200); do
+    ! snapd-native ls >/dev/null 2>&1 || exit 0
+    sleep 0.05
+done
+cat /root/log >&2
+exit 1
+"""
+
+END = "kill $(cat {0}); while kill -0 $(cat {0}) 2>/dev/null; do sleep 0.05; done"
+STOP = END.format("/root/pid")
+
+USE = """
+mkfifo /root/there
+(cd '/mnt/a place' && echo >/root/there && exec sleep 1000 >/dev/null 2>&1) & echo $! >/root/user
+cat /root/there
+"""
+
+
+def stocked(machine: Machine) -> None:
+    """Install the older version, and have it hold a tree, and what is mounted of it and in it."""
+    # The bus runs before: it hears of its new policy by itself.
+    machine(BUS)
+    machine("dpkg --install /root/old.deb")
+    machine(SERVE)
+    machine(
+        """
+        snapd-native prepare work
+        work=$(snapd-native mounts work | cut -f 2)
+        echo data >"$work/file"
+        mkdir "$work/disk" "/mnt/a place" /root/disk
+        mount -t tmpfs tmpfs /root/disk
+        echo foreign >/root/disk/file
+        mount --bind /root/disk "$work/disk"
+        snapd-native mount work "/mnt/a place"
+        snapd-native mount work
+        """
+    )
+
+
+def targets(machine: Machine) -> list[str]:
+    return machine(
+        "cut -d ' ' -f 5 /proc/self/mountinfo | grep -E '^/(mnt|run/snapd-native|var)/' || true"
+    ).splitlines()
+
+
+def test_upgrade_and_removal_keep_mounts_and_purge_deletes_everything(machine: Machine) -> None:
+    stocked(machine)
+    before = targets(machine)
+    assert len(before) == 5
+    machine("dpkg --install /root/new.deb")
+    assert machine("snapd-native --version").split()[-1] == __version__
+    assert targets(machine) == before
+    machine(STOP)
+    machine(SERVE)
+    assert targets(machine) == before
+    assert "/mnt/a place" in machine("snapd-native mounts")
+    machine(STOP)
+    machine("dpkg --remove snapd-native")
+    assert targets(machine) == before
+    assert machine("cat '/mnt/a place/file' /var/lib/snapd-native/snapshots/*/file") == "data\n" * 2
+    machine("dpkg --purge snapd-native")
+    assert targets(machine) == []
+    assert machine("ls -A /var/lib/snapd-native /run/snapd-native 2>/dev/null || true") == ""
+    assert machine("cat /root/disk/file") == "foreign\n"
+    left = "find / -xdev -name '*snapd*native*' -not -path '/root/*' -not -path '/proc/*'"
+    assert machine(left) == ""
+
+
+def test_purge_fails_while_a_process_uses_a_mount(machine: Machine) -> None:
+    stocked(machine)
+    machine(STOP)
+    machine(USE)
+    stderr = machine.fails("dpkg --purge snapd-native")
+    assert "/mnt/a place cannot be unmounted" in complaint(stderr)
+    assert machine("cat '/mnt/a place/file'") == "data\n"
+    machine(END.format("/root/user"))
+    machine("dpkg --purge snapd-native")
+    assert targets(machine) == []
+    assert machine("ls -A /var/lib") == machine("ls -A /var/lib | grep -v snapd")
+    assert machine("cat /root/disk/file") == "foreign\n"
+
+
+def test_purge_empties_a_state_directory_that_is_a_mount_point(machine: Machine) -> None:
+    machine("mkdir /var/lib/snapd-native && mount -t tmpfs tmpfs /var/lib/snapd-native")
+    stocked(machine)
+    machine(STOP)
+    machine("dpkg --purge snapd-native")
+    assert machine("mountpoint /var/lib/snapd-native && ls -A /var/lib/snapd-native") == (
+        "/var/lib/snapd-native is a mountpoint\n"
+    )
+    assert machine("cat /root/disk/file") == "foreign\n"
+
+
+def test_purge_deletes_immutable_files(machine: Machine) -> None:
+    stocked(machine)
+    machine(STOP)
+    machine("chattr +i /var/lib/snapd-native/snapshots/1/file")
+    machine("dpkg --purge snapd-native")
+    machine("! [ -e /var/lib/snapd-native ]")
+
+
+def complaint(stderr: str) -> str:
+    (line,) = [line for line in stderr.splitlines() if line.startswith("snapd-native: ")]
+    return line
+
+
+def test_purge_names_the_directory_it_cannot_delete(machine: Machine) -> None:
+    machine("mkdir /var/lib/snapd-native && mount -t tmpfs tmpfs /var/lib/snapd-native")
+    machine("dpkg --install /root/new.deb; touch /var/lib/snapd-native/file")
+    machine("mount -o remount,ro /var/lib/snapd-native")
+    stderr = machine.fails("dpkg --purge snapd-native")
+    assert "/var/lib/snapd-native cannot be deleted" in complaint(stderr)
+    machine("mount -o remount,rw /var/lib/snapd-native && dpkg --purge snapd-native")
+    assert machine("ls -A /var/lib/snapd-native") == ""
+
+
+def test_purge_does_not_unmount_a_mount_that_covers_another(machine: Machine) -> None:
+    machine("dpkg --install /root/new.deb")
+    machine(
+        """
+        mkdir -p /var/lib/snapd-native/snapshots/1 /mnt/a /root/over/a
+        mount --bind /var/lib/snapd-native/snapshots/1 /mnt/a
+        mount --bind /root/over /mnt
+        mount -t tmpfs tmpfs /mnt/a
+        echo foreign >/mnt/a/file
+        """
+    )
+    stderr = machine.fails("dpkg --purge snapd-native")
+    assert "/mnt/a cannot be unmounted" in complaint(stderr)
+    assert machine("cat /mnt/a/file") == "foreign\n"
+    machine("umount /mnt/a /mnt && dpkg --purge snapd-native")
+    assert targets(machine) == []
+
+
+def test_purge_unmounts_targets_with_odd_names(machine: Machine) -> None:
+    machine("dpkg --install /root/new.deb")
+    machine(
+        r"""
+        target=$(printf '/mnt/ a\n\134040\tb\n.')
+        target=${target%.}
+        mkdir -p /var/lib/snapd-native/snapshots/1 "$target"
+        mount --bind /var/lib/snapd-native/snapshots/1 "$target"
+        """
+    )
+    assert len(targets(machine)) == 1
+    machine("dpkg --purge snapd-native")
+    assert targets(machine) == []
+
+
+def test_purge_keeps_data_and_mounts_outside_the_state_directory(machine: Machine) -> None:
+    machine("dpkg --install /root/new.deb")
+    machine(
+        """
+        mkdir -p /srv/moved/snapshots/1 /srv/data/snapd-native/snapshots/1
+        ln -s /srv/moved /var/lib/snapd-native
+        mount --bind /srv/data/snapd-native/snapshots/1 /mnt
+        """
+    )
+    machine("dpkg --purge snapd-native")
+    assert machine("cd /srv && find . -name 1 | sort") == (
+        "./data/snapd-native/snapshots/1\n./moved/snapshots/1\n"
+    )
+    machine("mountpoint /mnt && ! [ -L /var/lib/snapd-native ]")
+
+
+def test_purge_of_an_unused_installation_succeeds(machine: Machine) -> None:
+    machine("dpkg --install /root/new.deb && dpkg --purge snapd-native")
+
+
+def test_the_demo_runs_with_the_libraries_of_debian(machine: Machine) -> None:
+    machine("dpkg --install /root/new.deb")
+    assert "everything is cleaned up" in machine("snapd-native demo --tree /usr/share/doc 2>&1")
+
+
+@pytest.mark.parametrize("words", ["st", "--inst"])
+def test_bash_completes_commands_and_options(machine: Machine, words: str) -> None:
+    machine("dpkg --install /root/new.deb")
+    found = machine(
+        f"""
+        bash -eu -c '
+            source /usr/share/bash-completion/completions/snapd-native
+            COMP_WORDS=(snapd-native {words}); COMP_CWORD=1; COMPREPLY=()
+            _snapd_native_completion snapd-native; echo "${{COMPREPLY[@]}}"
+        '
+        """
+    )
+    assert found.strip() == {"st": "stat", "--inst": "--instance"}[words]

@@ -1,0 +1,296 @@
+"""After a failure, a crash or a power cut each call is complete or undone."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from snapd_native import linux, trees
+from snapd_native.errors import (
+    DataLoss,
+    FailedPrecondition,
+    ResourceExhausted,
+    SnapdError,
+)
+from snapd_native.metastore import Metastore
+from snapd_native.snapshotter import Snapshotter
+from snapd_native.snapshotter.state import StateDirectory
+from tests.support import PROJECT, torture_tree
+from tests.support.engine import (
+    BEFORE,
+    directories,
+    fail,
+    identity,
+    kill_where_it_stands,
+    names,
+    opened,
+    read,
+)
+from tests.support.file_systems import long_on_xfs, mounted, unmount_when_free
+from tests.support.waiting import WAIT, eventually
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (errno.ENOSPC, ResourceExhausted),
+        (errno.EDQUOT, ResourceExhausted),
+        (errno.EMFILE, ResourceExhausted),
+        (errno.EIO, DataLoss),
+        (errno.ESTALE, FailedPrecondition),
+    ],
+)
+@pytest.mark.parametrize(
+    ("owner", "function"),
+    [
+        (StateDirectory, "create"),
+        (trees.Crew, "clone"),
+        (StateDirectory, "bring_to_life"),
+        (StateDirectory, "sync"),
+        (trees.Crew, "measure"),
+    ],
+)
+def test_a_failed_system_call_undoes_prepare_and_commit(
+    full: Snapshotter, owner: object, function: str, code: int, error: type[SnapdError]
+) -> None:
+    before = directories(full), full.list()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, function, fail(code))
+        committing = function in ("measure", "sync")
+        call = full.commit if committing else full.prepare
+        with pytest.raises(error) as caught:
+            call("new", "work" if committing else "base")
+        # A sync in the background fails now or never.
+        full._syncer.submit(lambda: None).result(WAIT)
+    assert "/a/path" not in str(caught.value)
+    assert (directories(full), full.list()) == before
+    full.prepare("new", "base")
+    full.commit("done", "new" if function == "sync" else "work")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_snapshot_active_at_a_failed_sync_can_never_be_committed(
+    full: Snapshotter, code: int
+) -> None:
+    """The kernel tells of it once, to whichever Commit comes first, and then forgets the data."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StateDirectory, "sync", fail(code))
+        with pytest.raises(SnapdError):
+            full.commit("done", "work")
+        full._syncer.submit(lambda: None).result(WAIT)
+    for key in ("work", "lone"):
+        with pytest.raises(DataLoss, match="prepare it anew"):
+            full.commit("done", key)
+        full.remove(key)
+    full.prepare("work", "base")
+    full.commit("done", "work")
+    assert names(full) == ["base", "done", "look"]
+
+
+@pytest.mark.parametrize("function", ["publish", "publish_commit"])
+def test_a_failed_metastore_write_undoes_the_call(full: Snapshotter, function: str) -> None:
+    before = directories(full), full.list()
+
+    def failing(*_: object) -> None:
+        raise ResourceExhausted("no room is left for the metadata")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Metastore, function, failing)
+        calls: list[Callable[[], object]] = [lambda: full.commit("new", "work")]
+        if function == "publish":
+            calls = [lambda: full.prepare("new", "base"), lambda: full.view("new", "base")]
+        for call in calls:
+            with pytest.raises(ResourceExhausted):
+                call()
+    assert (directories(full), full.list()) == before
+    full.prepare("new", "base")
+    full.commit("done", "work")
+
+
+@pytest.mark.parametrize("scarce", ["blocks", "inodes"])
+def test_prepare_on_a_full_disk_is_undone(loop_directory: Path, scarce: str) -> None:
+    with (
+        mounted("ext4", 17 << 20, loop_directory) as disk,
+        opened(disk.root / "state") as engine,
+    ):
+        tree = Path(engine.prepare("preparing").source)
+        if scarce == "blocks":
+            (tree / "large").write_bytes(os.urandom(5 << 20))
+        for number in range(800 if scarce == "inodes" else 0):
+            (tree / str(number)).touch()
+        engine.commit("base", "preparing")
+        engine.prepare("one", "base")
+        for _ in range(2):
+            with pytest.raises(ResourceExhausted, match="try again"):
+                engine.prepare("another", "base")
+            assert names(engine) == ["base", "one"]
+            assert len(directories(engine)) == 2
+        engine.remove("one")
+        engine.upkeep.cleanup()
+        copy = engine.prepare("another", "base")
+        assert torture_tree.differences(tree, Path(copy.source)) == ""
+
+
+CRASH = """
+import os, sys
+from pathlib import Path
+from snapd_native import trees
+from snapd_native.metastore import Metastore
+from snapd_native.snapshotter import Snapshotter
+from snapd_native.snapshotter.state import StateDirectory
+
+def stand(*_, **__):
+    print("there", flush=True)
+    sys.stdin.read()
+
+def halfway(crew, source, target, step, *, reflink):
+    real(crew, source, target, step, reflink=reflink)
+    stand()
+
+engine = Snapshotter(Path(sys.argv[1]), lambda *_: None)
+engine._syncer.submit(lambda: None).result()
+real = trees.Crew.clone
+if sys.argv[2] == "clone":
+    trees.Crew.clone = halfway
+else:
+    owner = next(o for o in (StateDirectory, Metastore, Snapshotter) if hasattr(o, sys.argv[2]))
+    setattr(owner, sys.argv[2], stand)
+eval(sys.argv[3])
+engine._reaper._background.submit(lambda: None).result()
+engine._syncer.submit(lambda: None).result()
+print("not there")
+"""
+
+PREPARE, COMMIT = "engine.prepare('new', 'base')", "engine.commit('done', 'work')"
+EMPTY, VIEW, REMOVE = "engine.prepare('new')", "engine.view('new', 'base')", "engine.remove('work')"
+
+
+@long_on_xfs
+@pytest.mark.parametrize(
+    ("where", "call", "after"),
+    [
+        ("clone", PREPARE, BEFORE),
+        ("bring_to_life", PREPARE, BEFORE),
+        ("publish", PREPARE, BEFORE),
+        ("_mount", PREPARE, ["base", "lone", "look", "new", "work"]),
+        ("sync", PREPARE, ["base", "lone", "look", "new", "work"]),
+        ("settle", PREPARE, ["base", "lone", "look", "new", "work"]),
+        ("bring_to_life", EMPTY, BEFORE),
+        ("publish", EMPTY, BEFORE),
+        ("publish", VIEW, BEFORE),
+        ("sync", COMMIT, BEFORE),
+        ("publish_commit", COMMIT, BEFORE),
+        ("release", COMMIT, ["base", "done", "lone", "look"]),
+        ("remove", REMOVE, BEFORE),
+        ("retire", REMOVE, ["base", "lone", "look"]),
+        ("delete", REMOVE, ["base", "lone", "look"]),
+    ],
+)
+def test_after_a_crash_each_call_is_complete_or_undone(
+    left: Path, where: str, call: str, after: list[str]
+) -> None:
+    kill_where_it_stands(CRASH, left, where, call)
+    with opened(left) as engine:
+        assert names(engine) == after
+        owners = {name for name in after if name != "look"}
+        assert directories(engine) == {identity(engine, name) for name in owners}
+        for name in {"work", "new"} & set(after):
+            assert read(engine.mounts(name)) == {"file": "base", "other": "more"}
+        if "new" not in after:
+            assert read(engine.prepare("new", "base")) == {"file": "base", "other": "more"}
+        if "done" not in after:
+            engine.prepare("done")
+
+
+POWER_CUT = """
+import fcntl, os, struct, sys
+from pathlib import Path
+from snapd_native.snapshotter import Snapshotter
+
+root = Path(sys.argv[1])
+engine = Snapshotter(root / "state", lambda *_: None)
+tree = Path(engine.prepare("preparing").source)
+for number in range(20):
+    (tree / str(number)).write_bytes(os.urandom(100_000))
+    (tree / f"directory {number}").mkdir()
+    (tree / f"directory {number}" / "file").write_text(str(number))
+content = b"".join((tree / str(number)).read_bytes() for number in range(20))
+engine.prepare("gone")
+engine.commit("base", "preparing", {"a": "b"})
+engine.prepare("work", "base")
+engine.prepare("empty")
+engine.view("look", "base")
+engine.update("look", {"a": "b"})
+engine.remove("gone")
+engine._syncer.submit(lambda: None).result()
+engine._write_back.settle = lambda: None
+engine.prepare("late", "base")
+# FS_IOC_SHUTDOWN with FSOP_GOING_FLAGS_NOLOGFLUSH: what is not on disk by now is lost.
+fd = os.open(root, os.O_RDONLY)
+fcntl.ioctl(fd, 0x8004587D, struct.pack("=I", 2))
+sys.stdout.buffer.write(content)
+sys.stdout.buffer.flush()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("reboot", [True, False])
+@pytest.mark.parametrize("name", ["ext4", "xfs"])
+def test_completed_calls_survive_a_power_cut(
+    loop_directory: Path, name: str, reboot: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but a Prepare that had no time to reach the disk, of which nothing is left."""
+    with mounted(name, 512 << 20, loop_directory) as disk:
+        command = [sys.executable, "-c", POWER_CUT, str(disk.root)]
+        done = subprocess.run(command, check=True, capture_output=True, cwd=PROJECT)
+        mount_again(disk.root)
+        if reboot:
+            monkeypatch.setattr(linux, "boot_id", lambda: "the next boot")
+        with opened(disk.root / "state") as engine:
+            assert names(engine) == ["base", "empty", "look", "work"]
+            assert engine.stat("look").labels == engine.stat("base").labels == {"a": "b"}
+            assert read(engine.mounts("empty")) == {}
+            for key in ("look", "work"):
+                tree = Path(engine.mounts(key).source)
+                content = b"".join((tree / str(number)).read_bytes() for number in range(20))
+                assert content == done.stdout
+                for number in range(20):
+                    assert (tree / f"directory {number}" / "file").read_text() == str(number)
+            owners = {identity(engine, key) for key in ("base", "empty", "work")}
+            assert directories(engine) == owners
+
+
+def mount_again(root: Path) -> None:
+    """Unmount a loop device's file system and mount it anew, as after a reboot."""
+    device = subprocess.run(
+        ["findmnt", "--noheadings", "--output", "SOURCE", str(root)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    # An open device is not detached when its last mount goes.
+    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        unmount_when_free(root)
+        # Workers that have not seen the end yet keep what was cut off by clones of its mount.
+        eventually(lambda: not _is_held(device))
+        subprocess.run(["mount", device, str(root)], check=True)
+    finally:
+        os.close(fd)
+
+
+def _is_held(device: str) -> bool:
+    """Tell whether a file system on a block device is mounted, wherever that is."""
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return True
+    return False

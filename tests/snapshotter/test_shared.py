@@ -1,0 +1,74 @@
+"""One run of long work for all callers who ask for it meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from snapd_native import trees
+from snapd_native.snapshotter.shared import Shared
+from tests.support.waiting import WAIT, becomes
+
+
+class Work:
+    """Counts runs, each of which waits until it is let go; a run returns its number."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.waiting: set[int] = set()
+        """The threads of callers that wait for another caller's run."""
+        self._go = threading.Semaphore(0)
+
+    def __call__(self, report: trees.Report) -> int:
+        self.begun += 1
+        number = self.begun
+        assert self._go.acquire(timeout=WAIT)
+        report(1, 1)
+        return number
+
+    def let_go(self) -> None:
+        self._go.release()
+
+    def wait(self, *_: int) -> None:
+        """Be the report of a caller that waits."""
+        self.waiting.add(threading.get_ident())
+
+
+class Left(Exception):
+    """Raised where a caller gives up."""
+
+
+def leave(*_: int) -> None:
+    raise Left
+
+
+def test_callers_during_a_run_share_the_next_one() -> None:
+    work, shared = Work(), Shared[int]()
+    with ThreadPoolExecutor(16) as pool:
+        first = pool.submit(shared.run, work, work.wait)
+        becomes(lambda: work.begun, 1)
+        others = [pool.submit(shared.run, work, work.wait) for _ in range(15)]
+        becomes(lambda: len(work.waiting), 15)
+        work.let_go()
+        work.let_go()
+        assert first.result(WAIT) == 1
+        assert {other.result(WAIT) for other in others} == {2}
+    assert work.begun == 2
+
+
+def test_a_caller_that_gives_up_leaves_the_work_to_the_next() -> None:
+    work, shared = Work(), Shared[int]()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(shared.run, work, leave)
+        becomes(lambda: work.begun, 1)
+        second = pool.submit(shared.run, work, work.wait)
+        becomes(lambda: len(work.waiting), 1)
+        with pytest.raises(Left):
+            shared.run(work, leave)
+        work.let_go()
+        work.let_go()
+        with pytest.raises(Left):
+            first.result(WAIT)
+        assert second.result(WAIT) == 2

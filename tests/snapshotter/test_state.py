@@ -1,0 +1,350 @@
+"""The state directory: its owner, mode and lock, and what start and cleanup delete in it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from snapd_native import linux
+from snapd_native.errors import (
+    DataLoss,
+    FailedPrecondition,
+    Unavailable,
+)
+from snapd_native.metastore import Metastore
+from snapd_native.snapshotter import Snapshotter
+from snapd_native.snapshotter.state import StateDirectory
+from tests.support.engine import (
+    BEFORE,
+    directories,
+    fail,
+    gated,
+    identity,
+    ignore,
+    names,
+    opened,
+    read,
+    write,
+)
+
+
+def test_start_and_cleanup_delete_orphans_and_nothing_else(left: Path) -> None:
+    own = set(os.listdir(left / "snapshots"))
+    foreign = {"lost+found", "017", "0", "new-", "new-x", "rm-1x", "17 ", "old-17", "x", "-17"}
+
+    def litter() -> None:
+        for name in {"17", "new-18", "rm-19", "20", "rm-21"} | foreign:
+            (left / "snapshots" / name / "deep").mkdir(parents=True, exist_ok=True)
+            (left / "snapshots" / name / "deep" / "file").touch()
+
+    with opened(left) as engine:
+        litter()
+        engine.upkeep.cleanup()
+        assert directories(engine) == own | foreign
+        litter()
+    with opened(left) as again:
+        assert directories(again) == own | foreign
+        assert names(again) == BEFORE
+        assert Path(again.prepare("new").source).name not in {"17", "18", "19", "20", "21"}
+
+
+WITHOUT_THE_CAPABILITY = """
+import sys
+from pathlib import Path
+from snapd_native.errors import FailedPrecondition
+from snapd_native.snapshotter import Snapshotter
+engine = Snapshotter(Path(sys.argv[1]), lambda *_: None)
+engine.remove("work")
+for _ in range(2):
+    try:
+        engine.upkeep.cleanup()
+    except FailedPrecondition as error:
+        print(error)
+engine.close()
+"""
+
+
+def test_cleanup_without_cap_linux_immutable_reports_an_immutable_file(state: Path) -> None:
+    """As under the unit, which does not give CAP_LINUX_IMMUTABLE."""
+    with opened(state) as engine:
+        root = Path(engine.prepare("work").source)
+        (root / "directory").mkdir()
+        for name in ("directory/immutable", "directory/other", "last"):
+            (root / name).touch()
+        before = directories(engine) - {root.name}
+    subprocess.run(["chattr", "+i", root / "directory" / "immutable"], check=True)
+    garbage = root.with_name(f"rm-{root.name}")
+    try:
+        outcome = subprocess.run(
+            [
+                *("setpriv", "--bounding-set=-linux_immutable"),
+                *(sys.executable, "-c", WITHOUT_THE_CAPABILITY, str(state)),
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        first, second = outcome.stdout.splitlines()
+        assert first == second
+        assert "chattr" in first
+        assert sorted(map(str, garbage.rglob("*"))) == [
+            str(garbage / "directory"),
+            str(garbage / "directory" / "immutable"),
+        ]
+    finally:
+        subprocess.run(["chattr", "-R", "-f", "-ia", garbage], check=False)
+    with opened(state) as engine:
+        assert directories(engine) == before
+        assert names(engine) == []
+
+
+def test_concurrent_listings_of_the_directory_are_complete(scratch: Path) -> None:
+    state = StateDirectory(scratch / "state")
+    try:
+        for number in range(1, 1001):
+            (scratch / "state" / "snapshots" / str(number)).mkdir()
+            (scratch / "state" / "snapshots" / f"ready-{number}-{number}").mkdir()
+        with ThreadPoolExecutor(2) as pool:
+            for _ in range(50):
+                listing, standbys = pool.submit(state.listing), pool.submit(state.standbys)
+                assert (len(listing.result()), len(standbys.result())) == (1000, 1000)
+    finally:
+        state.close()
+
+
+def test_an_id_is_never_reused_after_a_restart(state: Path) -> None:
+    seen: list[str] = []
+    for _ in range(3):
+        with opened(state) as engine:
+            for _ in range(3):
+                seen.append(Path(engine.prepare("key").source).name)
+                engine.remove("key")
+    assert len(set(seen)) == 9
+
+
+def test_an_unsettled_prepare_of_an_earlier_boot_is_dropped_at_start(state: Path) -> None:
+    def boot_before(settled: bool) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(linux, "boot_id", lambda: "the boot before")
+            if not settled:
+                patch.setattr(Metastore, "settle", fail(errno.EIO))
+            with opened(state) as engine:
+                engine.prepare("settled" if settled else "unsettled", "base")
+
+    with opened(state) as engine:
+        write(engine.prepare("preparing"), file="base")
+        engine.commit("base", "preparing")
+    boot_before(settled=True)
+    with opened(state) as engine:
+        assert names(engine) == ["base", "settled"]
+    boot_before(settled=False)
+    with opened(state) as engine:
+        assert names(engine) == ["base", "settled"]
+        assert directories(engine) == {identity(engine, key) for key in ("base", "settled")}
+        write(engine.prepare("unsettled", "base"), file="again")
+
+
+def test_a_restart_settles_unsettled_prepares(state: Path) -> None:
+    with opened(state) as engine:
+        engine.prepare("preparing")
+        engine.commit("base", "preparing")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Metastore, "settle", fail(errno.EIO))
+            engine.prepare("work", "base")
+            engine._syncer.submit(lambda: None).result()
+        engine.prepare("committed", "base")
+        engine.commit("done", "committed")
+    with opened(state) as engine:
+        engine._syncer.submit(lambda: None).result()
+        assert engine._store.unsettled() == set()
+        assert names(engine) == ["base", "done", "work"]
+
+
+@pytest.mark.parametrize("parent", ["", "base"])
+def test_prepare_does_not_touch_a_foreign_directory_at_its_path(
+    full: Snapshotter, parent: str
+) -> None:
+    last = max(map(int, directories(full)))
+    way = full.state_directory / "snapshots" / str(last + 1)
+    (way / "precious").mkdir(parents=True)
+    with pytest.raises(FailedPrecondition, match="in its way"):
+        full.prepare("new", parent)
+    assert (way / "precious").is_dir()
+    assert Path(full.prepare("new", parent).source).name == str(last + 2)
+
+
+def test_the_id_of_an_undeletable_orphan_is_not_reused(left: Path) -> None:
+    last = max(int(name) for name in os.listdir(left / "snapshots"))
+    orphan = left / "snapshots" / f"new-{last + 1}"
+    (orphan / "inside").mkdir(parents=True)
+    subprocess.run(["mount", "--bind", str(left), str(orphan / "inside")], check=True)
+    try:
+        with opened(left) as engine:
+            assert orphan.name in directories(engine)
+            assert Path(engine.prepare("new").source).name == str(last + 2)
+            assert engine.list(["name==base"])
+    finally:
+        subprocess.run(["umount", str(orphan / "inside")], check=True)
+    with opened(left) as engine:
+        assert orphan.name not in directories(engine)
+
+
+@pytest.mark.parametrize("size", [None, 0])
+def test_start_without_the_database_raises_data_loss_and_deletes_nothing(
+    left: Path, size: int | None
+) -> None:
+    before = sorted(os.listdir(left / "snapshots"))
+    for path in left.glob("metadata.db*"):
+        path.rename(left.parent / path.name)
+    if size is not None:
+        (left / "metadata.db").touch()
+    with pytest.raises(DataLoss, match="restore it"):
+        Snapshotter(left, ignore)
+    assert sorted(os.listdir(left / "snapshots")) == before
+    for path in left.parent.glob("metadata.db*"):
+        path.rename(left / path.name)
+    with opened(left) as engine:
+        assert names(engine) == BEFORE
+
+
+def test_cleanup_keeps_a_regular_file_named_like_an_id(left: Path) -> None:
+    file = left / "snapshots" / "99"
+    file.write_text("somebody's")
+    with opened(left) as engine:
+        engine.upkeep.cleanup()
+        assert file.read_text() == "somebody's"
+    file.unlink()
+
+
+def test_a_second_snapshotter_on_a_state_directory_raises_unavailable(left: Path) -> None:
+    for _ in range(2):
+        with opened(left) as engine:
+            with pytest.raises(Unavailable, match="in use"):
+                Snapshotter(left, ignore)
+            assert names(engine) == BEFORE
+
+
+@pytest.mark.parametrize("before", [None, 0o755, 0o777])
+def test_the_state_directory_gets_mode_0700(state: Path, before: int | None) -> None:
+    if before is not None:
+        (state / "snapshots").mkdir(parents=True)
+        for path in (state, state / "snapshots"):
+            path.chmod(before)
+    with opened(state):
+        for path in (state, state / "snapshots"):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o700
+        assert stat.S_IMODE((state / "metadata.db").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("which", [".", "snapshots"])
+@pytest.mark.parametrize("wrong", ["owner", "file", "link to a file"])
+def test_a_state_directory_of_another_owner_or_type_is_refused(
+    state: Path, which: str, wrong: str
+) -> None:
+    path = state / which
+    if wrong == "owner":
+        path.mkdir(parents=True)
+        os.chown(path, 1000, 1000)
+    else:
+        path.parent.mkdir(exist_ok=True)
+        (path.parent / "file").touch()
+        path.symlink_to("file") if wrong != "file" else (path.parent / "file").rename(path)
+    with pytest.raises(FailedPrecondition):
+        Snapshotter(state, ignore)
+    assert not (state / "metadata.db").exists()
+    if wrong == "owner":
+        os.chown(path, 0, 0)
+        with opened(state) as engine:
+            assert names(engine) == []
+
+
+def test_start_with_a_damaged_database_raises_data_loss(left: Path) -> None:
+    own = set(os.listdir(left / "snapshots"))
+    content = (left / "metadata.db").read_bytes()
+    (left / "metadata.db").write_bytes(b"garbage!" * 4096)
+    with pytest.raises(DataLoss):
+        Snapshotter(left, ignore)
+    (left / "metadata.db").write_bytes(content)
+    with opened(left) as again:
+        assert names(again) == BEFORE
+        assert directories(again) == own
+
+
+@pytest.mark.parametrize("instead", ["nothing", "file", "link"])
+def test_calls_on_a_lost_tree_raise_data_loss(full: Snapshotter, instead: str) -> None:
+    for name in ("base", "lone"):
+        path = full.state_directory / "snapshots" / identity(full, name)
+        path.rename(full.state_directory / name)
+        if instead == "file":
+            path.touch()
+        elif instead == "link":
+            path.symlink_to(full.state_directory / name)
+    before = directories(full), full.list()
+    for call in (
+        lambda: full.mounts("look"),
+        lambda: full.mounts("lone"),
+        lambda: full.usage("lone"),
+        lambda: full.prepare("new", "base"),
+        lambda: full.view("new", "base"),
+        lambda: full.commit("new", "lone"),
+    ):
+        with pytest.raises(DataLoss) as caught:
+            call()
+        assert str(full.state_directory) not in str(caught.value)
+    assert (directories(full), full.list()) == before
+    assert full.usage("base").inodes == 3
+
+
+def test_cleanup_does_not_delete_through_a_mount_inside_a_tree(full: Snapshotter) -> None:
+    (Path(full.mounts("lone").source) / "mounted").mkdir()
+    removed = full.state_directory / "snapshots" / f"rm-{identity(full, 'lone')}"
+    try:
+        with gated("delete") as gate:
+            full.remove("lone")
+            gate.wait_until_reached()
+            source, inside = full.mounts("work").source, removed / "mounted"
+            subprocess.run(["mount", "--bind", source, str(inside)], check=True)
+        with pytest.raises(FailedPrecondition, match="mounted"):
+            full.upkeep.cleanup()
+    finally:
+        points = Path("/proc/self/mountinfo").read_text().splitlines()
+        under = [line.split()[4] for line in points if str(full.state_directory) in line.split()[4]]
+        for point in under:
+            subprocess.run(["umount", point], check=True)
+    full.upkeep.cleanup()
+    assert read(full.mounts("work")) == {"file": "base", "other": "more"}
+    assert directories(full) == {identity(full, "base"), identity(full, "work")}
+
+
+@pytest.mark.parametrize("name", ["state", "snapshots"])
+def test_a_directory_with_foreign_files_is_refused_and_left_unchanged(
+    scratch: Path, name: str
+) -> None:
+    state = scratch / name
+    state.mkdir(mode=0o755)
+    state.chmod(0o755)
+    (state / "something").touch()
+    with pytest.raises(FailedPrecondition, match="choose"):
+        Snapshotter(state, ignore)
+    assert stat.S_IMODE(state.stat().st_mode) == 0o755
+    assert os.listdir(state) == ["something"]
+
+
+def test_a_stop_during_start_raises_unavailable(left: Path) -> None:
+    orphan = left / "snapshots" / "new-99"
+    (orphan / "inside").mkdir(parents=True)
+    stopping = threading.Event()
+    stopping.set()
+    with pytest.raises(Unavailable):
+        Snapshotter(left, ignore, stopping)
+    assert (orphan / "inside").exists()
+    with opened(left):
+        assert not orphan.exists()

@@ -1,0 +1,203 @@
+"""Digests recorded at commit, and Verify, which finds trees that have changed since."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from snapd_native.client import BlockingClient
+from snapd_native.errors import (
+    Cancelled,
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    SnapdError,
+)
+from snapd_native.jobs import Job
+from snapd_native.model import DIGEST_LABEL, Usage
+from snapd_native.snapshotter import Snapshotter
+from tests.support.disk_damage import damage_on_disk
+from tests.support.engine import opened, state_of, write
+from tests.support.service import Service, request
+
+LABEL = f"labels.{DIGEST_LABEL}"
+
+MAP_LOCKED = 0x2000
+
+
+def digest_of(engine: Snapshotter, name: str) -> str:
+    return engine.stat(name).labels[DIGEST_LABEL]
+
+
+@contextmanager
+def unchanged(engine: Snapshotter, error: type[SnapdError], says: str) -> Iterator[None]:
+    before = state_of(engine)
+    with pytest.raises(error, match=says):
+        yield
+    assert state_of(engine) == before
+
+
+@pytest.fixture
+def sealed(full: Snapshotter) -> Snapshotter:
+    write(full.mounts("work"), more="more")
+    full.commit("done", "work", {"of": "done"}, digest=True)
+    return full
+
+
+def test_commit_with_digest_records_the_digest(sealed: Snapshotter) -> None:
+    assert re.fullmatch("sha256:[0-9a-f]{64}", digest_of(sealed, "done"))
+    assert sealed.stat("done").labels["of"] == "done"
+    assert sealed.upkeep.verify("done") == digest_of(sealed, "done")
+    assert DIGEST_LABEL not in sealed.stat("base").labels
+
+
+def test_verify_finds_what_the_disk_has_lost_though_memory_has_it(full: Snapshotter) -> None:
+    file = Path(full.mounts("work").source) / "large"
+    file.write_bytes(os.urandom(3 << 20))
+    full.commit("done", "work", digest=True)
+    content = file.read_bytes()
+    # Pages that are mapped and locked stay in memory, whoever wants it.
+    flags = mmap.MAP_SHARED | MAP_LOCKED
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, flags, mmap.PROT_READ):
+        damage_on_disk(file)
+        assert file.read_bytes() == content
+        with pytest.raises(DataLoss, match='"done"'):
+            full.upkeep.verify("done")
+
+
+@pytest.mark.parametrize("text", ["sha256", "yes", "SHA256:12"])
+def test_commit_with_the_digest_label_records_the_digest(full: Snapshotter, text: str) -> None:
+    full.prepare("copy", "base")
+    full.commit("done", "work", {DIGEST_LABEL: text})
+    full.commit("same", "copy", digest=True)
+    assert digest_of(full, "done") == digest_of(full, "same") == full.upkeep.verify("done")
+
+
+def test_commit_with_another_digest_in_the_label_raises_failed_precondition(
+    full: Snapshotter,
+) -> None:
+    full.prepare("copy", "base")
+    full.prepare("other", "base")
+    full.commit("done", "work", digest=True)
+    full.commit("same", "copy", {DIGEST_LABEL: digest_of(full, "done")})
+    assert digest_of(full, "same") == digest_of(full, "done")
+    write(full.mounts("other"), other="other")
+    with unchanged(full, FailedPrecondition, "its digest is sha256:"):
+        full.commit("another", "other", {DIGEST_LABEL: digest_of(full, "done")})
+    full.commit("another", "other")
+
+
+@pytest.mark.parametrize("text", ["sha256:", "sha256:" + "0" * 63, "sha256:" + "G" * 64])
+def test_commit_with_a_malformed_digest_raises_invalid_argument(
+    full: Snapshotter, text: str
+) -> None:
+    with unchanged(full, InvalidArgument, "64 hexadecimal digits"):
+        full.commit("done", "work", {DIGEST_LABEL: text})
+
+
+def test_update_cannot_change_or_remove_the_digest(sealed: Snapshotter) -> None:
+    digest = digest_of(sealed, "done")
+    assert sealed.update("done", {"of": "new"}).labels == {"of": "new", DIGEST_LABEL: digest}
+    assert sealed.update("done", {DIGEST_LABEL: digest}).labels == {DIGEST_LABEL: digest}
+    sealed.update("done", {DIGEST_LABEL: digest}, [LABEL])
+    for name, labels, paths in (
+        ("done", {}, [LABEL]),
+        ("done", {DIGEST_LABEL: "sha256:" + "0" * 64}, [LABEL]),
+        ("done", {DIGEST_LABEL: "no"}, []),
+        ("base", {DIGEST_LABEL: digest}, [LABEL]),
+    ):
+        with unchanged(sealed, InvalidArgument, "only Commit"):
+            sealed.update(name, labels, paths)
+    assert sealed.update("base", {}, [LABEL]).labels == {"of": "base"}
+    # On what is not committed it is a label like any other.
+    sealed.update("lone", {DIGEST_LABEL: "sha256:1"})
+    sealed.update("lone", {}, [LABEL])
+
+
+def test_update_can_remove_a_label_that_is_no_digest(left: Path) -> None:
+    """The label had no meaning once."""
+    with closing(sqlite3.connect(left / "metadata.db")) as db, db:
+        labels = json.dumps({DIGEST_LABEL: "no", "a": "b"})
+        db.execute("UPDATE snapshots SET labels = ? WHERE name = 'base'", (labels,))
+    with opened(left) as engine:
+        with unchanged(engine, FailedPrecondition, "no digest was recorded"):
+            engine.upkeep.verify("base")
+        with unchanged(engine, InvalidArgument, "only Commit"):
+            engine.update("base", {DIGEST_LABEL: "else"}, [LABEL])
+        assert engine.update("base", {DIGEST_LABEL: "no"}).labels == {DIGEST_LABEL: "no"}
+        assert engine.update("base", {}, [LABEL]).labels == {}
+
+
+def test_the_digest_counts_toward_the_limit_of_all_labels(full: Snapshotter) -> None:
+    labels = {f"{number:04}": "x" * 4092 for number in range(256)}
+    for asked in ({}, {DIGEST_LABEL: "x"}):
+        with unchanged(full, InvalidArgument, "in all"):
+            full.commit("done", "work", {**labels, **asked}, digest=True)
+    full.commit("done", "work", labels)
+
+
+def test_verify_of_a_changed_tree_raises_data_loss(sealed: Snapshotter) -> None:
+    (source,) = (p for p in snapshots(sealed) if (p / "more").exists())
+    times = (source / "more").stat()
+    (source / "more").write_text("mere")
+    os.utime(source / "more", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with unchanged(sealed, DataLoss, '"done" is not what was committed'):
+        sealed.upkeep.verify("done")
+    (source / "more").write_text("more")
+    os.utime(source / "more", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert sealed.upkeep.verify("done") == digest_of(sealed, "done")
+
+
+def test_verify_of_a_lost_tree_raises_data_loss(sealed: Snapshotter) -> None:
+    (source,) = (p for p in snapshots(sealed) if (p / "more").exists())
+    source.rename(sealed.state_directory / "elsewhere")
+    with pytest.raises(DataLoss, match="gone"):
+        sealed.upkeep.verify("done")
+
+
+def test_verify_without_a_recorded_digest_raises_failed_precondition(full: Snapshotter) -> None:
+    for name in ("base", "work", "look"):
+        with unchanged(full, FailedPrecondition, "no digest was recorded"):
+            full.upkeep.verify(name)
+    with pytest.raises(NotFound):
+        full.upkeep.verify("nothing")
+    with pytest.raises(InvalidArgument):
+        full.upkeep.verify("")
+
+
+def test_verify_reports_progress_and_can_be_cancelled(sealed: Snapshotter) -> None:
+    job = Job()
+    sealed.upkeep.verify("done", job)
+    assert job.done == job.total != Usage(0, 0)
+    job = Job()
+    job.cancel()
+    with unchanged(sealed, Cancelled, "verify"):
+        sealed.upkeep.verify("done", job)
+
+
+def snapshots(engine: Snapshotter) -> list[Path]:
+    return [path for path in (engine.state_directory / "snapshots").iterdir() if path.is_dir()]
+
+
+def test_verify_over_the_bus_returns_the_digest(
+    shared: Service, shared_client: BlockingClient
+) -> None:
+    source = Path(shared_client.prepare("key").source)
+    (source / "file").write_text("text")
+    shared_client.commit("name", "key", digest=True)
+    digest = shared_client.verify("name")
+    assert shared_client.stat("name").labels == {DIGEST_LABEL: digest}
+    assert request("Verify", "sa{sv}", "name", {}) == [digest]
+    assert shared_client.repair() == []
+    (source / "file").write_text("next")
+    with pytest.raises(DataLoss):
+        shared_client.verify("name")

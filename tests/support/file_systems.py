@@ -1,0 +1,185 @@
+"""Real file systems: ext4 and xfs on loop devices, made when a test first needs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from snapd_native import trees
+from tests.support.waiting import becomes, eventually
+
+_MKFS = {
+    "ext4": ("mkfs.ext4", "-q", "-F", "-b", "4096", "-I", "256", "-i", "8192"),
+    "xfs": ("mkfs.xfs", "-q", "-f", "-m", "reflink=1"),
+}
+
+
+@dataclass(frozen=True)
+class FileSystem:
+    """A mounted file system, all of it free for tests."""
+
+    name: str
+    root: Path
+    reflink: bool
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loop_directory() -> Iterator[Path]:
+    """Own the images and mount points of all tests, of which nothing may be left at the end."""
+    path = Path(tempfile.mkdtemp(prefix="snapd-native-"))
+    yield path
+    assert _mounts_below(path) == []
+    path.rmdir()
+    # udev may still look at a loop device, and a mount namespace that another test has made may
+    # hold a copy of its mount until that namespace ends.
+    becomes(lambda: _loops_below(path), [])
+
+
+@contextmanager
+def mounted(
+    name: str, size: int, directory: Path, options: Sequence[str] = ()
+) -> Iterator[FileSystem]:
+    """Mount a new file system of ``size`` bytes below ``directory``; skip the test if none can be.
+
+    ``options`` are for mkfs. The image has no name once it is mounted, so nothing of it survives
+    the mount.
+    """
+    image, root = _make(name, size, directory, options)
+    try:
+        _run(["mount", "-o", "loop", str(image), str(root)], f"mounting {name} on a loop device")
+    except BaseException:
+        root.rmdir()
+        raise
+    finally:
+        image.unlink()
+    try:
+        yield FileSystem(name, root, reflink=name == "xfs")
+    finally:
+        unmount(root)
+        root.rmdir()
+
+
+def _make(name: str, size: int, directory: Path, options: Sequence[str]) -> tuple[Path, Path]:
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount file systems")
+    descriptor, path = tempfile.mkstemp(prefix=name, suffix=".img", dir=directory)
+    try:
+        os.truncate(descriptor, size)
+    finally:
+        os.close(descriptor)
+    image = Path(path)
+    try:
+        _run([*_MKFS[name], *options, path], f"making {name}")
+        root = Path(tempfile.mkdtemp(prefix=name, dir=directory))
+    except BaseException:
+        image.unlink()
+        raise
+    return image, root
+
+
+def _run(command: list[str], what: str) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip(f"{what} needs {command[0]}, which is not installed")
+    except subprocess.CalledProcessError as error:
+        reason = " ".join(error.stderr.split())
+        pytest.skip(f"{what} is impossible here: {reason}")
+
+
+def unmount(root: Path) -> None:
+    """Unmount ``root`` with all that a failed test left inside; by force only if need be."""
+    for extra in ([], ["--lazy"]):
+        subprocess.run(["umount", "--recursive", *extra, str(root)], check=False)
+        if not _mounts_below(root):
+            return
+
+
+def unmount_when_free(root: Path) -> None:
+    """Unmount ``root``, with nothing left inside.
+
+    A Commit in a test beside this one looks through what all processes have, and may be at a file
+    of this file system just now.
+    """
+
+    def is_unmounted() -> bool:
+        subprocess.run(["umount", str(root)], check=False)
+        return not os.path.ismount(root)
+
+    eventually(is_unmounted)
+
+
+def _mounts_below(path: Path) -> list[str]:
+    points = (
+        line.split(b" ")[4].decode("unicode_escape")
+        for line in Path("/proc/self/mountinfo").read_bytes().splitlines()
+    )
+    return [point for point in points if Path(point).is_relative_to(path)]
+
+
+def _loops_below(path: Path) -> list[str]:
+    found = []
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        try:
+            image = backing.read_text().strip()
+        except OSError:
+            continue  # Let go meanwhile, by whoever had it.
+        if Path(image).is_relative_to(path):
+            found.append(f"{backing.parts[3]}: {image}")
+    return found
+
+
+@pytest.fixture(scope="session")
+def ext4(loop_directory: Path) -> Iterator[FileSystem]:
+    with mounted("ext4", 4 << 30, loop_directory) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def xfs(loop_directory: Path) -> Iterator[FileSystem]:
+    with mounted("xfs", 4 << 30, loop_directory) as made:
+        yield made
+
+
+@pytest.fixture(scope="session", params=["ext4", "xfs"])
+def filesystem(request: pytest.FixtureRequest) -> FileSystem:
+    """Each file system in turn."""
+    made = request.getfixturevalue(request.param)
+    assert isinstance(made, FileSystem)
+    return made
+
+
+on_ext4 = pytest.mark.parametrize("filesystem", ["ext4"], indirect=True)
+"""For tests that are the same on every file system: one will do."""
+
+long_on_xfs = pytest.mark.parametrize(
+    "filesystem", ["ext4", pytest.param("xfs", marks=pytest.mark.long)], indirect=True
+)
+"""For slow tests that hardly depend on the file system: only `make test-all` runs them on xfs."""
+
+
+@pytest.fixture
+def scratch(filesystem: FileSystem) -> Iterator[Path]:
+    with scratch_on(filesystem) as path:
+        yield path
+
+
+@contextmanager
+def scratch_on(filesystem: FileSystem) -> Iterator[Path]:
+    """Lend an empty directory, deleted afterwards whatever it holds then."""
+    path = Path(tempfile.mkdtemp(prefix="scratch", dir=filesystem.root))
+    try:
+        yield path
+    finally:
+        parent = os.open(filesystem.root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            trees.delete(parent, path.name)
+        finally:
+            os.close(parent)

@@ -1,0 +1,141 @@
+"""Small file systems, how they are filled, and what engines do on them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from snapd_native.errors import ResourceExhausted
+from snapd_native.model import quote
+from snapd_native.snapshotter import Snapshotter
+from tests.support import PROJECT
+from tests.support.engine import state_of
+from tests.support.service import check_sentence
+from tests.support.waiting import eventually
+
+MIB = 1 << 20
+
+SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB}
+"""xfs is not made smaller."""
+
+FEW_INODES = {"ext4": ("-N", "512"), "xfs": ("-i", "maxpct=1")}
+"""Options of mkfs."""
+
+
+def use_up(root: Path) -> None:
+    """Take the last byte that root can get."""
+    fd = os.open(root / "hog", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        for size in (MIB, 4096, 1):
+            try:
+                while True:
+                    os.write(fd, b"x" * size)
+                    if size == MIB:
+                        os.fsync(fd)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+            os.sync()
+    finally:
+        os.close(fd)
+
+
+def use_up_inodes(root: Path) -> None:
+    """Take the last inode."""
+    herd = root / "herd"
+    herd.mkdir(exist_ok=True)
+    number = len(os.listdir(herd))
+    try:
+        while True:
+            os.mknod(herd / str(number))
+            number += 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+
+
+def make_room(root: Path) -> None:
+    """Undo what was used up."""
+    if (root / "hog").exists():
+        os.truncate(root / "hog", 0)
+        (root / "hog").unlink()
+    if (root / "herd").exists():
+        shutil.rmtree(root / "herd")
+        # xfs frees inodes by and by.
+        eventually(lambda: os.statvfs(root).f_ffree > 100)
+
+
+def fill(engine: Snapshotter) -> None:
+    """Make `base 0` to `base 3` of a MiB each, and `work` and `look` of the first."""
+    for number in range(4):
+        tree = Path(engine.prepare("preparing").source)
+        (tree / "file").write_bytes(os.urandom(MIB))
+        engine.commit(f"base {number}", "preparing")
+    engine.prepare("work", "base 0")
+    engine.view("look", "base 0")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from snapd_native.snapshotter import Snapshotter
+
+state = Path(sys.argv[1])
+engine = Snapshotter(state, lambda *_: None, runtime=state.parent / "run")
+engine.update("work", {"killed": "after this"})
+engine.view("last", "base 1")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def kill(state: Path) -> None:
+    """Leave what a service that was killed leaves: a WAL to recover from, and things to delete."""
+    done = subprocess.run([sys.executable, "-c", KILLED, state], check=False, cwd=PROJECT)
+    assert done.returncode == -signal.SIGKILL
+    assert (state / "metadata.db-wal").stat().st_size > 0
+    for name in ("new-900", "rm-901", "902", "making-1-903"):
+        (state / "snapshots" / name / "deep").mkdir(parents=True)
+
+
+def use_up_wal(engine: Snapshotter) -> None:
+    """Change labels until the database has no room for that, and so for nothing."""
+    with suppress(ResourceExhausted):
+        while True:
+            engine.update("base 3", {"many": "x" * 1000})
+
+
+def everything(engine: Snapshotter) -> object:
+    """All that a call which fails must not change."""
+    return state_of(engine), engine.mounter.list_mounts(), engine._store.ledger.lines()
+
+
+def check_refused(engine: Snapshotter, calls: dict[str, Callable[[], object]]) -> None:
+    """Call what has no room, twice, and see that nothing but an error comes of it."""
+    before = everything(engine)
+    for _ in range(2):
+        for name, call in calls.items():
+            with pytest.raises(ResourceExhausted) as caught:
+                call()
+            check_sentence(caught.value.message, "free", "try again")
+            assert everything(engine) == before, name
+            check_reads(engine)
+    assert engine.upkeep.check() == []
+
+
+def check_reads(engine: Snapshotter) -> None:
+    """See that what was there before is still told."""
+    assert engine.stat("work").parent == "base 0"
+    assert engine.usage("base 1").size >= MIB
+    assert engine.usage("work").size >= MIB
+    assert engine.list([f"parent=={quote('base 0')}"])[0].name == "look"
+    assert engine.mounts("work").options == ("rbind", "rw")
+    engine.check_health()

@@ -1,0 +1,1 @@
+"""Random calls of the fuzz tests, and the connection that sends them."""

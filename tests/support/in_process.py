@@ -1,0 +1,64 @@
+"""Clones and measures in this process alone, by what every worker of a crew does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+from snapd_native import trees
+from snapd_native.model import Usage
+from snapd_native.trees.clone import Cloner, cloning
+from snapd_native.trees.links import Links
+from snapd_native.trees.measure import Counter
+from snapd_native.trees.walk import Report
+
+
+class Nobody:
+    """No peers at all."""
+
+    def are_idle(self) -> bool:
+        return False
+
+    def take_directory(self, *_: int) -> bool:
+        return False
+
+    def take_names(self, _: Sequence[str], *__: int) -> bool:
+        return False
+
+    def finish(self) -> None:
+        pass
+
+
+def clone(source: int, target: int, report: Report, *, reflink: bool) -> None:
+    """Do what `Crew.clone` does; ``report`` is called for every entry."""
+    with cloning(source, target) as table:
+        cloner = Cloner(report, Links(table), Nobody(), reflink=reflink)
+        cloner.directory(source, target)
+    report(1, os.fstat(source).st_blocks * 512)
+
+
+def measure(root: int, report: Report) -> Usage:
+    """Do what `Crew.measure` does; ``report`` is called for every entry."""
+    counter = Counter(report, Nobody())
+    counter.tally.add(os.fstat(root))
+    counter.directory(root)
+    return counter.tally.usage
+
+
+@contextmanager
+def without_workers() -> Iterator[None]:
+    """Have every crew clone and measure in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trees.Crew, "clone", lambda _, *given, **also: clone(*given, **also))
+        patch.setattr(trees.Crew, "measure", lambda _, *given: measure(*given))
+        yield
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """Start no workers in the test: its many engines copy a few files each."""
+    with without_workers():
+        yield

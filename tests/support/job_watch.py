@@ -1,0 +1,160 @@
+"""Watch jobs on the bus, and make one wait."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from dbus_next.constants import MessageType
+from dbus_next.message import Message
+
+from snapd_native.client import BlockingClient
+from snapd_native.errors import NotFound
+from snapd_native.trees.relay import NORMAL
+from snapd_native.wire.connection import Connection
+from snapd_native.wire.names import BUS_NAME, JOB, JOB_PATH, MANAGER, OBJECT_PATH, PROPERTIES
+from snapd_native.wire.values import Body
+from tests.support.descriptors import Process, hands, wait_until_idle, workers
+from tests.support.service import PATIENCE, Service, connection, request
+
+_T = TypeVar("_T")
+
+
+class Watch:
+    """A connection, and everything that the service has sent to it, in its order."""
+
+    def __init__(self, bus: Connection) -> None:
+        self.bus = bus
+        self.arrived: list[Message] = []
+        self.times: list[float] = []
+        """When each message has arrived, in seconds."""
+        self._more = asyncio.Event()
+        bus.add_message_handler(self._arrive)
+
+    def _arrive(self, message: Message) -> None:
+        self.arrived.append(message)
+        self.times.append(time.monotonic())
+        self._more.set()
+
+    async def call(
+        self, member: str, signature: str = "", *body: object, path: str = OBJECT_PATH
+    ) -> Body:
+        """Call a method of the manager, or of the job at ``path``; raises what it answers."""
+        interface = MANAGER if path == OBJECT_PATH else JOB
+        return await self.bus.request(BUS_NAME, path, interface, member, signature, [*body])
+
+    async def properties(self, path: str) -> dict[str, Any]:
+        """Return all properties of a job, as variants."""
+        (values,) = await self.bus.request(BUS_NAME, path, PROPERTIES, "GetAll", "s", [JOB])
+        assert isinstance(values, dict)
+        return values
+
+    async def signal(self, member: str, path: str | None = None) -> Body:
+        """Wait for the first signal ``member``, of the job at ``path``; return what it says."""
+        return (await self.many(member, 1, path))[0].body
+
+    async def many(self, member: str, count: int, path: str | None = None) -> list[Message]:
+        """Wait for ``count`` signals ``member``, of the job at ``path``; return all so far."""
+        while True:
+            self._more.clear()
+            found = [
+                message
+                for message in self.signals(member)
+                if path in (None, message.path, *message.body[1:2])
+            ]
+            if len(found) >= count:
+                return found
+            await self._more.wait()
+
+    def signals(self, *members: str) -> list[Message]:
+        """Return all signals so far, or those that are ``members``."""
+        return [
+            message
+            for message in self.arrived
+            if message.message_type is MessageType.SIGNAL
+            and (not members or message.member in members)
+        ]
+
+    def order(self) -> list[str]:
+        """Return what has arrived: signals by their names, and replies.
+
+        Without progress, which jobs that take long enough tell of at any time.
+        """
+        return [
+            message.member if message.message_type is MessageType.SIGNAL else "reply"
+            for message in self.arrived
+            if message.member != "PropertiesChanged"
+        ]
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.arrived.clear()
+        self.times.clear()
+
+
+@asynccontextmanager
+async def watching() -> AsyncIterator[Watch]:
+    """Watch the service from now on."""
+    async with connection() as bus:
+        await bus.ask_driver("AddMatch", "s", [f"type='signal',sender='{BUS_NAME}'"])
+        yield Watch(bus)
+
+
+def watch(scenario: Callable[[Watch], Coroutine[Any, Any, _T]]) -> _T:
+    """Run a coroutine that watches."""
+
+    async def connected() -> _T:
+        async with asyncio.timeout(PATIENCE), watching() as watched:
+            return await scenario(watched)
+
+    return asyncio.run(connected())
+
+
+@contextmanager
+def held_up(daemon: Process, priority: str = NORMAL) -> Iterator[None]:
+    """Stop the workers that wait for the next job: it will not go on inside the block.
+
+    Only jobs that come while another is there have workers of their own. There must have been a
+    job before, a Commit for instance, that was there alone; before a Verify, for which the workers
+    with the priority `IDLE` wait, another Verify.
+    """
+    wait_until_idle(daemon)
+    stopped = workers(daemon, priority)
+    # Those that were missing would be hired for the next job, and nobody would stop them.
+    assert len(stopped) == (hands(daemon) if priority == NORMAL else 1)
+    try:
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in stopped:
+            # Those of a job that was cancelled are no more.
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+@pytest.fixture
+def filled(shared: Service, shared_client: BlockingClient) -> Service:
+    """Have `base`, which is committed, and `work`, which is a copy of it."""
+    root = Path(shared_client.prepare("making").source)
+    (root / "file").write_text("text")
+    shared_client.commit("base", "making")
+    shared_client.prepare("work", "base")
+    return shared
+
+
+@pytest.fixture
+def job(filled: Service, shared_client: BlockingClient) -> Iterator[str]:
+    """Lend the path of a job that waits: a Prepare of `key` from `base`."""
+    with held_up(filled):
+        (path,) = request("PrepareJob", "ssa{sv}", "key", "base", {})
+        yield path
+        with suppress(NotFound):
+            shared_client.cancel(int(path.removeprefix(f"{JOB_PATH}/")))

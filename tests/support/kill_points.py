@@ -1,0 +1,367 @@
+"""A process that dies between two steps of a call: at each of them, if asked often enough.
+
+The service has no code for this. What changes anything is a function of `os` or of
+`snapd_native.linux`, or a statement of SQLite; here each of them is a step, and before each step is
+a point at which the process can be killed. Trees are copied by the calling thread, so that every
+system call of a copy is a step too.
+
+Run as ``python -m tests.support.kill_points``, this is a server: it reads an `Order` a line,
+does it in a fork of itself, and prints what comes of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Self
+
+import pytest
+
+from snapd_native import linux
+from snapd_native.errors import Cancelled
+from snapd_native.jobs import Job
+from snapd_native.metastore.connections import Connections
+from snapd_native.model import STANDBY_LABEL, Change, Lifetime
+from snapd_native.snapshotter import Snapshotter
+from tests.support import PROJECT
+from tests.support.in_process import without_workers
+from tests.support.waiting import eventually
+
+_STEPS: dict[ModuleType, tuple[str, ...]] = {
+    os: (
+        *("chmod", "chown", "fchmod", "fchown", "setxattr", "removexattr", "utime"),
+        *("mkdir", "mknod", "symlink", "link", "open", "rename", "rmdir", "unlink"),
+        *("copy_file_range", "ftruncate", "posix_fallocate", "fsync"),
+    ),
+    linux: (*("clear_protection", "ficlone", "mount_setattr", "move_mount", "syncfs", "umount2"),),
+}
+"""The functions that change something, by module."""
+
+_CHANGING = (
+    *("BEGIN", "COMMIT", "ROLLBACK", "INSERT", "UPDATE", "DELETE"),
+    *("CREATE", "ALTER", "REINDEX", "PRAGMA user_v"),
+)
+
+Point = tuple[str, int]
+"""A place in the course of a call: the thread's name, and the number of its next step."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something that is called, and what is there before."""
+
+    call: Callable[[Snapshotter, Path], object]
+    """Is given a directory to mount on."""
+    set_up: Callable[[Snapshotter, Path], object] = lambda *_: None
+    spoil: Callable[[Path], object] = lambda _: None
+    """Changes the state directory that no engine has open."""
+    starts: bool = False
+    """Whether it is the start that is interrupted."""
+
+
+def _wants_a_clone(engine: Snapshotter, _: Path) -> None:
+    engine.update("base", {STANDBY_LABEL: "1"}, [f"labels.{STANDBY_LABEL}"])
+    eventually(lambda: engine.standby("base") == (1, 1))
+
+
+def _take_a_clone(engine: Snapshotter, place: Path) -> None:
+    engine.prepare("new", "base")
+    eventually(lambda: engine.standby("base") == (1, 1))
+
+
+def _wants_no_clone(engine: Snapshotter, _: Path) -> None:
+    engine.update("base", {}, [f"labels.{STANDBY_LABEL}"])
+    eventually(lambda: not engine._state.standbys())
+
+
+def _wants_a_clone_alone(engine: Snapshotter, place: Path) -> None:
+    _wants_a_clone(engine, place)
+    for key in ("work", "look"):
+        engine.remove(key)
+
+
+def _remove_base(engine: Snapshotter, _: Path) -> None:
+    engine.remove("base")
+    eventually(lambda: not engine._state.standbys())
+
+
+def _cancel_a_prepare(engine: Snapshotter, _: Path) -> None:
+    class Cancels(Job):
+        def report(self, inodes: int, size: int) -> None:
+            self.cancel()
+            super().report(inodes, size)
+
+    with suppress(Cancelled):
+        engine.prepare("new", "base", job=Cancels())
+
+
+def _mount_for_a_client(engine: Snapshotter, place: Path) -> None:
+    engine.mounter.mount("work", str(place), lifetime=Lifetime.CLIENT, owner="a client")
+
+
+def _release(engine: Snapshotter, _: Path) -> None:
+    engine.mounter.release("a client")
+    eventually(lambda: not engine.mounter.owners())
+
+
+def _leave_orphans(state: Path) -> None:
+    for name in ("new-71", "rm-72", "73"):
+        _leave(state, name)
+
+
+def _leave_all(state: Path) -> None:
+    _leave_orphans(state)
+    # Only a start finds one that nobody makes.
+    _leave(state, "making-1-74")
+
+
+def _leave(state: Path, name: str) -> None:
+    directory = state / "snapshots" / name / "directory"
+    directory.mkdir(parents=True)
+    (directory / "file").touch()
+
+
+def _cut_off(state: Path) -> None:
+    """Have a snapshot that had no time to reach the disk at another boot."""
+    with closing(sqlite3.connect(state / "metadata.db")) as db, db:
+        db.execute("UPDATE snapshots SET boot = 'another' WHERE name = 'lone'")
+
+
+CASES = {
+    "prepare nothing": Case(lambda engine, _: engine.prepare("new", labels={"of": "new"})),
+    "prepare": Case(lambda engine, _: engine.prepare("new", "base", {"of": "new"})),
+    "prepare a clone that stands by": Case(_take_a_clone, _wants_a_clone),
+    "view": Case(lambda engine, _: engine.view("new", "base", {"of": "new"})),
+    "view nothing": Case(lambda engine, _: engine.view("new")),
+    "commit": Case(lambda engine, _: engine.commit("done", "work", {"of": "done"})),
+    "commit with a digest": Case(lambda engine, _: engine.commit("done", "work", digest=True)),
+    "commit with a parent": Case(lambda engine, _: engine.commit("done", "lone", parent="base")),
+    "commit what is mounted": Case(
+        lambda engine, _: engine.commit("done", "work"),
+        lambda engine, place: engine.mounter.mount("work", str(place)),
+    ),
+    "update": Case(lambda engine, _: engine.update("base", {"of": "another"})),
+    "remove": Case(lambda engine, _: engine.remove("lone")),
+    "remove a view": Case(lambda engine, _: engine.remove("look")),
+    "remove what clones stand by of": Case(_remove_base, _wants_a_clone_alone),
+    "make a clone that stands by": Case(_wants_a_clone),
+    "drop a clone that stands by": Case(_wants_no_clone, _wants_a_clone),
+    "a prepare that is cancelled": Case(_cancel_a_prepare),
+    "mount": Case(lambda engine, place: engine.mounter.mount("look", str(place))),
+    "mount on a directory of its own": Case(lambda engine, _: engine.mounter.mount("work")),
+    "unmount": Case(
+        lambda engine, place: engine.mounter.unmount(str(place)),
+        lambda engine, place: engine.mounter.mount("work", str(place)),
+    ),
+    "unmount from a directory of its own": Case(
+        lambda engine, _: engine.mounter.unmount(engine.mounter.list_mounts()[0].target),
+        lambda engine, _: engine.mounter.mount("work"),
+    ),
+    "unmount lazily": Case(
+        lambda engine, place: engine.mounter.unmount(str(place), lazy=True),
+        lambda engine, place: engine.mounter.mount("work", str(place)),
+    ),
+    "release": Case(_release, _mount_for_a_client),
+    "cleanup": Case(
+        lambda engine, _: engine.upkeep.cleanup(),
+        lambda engine, _: _leave_orphans(engine.state_directory),
+    ),
+    "repair": Case(
+        lambda engine, _: engine.upkeep.repair(),
+        lambda engine, _: _leave_orphans(engine.state_directory),
+    ),
+    "the first start": Case(
+        lambda engine, _: engine.check_health(),
+        spoil=lambda state: subprocess.run(["rm", "-r", str(state)], check=True),
+        starts=True,
+    ),
+    "a start that finds leftovers": Case(
+        lambda engine, _: engine.check_health(), spoil=_leave_all, starts=True
+    ),
+    "a start after a power cut": Case(
+        lambda engine, _: engine.check_health(), spoil=_cut_off, starts=True
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Order:
+    """The task of a process, and the moment when it is killed."""
+
+    case: str
+    directory: str
+    """Holds the ``state``, the directory ``run`` and a ``place`` to mount on."""
+    kill: Point | None
+    """None to die of nothing, when all is done."""
+
+
+@dataclass
+class Course:
+    """How far a process came."""
+
+    points: dict[Point, str] = field(default_factory=dict)
+    """The points that it passed, and what would have come next."""
+    answered: bool = False
+    """Whether the call had returned."""
+    status: int = 0
+
+
+class Deaths:
+    """The server's other end."""
+
+    def __enter__(self) -> Self:
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.kill_points"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=PROJECT,
+            text=True,
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._server.communicate()
+
+    def follow(self, order: Order) -> Course:
+        """Have an order done, and return how far that went."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(vars(order)) + "\n")
+        self._server.stdin.flush()
+        course = Course()
+        for line in self._server.stdout:
+            match json.loads(line):
+                case ["passed", thread, number, text]:
+                    course.points[thread, number] = text
+                case ["answered"]:
+                    course.answered = True
+                case ["ended", status]:
+                    course.status = status
+                    return course
+        raise AssertionError("the server has ended")
+
+
+class _Killer:
+    """Counts the steps of each thread, from when it is armed."""
+
+    def __init__(self, kill: Point | None) -> None:
+        self._kill = kill
+        self._armed = False
+        self._count: Counter[str] = Counter()
+
+    def arm(self) -> None:
+        self._armed = True
+        self.step("begin")
+
+    def disarm(self) -> None:
+        self._armed = False
+
+    def step(self, text: str) -> None:
+        if not self._armed:
+            return
+        thread = threading.current_thread().name
+        self._count[thread] += 1
+        if self._kill == (thread, self._count[thread]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        _say("passed", thread, self._count[thread], text)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Make a step of whatever changes anything."""
+        with pytest.MonkeyPatch.context() as patch, without_workers():
+            for module, names in _STEPS.items():
+                for name in names:
+                    patch.setattr(module, name, self._watched(name, getattr(module, name)))
+            patch.setattr(Connections, "_connect", self._connected(Connections._connect))
+            yield
+
+    def _watched(self, name: str, real: Callable[..., object]) -> Callable[..., object]:
+        def watched(*given: Any, **also: Any) -> object:  # noqa: ANN401 - whatever is given
+            if name != "open" or given[1] & os.O_CREAT:
+                texts = [text for text in given if isinstance(text, str)]
+                self.step(" ".join([name, *texts]))
+            return real(*given, **also)
+
+        return watched
+
+    def _connected(
+        self, real: Callable[[Connections], sqlite3.Connection]
+    ) -> Callable[[Connections], sqlite3.Connection]:
+        def trace(statement: str) -> None:
+            if statement.lstrip().startswith(_CHANGING):
+                self.step(" ".join(statement.split())[:60])
+
+        def connected(connections: Connections) -> sqlite3.Connection:
+            db = real(connections)
+            db.set_trace_callback(trace)
+            return db
+
+        return connected
+
+
+def _say(*what: object) -> None:
+    # In one write, which no other thread can interrupt.
+    os.write(1, json.dumps(what).encode() + b"\n")
+
+
+def _follow(order: Order) -> None:
+    case = CASES[order.case]
+    directory = Path(order.directory)
+    killer = _Killer(order.kill)
+
+    def announce(_: Change) -> None:
+        killer.step("announce")
+
+    with killer.watching():
+        if case.starts:
+            killer.arm()
+        engine = Snapshotter(directory / "state", announce, runtime=directory / "run")
+        with closing(engine):
+            case.set_up(engine, directory / "place")
+            _settle(engine)
+            killer.arm()
+            case.call(engine, directory / "place")
+            _say("answered")
+            _settle(engine)
+            killer.step("end")
+            killer.disarm()
+
+
+def _settle(engine: Snapshotter) -> None:
+    """Wait for what goes on in the background."""
+    engine._reaper.catch_up(lambda *_: None)
+    engine._syncer.submit(lambda: None).result()
+    eventually(lambda: all(complete for *_, complete in engine._state.standbys()))
+
+
+def main() -> None:
+    """Do orders until there are no more."""
+    for line in sys.stdin:
+        order = json.loads(line)
+        kill = order["kill"] and tuple(order["kill"])
+        child = os.fork()
+        if child == 0:
+            _follow(Order(order["case"], order["directory"], kill))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        _say("ended", os.waitstatus_to_exitcode(status))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""The Debian package of this tree."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from tests.support import PROJECT
+
+
+def build(directory: Path) -> Path:
+    """Build the package of the commit and the changes in this tree into ``directory``."""
+    subprocess.run([PROJECT / "tools" / "build-deb", directory], check=True, capture_output=True)
+    (package,) = directory.glob("*.deb")
+    return package
+
+
+def said(*command: str | Path) -> str:
+    """Return what a command prints that must succeed."""
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

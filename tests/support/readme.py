@@ -1,0 +1,43 @@
+"""The shell blocks of the README, by name, and where each of them is run."""
+
+from __future__ import annotations
+
+import re
+
+from tests.support import PROJECT
+
+README = (PROJECT / "README.md").read_text()
+
+
+HERE = {
+    "demo": "make demo\n",
+    "commands": "snapd-native prepare build\n",
+    "mounting": "snapd-native prepare site\n",
+    "calls": "busctl introspect ",
+    "in C": "gdbus-codegen ",
+    "full disk": "df ",
+}
+"""What `tests/packaging` runs: how the README's blocks begin."""
+
+ON_A_MACHINE = {
+    "install": "make deb\n",
+    "instance": "systemctl enable --now snapd-native@data\n",
+    "check": "snapd-native check\n",
+    "backup": "systemctl stop snapd-native\ntar --create ",
+    "restore": "systemctl stop snapd-native\nmv ",
+    "move": "systemctl stop snapd-native\ncp ",
+    "rule": "groupadd ",
+    "exposure": "systemd-analyze security ",
+}
+"""What needs systemd, and `tests/vm` runs."""
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def block(name: str) -> str:
+    """Return the commands that the README shows under one of the names above."""
+    beginning = (HERE | ON_A_MACHINE)[name]
+    (found,) = (block for block in blocks("sh") if block.startswith(beginning))
+    return found

@@ -1,0 +1,307 @@
+"""A real daemon on a real private bus, and what tests ask of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import subprocess
+import uuid
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from dbus_next.message import Message
+
+from snapd_native.client import BlockingClient, Client
+from snapd_native.errors import AlreadyExists, FailedPrecondition, NotFound, SnapdError
+from snapd_native.model import Info
+from snapd_native.private import Daemon, private_bus, private_daemon
+from snapd_native.wire.connection import Connection
+from snapd_native.wire.names import BUS_NAME, MANAGER, OBJECT_PATH
+from snapd_native.wire.values import Body
+from tests.support import PROJECT
+from tests.support.descriptors import wait_until_idle
+from tests.support.file_systems import FileSystem, scratch_on
+
+NOBODY = 65534
+"""A uid that may not call anything."""
+
+PATIENCE = 240
+"""Seconds until something that hangs is given up."""
+
+AS_INSTALLED = dict(
+    setting.removeprefix("Environment=").split("=", 1)
+    for setting in (PROJECT / "systemd" / "snapd-native.service").read_text().splitlines()
+    if setting.startswith("Environment=")
+)
+"""The environment that the unit gives the daemon."""
+
+_MARK = "SNAPD_NATIVE_TEST"
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Service:
+    """A daemon, the bus it is on, and the mark that all its processes carry."""
+
+    address: str
+    daemon: Daemon
+    mark: str
+
+    @property
+    def pid(self) -> int:
+        return self.daemon.process.pid
+
+    @property
+    def state(self) -> Path:
+        return self.daemon.state
+
+    def directories(self) -> list[str]:
+        """Everything in the state directory's ``snapshots``, as paths."""
+        top = self.state / "snapshots"
+        return sorted(str(path.relative_to(top)) for path in top.rglob("*"))
+
+    def busctl(self, *arguments: str, user: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run busctl on the service's bus, as the uid ``user``."""
+        return subprocess.run(
+            [*as_user(user), "busctl", f"--address={self.address}", *arguments],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+
+    def call(
+        self, member: str, *arguments: str, user: int = 0, interface: str = MANAGER
+    ) -> subprocess.CompletedProcess[str]:
+        """Call a method as a person would type it."""
+        return self.busctl("call", BUS_NAME, OBJECT_PATH, interface, member, *arguments, user=user)
+
+    def dbus_send(self, member: str, *arguments: str, user: int = 0) -> tuple[str, str]:
+        """Call a method that fails, with dbus-send; return the error's name and its message."""
+        done = subprocess.run(
+            [
+                *as_user(user),
+                "dbus-send",
+                f"--bus={self.address}",
+                "--print-reply",
+                f"--dest={BUS_NAME}",
+                OBJECT_PATH,
+                f"{MANAGER}.{member}",
+                *arguments,
+            ],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert done.returncode == 1
+        name, _, text = done.stderr.removeprefix("Error ").rstrip("\n").partition(": ")
+        return name, text
+
+
+def as_user(uid: int) -> list[str]:
+    """Return the command that runs what follows it with another uid."""
+    return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] if uid else []
+
+
+def run(scenario: Callable[[Client], Coroutine[Any, Any, _T]]) -> _T:
+    """Run a coroutine with a connected client of its own."""
+
+    async def connected() -> _T:
+        async with asyncio.timeout(PATIENCE), Client() as client:
+            return await scenario(client)
+
+    return asyncio.run(connected())
+
+
+def request(member: str, signature: str, *body: object, interface: str = MANAGER) -> Body:
+    """Call a method with any signature, well or not; raises what the service answers."""
+
+    async def calling() -> Body:
+        async with asyncio.timeout(PATIENCE), connection() as bus:
+            return await bus.request(BUS_NAME, OBJECT_PATH, interface, member, signature, [*body])
+
+    return asyncio.run(calling())
+
+
+class connection(Connection):  # noqa: N801 - read as the function it stands for
+    """A connection that is open inside ``async with``."""
+
+    async def __aenter__(self) -> connection:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.disconnect()
+
+    async def ask(self, **fields: Any) -> Message:  # noqa: ANN401 - whatever Message takes
+        """Call a method of the manager, or what ``fields`` say, and return the reply's message."""
+        given = {"destination": BUS_NAME, "path": OBJECT_PATH, "interface": MANAGER} | fields
+        reply = await self.call(Message(**given))
+        assert reply is not None
+        return reply
+
+
+@contextmanager
+def serving(
+    address: str,
+    state: Path,
+    environment: Mapping[str, str] | None = None,
+    status: int = 0,
+) -> Iterator[Service]:
+    """Run a daemon, which must end with ``status`` and leave no process.
+
+    The processes of one that was killed see that only when they look for it.
+    """
+    mark = uuid.uuid4().hex
+    with private_daemon(address, state, {**(environment or {}), _MARK: mark}) as daemon:
+        service = Service(address, daemon, mark)
+        yield service
+        assert daemon.stop() == status
+    for pid in processes(mark) if status < 0 else []:
+        await_end(pid)
+    assert processes(mark) == []
+
+
+def await_end(pid: int) -> None:
+    """Wait until a process that need not be a child has ended."""
+    with suppress(ProcessLookupError):
+        ended = os.pidfd_open(pid)
+        try:
+            select.select([ended], [], [], PATIENCE)
+        finally:
+            os.close(ended)
+
+
+def processes(mark: str) -> list[int]:
+    """Find all that was started with ``mark`` in its environment, at whatever remove."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if f"{_MARK}={mark}".encode() in environ.read_bytes().split(b"\0"):
+                found.append(int(environ.parent.name))
+    return found
+
+
+@pytest.fixture(scope="session")
+def bus() -> Iterator[str]:
+    """Run a bus for daemons that live as long as one test; this is its address."""
+    with private_bus() as address:
+        yield address
+
+
+@pytest.fixture
+def on_bus(bus: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make the bus known to every client in the test."""
+    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", bus)
+    return bus
+
+
+@pytest.fixture
+def service(on_bus: str, scratch: Path) -> Iterator[Service]:
+    """Run a daemon for one test, on each file system."""
+    with serving(on_bus, scratch / "state") as running:
+        yield running
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[BlockingClient]:
+    with BlockingClient() as connected:
+        yield connected
+
+
+@pytest.fixture(scope="session")
+def lasting_service(filesystem: FileSystem) -> Iterator[Service]:
+    with (
+        private_bus() as address,
+        scratch_on(filesystem) as scratch,
+        serving(address, scratch / "state") as running,
+    ):
+        yield running
+
+
+@pytest.fixture
+def shared(lasting_service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    """Lend a daemon that serves many tests, on each file system; it is emptied after each."""
+    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", lasting_service.address)
+    yield lasting_service
+    # Calls of clients that have left may still go on.
+    wait_until_idle(lasting_service)
+    with BlockingClient() as client:
+        empty(client)
+    assert lasting_service.directories() == []
+
+
+@pytest.fixture
+def shared_client(shared: Service) -> Iterator[BlockingClient]:
+    with BlockingClient() as connected:
+        yield connected
+
+
+def empty(client: BlockingClient) -> None:
+    """Remove every snapshot, children before parents."""
+    while infos := list(client.walk()):
+        for info in sorted(infos, key=lambda info: info.created, reverse=True):
+            with suppress(FailedPrecondition):
+                client.remove(info.name)
+    client.cleanup()
+
+
+def committed(
+    client: BlockingClient, name: str, parent: str = "", files: Mapping[str, str] | None = None
+) -> Path:
+    """Commit a snapshot that holds ``files``, and return where its tree lies."""
+    key = f"{name[:100]} in the making"
+    root = Path(client.prepare(key, parent).source)
+    for path, text in (files or {}).items():
+        (root / path).parent.mkdir(exist_ok=True)
+        (root / path).write_text(text)
+    client.commit(name, key)
+    return root
+
+
+async def wait_until_held(client: Client, key: str) -> None:
+    """Return when a call that is still running holds ``key``; nothing is changed by asking."""
+    while True:
+        try:
+            # The name is checked before the key, which is not there.
+            await client.commit(key, "a key that nobody uses")
+        except NotFound:
+            continue
+        except AlreadyExists:
+            return
+
+
+def everything(client: BlockingClient, service: Service) -> tuple[list[Info], list[str]]:
+    """All that a call that fails must not change."""
+    return list(client.walk()), service.directories()
+
+
+@contextmanager
+def refused(kind: type[SnapdError], *says: str) -> Iterator[None]:
+    """Expect an error whose message is one clean sentence and says all of ``says``."""
+    with pytest.raises(kind) as caught:
+        yield
+    assert type(caught.value) is kind
+    check_sentence(caught.value.message, *says)
+
+
+def brief(text: str) -> str:
+    """Return a test id for a text, however long or odd."""
+    return ascii(text[:20])
+
+
+def check_sentence(text: str, *says: str) -> None:
+    """Check that a message is one line for a person, without anything of the service's inside."""
+    assert text.isprintable()
+    assert 10 < len(text) < 1000
+    for inner in ("Traceback", "Error:", "/snapshots", ".py", "sqlite", " at 0x", "<class"):
+        assert inner not in text
+    for word in says:
+        assert word in text

@@ -1,0 +1,56 @@
+"""Which tests run beside others, which run alone, and which only `make test-all` runs.
+
+Tests run in several processes at a time, each with a bus, file systems and a run directory of its
+own. A test needs a marker where that is not enough:
+
+- ``alone``: nothing else may run on the machine meanwhile. The test uses something that there is
+  only once, such as the directory ``/mnt``, or it measures what other tests would disturb.
+- ``long``: the test takes many seconds by its nature. ``make test`` leaves it out, as ``pytest``
+  by itself does; ``make test-all`` runs it, and so does ``pytest -m long``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.support import PROJECT
+
+_GATE = PROJECT / "tests"
+_ROOM = PROJECT / "tests" / "support"
+"""Directories whose locks (flock(2)) the processes of a run share; nothing is written to them."""
+
+
+def needs(program: str) -> pytest.MarkDecorator:
+    """Return a mark that skips a test in ``tests/unit`` where a program is not installed.
+
+    `make test` installs all programs, so it skips nothing.
+    """
+    reason = f"needs {program}: make test installs it"
+    return pytest.mark.skipif(shutil.which(program) is None, reason=reason)
+
+
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Run a test when others let it; the wait does not count against the test's time limit."""
+    with _turn(alone=item.get_closest_marker("alone") is not None):
+        yield
+
+
+@contextmanager
+def _turn(*, alone: bool) -> Iterator[None]:
+    gate, room = (os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in (_GATE, _ROOM))
+    try:
+        # A test that waits to be alone keeps the gate, so that no other test begins before it.
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        yield
+    finally:
+        os.close(gate)
+        os.close(room)

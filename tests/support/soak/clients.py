@@ -1,0 +1,134 @@
+"""A process of a soak: some of its clients, which work in rounds and rest between them.
+
+Run as ``python -m tests.support.soak.clients``. Reads from stdin one JSON object, an `Order`, and
+then a line for each round: ``work`` to begin it, ``rest`` to end it, and at last ``leave``. Prints
+JSON lines: what was done meanwhile, what has failed, and where all of its clients have arrived.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypedDict
+
+from snapd_native.client import Client
+from tests.support.soak.errands import ERRANDS, leave
+from tests.support.soak.tenants import Report, Tenant
+
+PAUSE = 0.25
+"""Seconds between a tenant's errands on average: it does something with what it got. What a call
+takes where more is asked for than the processors can do says nothing of the service."""
+
+STAT_PAUSE = 0.03
+"""Seconds between two calls of a client that calls nothing but Stat."""
+
+
+class Order(TypedDict):
+    """The identity of a client process."""
+
+    seed: int
+    bases: dict[str, int]
+    """Snapshots that are always there, with their inodes."""
+    tenants: list[int]
+    """Their numbers."""
+    onlookers: int
+    """How many clients call nothing but Stat."""
+
+
+class Crowd:
+    """All clients of one process."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._report = Report()
+        self._resting = asyncio.Event()
+        self._tenants = [
+            Tenant(number, order["bases"], order["seed"], self._report)
+            for number in order["tenants"]
+        ]
+        self._onlookers = [Client() for _ in range(order["onlookers"])]
+
+    async def run(self) -> None:
+        """Do what is ordered on stdin."""
+        for tenant in self._tenants:
+            await tenant.open()
+        for onlooker in self._onlookers:
+            await onlooker.__aenter__()
+        while (command := await _line()) == "work":
+            self._resting.clear()
+            work = [*map(self._live, self._tenants), *map(self._look_on, self._onlookers)]
+            telling = asyncio.ensure_future(self._tell())
+            working = asyncio.ensure_future(_all(work))
+            assert await _line() == "rest"
+            self._resting.set()
+            await working
+            telling.cancel()
+            self._flush()
+            say(at="rest")
+        assert command == "leave"
+        await _all([self._guarded(tenant, leave) for tenant in self._tenants])
+        self._flush()
+        say(at="end")
+
+    async def _live(self, tenant: Tenant) -> None:
+        await self._guarded(tenant, self._run_errands)
+
+    async def _run_errands(self, tenant: Tenant) -> None:
+        while not self._resting.is_set():
+            (errand,) = tenant.chance.choices([*ERRANDS], [*ERRANDS.values()])
+            await errand(tenant)
+            await asyncio.sleep(tenant.chance.uniform(0, 2 * PAUSE))
+
+    async def _guarded(self, tenant: Tenant, work: Callable[[Tenant], Awaitable[None]]) -> None:
+        """Have a tenant work; say so and end if it finds something wrong."""
+        try:
+            await work(tenant)
+        except Exception as error:
+            where = "".join(traceback.format_exception(error)[-4:])
+            say(failed=f"tenant {tenant.number}, after {[*tenant.recent]}:\n{where}")
+            sys.exit(1)
+
+    async def _look_on(self, client: Client) -> None:
+        loop = asyncio.get_running_loop()
+        while not self._resting.is_set():
+            name = random.choice([*self._order["bases"]])
+            begun = loop.time()
+            info = await client.stat(name)
+            self._report.seconds["Stat"].append(loop.time() - begun)
+            assert info.name == name
+            await asyncio.sleep(STAT_PAUSE)
+
+    async def _tell(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            self._flush()
+
+    def _flush(self) -> None:
+        """Say what was done, and forget it."""
+        report = self._report
+        say(seconds=report.seconds, changes=report.changes, refused=report.refused)
+        report.seconds.clear()
+        report.changes.clear()
+        report.refused = 0
+
+
+def say(**fields: Any) -> None:  # noqa: ANN401 - whatever JSON can carry
+    sys.stdout.write(json.dumps(fields) + "\n")
+    sys.stdout.flush()
+
+
+async def _all(work: Sequence[Awaitable[None]]) -> None:
+    await asyncio.gather(*work)
+
+
+async def _line() -> str:
+    line: str = await asyncio.to_thread(sys.stdin.readline)
+    return line.strip()
+
+
+if __name__ == "__main__":
+    asyncio.run(Crowd(json.loads(sys.stdin.readline())).run())

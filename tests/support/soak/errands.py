@@ -1,0 +1,371 @@
+"""The operations of tenants in the soak test, with the results that each must have."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from dbus_next.signature import Variant
+
+from snapd_native.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    SnapdError,
+)
+from snapd_native.model import DIGEST_LABEL, STANDBY_LABEL, Info, Kind, Usage
+from snapd_native.wire.names import BUS_NAME, JOB_PATH, MANAGER, OBJECT_PATH
+from tests.support.soak.mount_errands import come_back, mount, open_tree, unmount
+from tests.support.soak.tenants import REPLY, Known, Signal, Tenant, expect
+
+KEEP = 10
+"""Snapshots that a tenant has at most, about."""
+
+INODES = 12_000
+"""Inodes that a tenant's snapshots have at most, with those that may not be deleted yet."""
+
+SMALL = 1500
+"""Inodes of a tree that is read as a whole."""
+
+Errand = Callable[[Tenant], Awaitable[None]]
+
+
+async def prepare(tenant: Tenant) -> None:
+    parent = await _find_room(tenant)
+    key, labels = tenant.new_name(), _labels(tenant)
+    mount = await tenant.ask(
+        "Prepare", tenant.client.prepare(key, parent, labels), _added(key, Kind.ACTIVE, parent)
+    )
+    tenant.there[key] = Known(Kind.ACTIVE, parent, labels, tenant.inodes(parent))
+    expect(mount.options, ("rbind", "rw"), f"the mount of {key}")
+    if tenant.chance.random() < 0.5:
+        tenant.write(key, mount.source)
+
+
+async def prepare_by_job(tenant: Tenant) -> None:
+    parent = await _find_room(tenant)
+    key = tenant.new_name()
+    inodes = tenant.inodes(parent)
+    change = _added(key, Kind.ACTIVE, parent)
+    if await _work(tenant, "PrepareJob", key, parent, {}, change):
+        tenant.there[key] = Known(Kind.ACTIVE, parent, {}, inodes)
+    else:
+        tenant.garbage += inodes
+
+
+async def view(tenant: Tenant) -> None:
+    parent = _parent(tenant, {**tenant.bases, "": 1})
+    key, labels = tenant.new_name(), _labels(tenant)
+    mount = await tenant.ask(
+        "View", tenant.client.view(key, parent, labels), _added(key, Kind.VIEW, parent)
+    )
+    tenant.there[key] = Known(Kind.VIEW, parent, labels, 0)
+    expect(mount.options, ("rbind", "ro"), f"the mount of {key}")
+
+
+async def commit(tenant: Tenant) -> None:
+    key = tenant.choose(lambda _, known: known.kind is Kind.ACTIVE)
+    if key is None:
+        return
+    name, labels = tenant.new_name(), _labels(tenant)
+    digest = tenant.chance.random() < 0.3 and tenant.there[key].inodes < SMALL
+    committing = tenant.client.commit(name, key, labels, digest=digest)
+    what = "Commit with digest" if digest else "Commit"
+    await tenant.ask(what, committing, ("SnapshotCommitted", name, key))
+    _become(tenant, key, name, labels)
+    if digest:
+        info = await tenant.ask("Stat of one's own", tenant.client.stat(name))
+        tenant.there[name].labels[DIGEST_LABEL] = info.labels[DIGEST_LABEL]
+        tenant.check_info(info)
+        _check_digest(tenant, name)
+
+
+async def commit_by_job(tenant: Tenant) -> None:
+    key = tenant.choose(lambda _, known: known.kind is Kind.ACTIVE)
+    if key is None:
+        return
+    name, labels = tenant.new_name(), _labels(tenant)
+    options = {"labels": Variant("a{ss}", labels)}
+    if await _work(tenant, "CommitJob", name, key, options, ("SnapshotCommitted", name, key)):
+        _become(tenant, key, name, labels)
+
+
+async def update(tenant: Tenant) -> None:
+    name = tenant.choose(lambda *_: True)
+    if name is None:
+        return
+    labels = tenant.there[name].labels
+    await _update(tenant, name, "note", "" if "note" in labels else f"{tenant.chance.random()}")
+
+
+async def stand_by(tenant: Tenant) -> None:
+    """Have clones of something small kept ready, more or fewer than before."""
+    name = tenant.choose(lambda _, known: known.kind is Kind.COMMITTED and known.inodes < SMALL)
+    if name is None:
+        return
+    number = tenant.chance.randrange(3)
+    await _update(tenant, name, STANDBY_LABEL, f"{number}" if number else "")
+    standby = await tenant.ask("Standby", tenant.client.standby(name))
+    expect(standby.wanted, number, f"the standby clones of {name}")
+    # One that is too many is dropped in a while.
+    assert standby.ready <= 2
+
+
+async def stat(tenant: Tenant) -> None:
+    name = tenant.choose(lambda *_: True)
+    if name is not None:
+        tenant.check_info(await tenant.ask("Stat of one's own", tenant.client.stat(name)))
+
+
+async def usage(tenant: Tenant) -> None:
+    name = tenant.choose(lambda *_: True)
+    if name is None:
+        return
+    known = tenant.there[name]
+    found = await tenant.ask(f"Usage, {known.kind}", tenant.client.usage(name))
+    expect(found.inodes, known.inodes, f"the usage of {name}")
+    expect(found == Usage(0, 0), known.kind is Kind.VIEW, f"nothing is taken by {name}")
+
+
+async def mounts(tenant: Tenant) -> None:
+    name = tenant.choose(lambda *_: True)
+    if name is None:
+        return
+    asking = tenant.client.mounts(name)
+    if tenant.there[name].kind is Kind.COMMITTED:
+        await tenant.refused(FailedPrecondition, "Mounts", asking)
+    else:
+        assert os.path.isdir((await tenant.ask("Mounts", asking)).source)
+
+
+async def select(tenant: Tenant) -> None:
+    """List what filters say, all of which is the tenant's own."""
+    kind = tenant.chance.choice([*Kind])
+    chosen: list[tuple[list[str], Callable[[Known], bool]]] = [
+        ([f"labels.owner=={tenant.number},kind=={kind}"], lambda known: known.kind is kind),
+        ([f'name~="^{tenant.prefix}",labels.note'], lambda known: "note" in known.labels),
+    ]
+    parent = tenant.choose(lambda _, known: known.kind is Kind.COMMITTED)
+    if parent:
+        chosen.append(([f'parent=="{parent}"'], lambda known: known.parent == parent))
+    filters, fits = tenant.chance.choice(chosen)
+    found = await tenant.ask("List with filters", tenant.client.list(filters))
+    named = filters[0].startswith("labels.owner")
+    expected = sorted(
+        name
+        for name, known in tenant.there.items()
+        if fits(known) and (not named or "owner" in known.labels)
+    )
+    expect([info.name for info in found], expected, f"List with {filters}")
+    for info in found:
+        tenant.check_info(info)
+
+
+async def walk(tenant: Tenant) -> None:
+    """Go through all pages, with changes of one's own between them."""
+    limit = tenant.chance.choice([20, 60, 150, 1000])
+    always, ever, names = {*tenant.there}, {*tenant.there}, list[str]()
+    page: list[Info] | None = None
+    while page is None or len(page) == limit:
+        if page is not None and tenant.chance.random() < 0.2:
+            await tenant.chance.choice([prepare, view, commit, remove])(tenant)
+            always &= {*tenant.there}
+            ever |= {*tenant.there}
+        after = names[-1] if names else ""
+        page = await tenant.ask("List, a page", tenant.client.list([], after, limit))
+        tenant.check_page(page, after, limit)
+        names += [info.name for info in page]
+    encoded = [name.encode() for name in names]
+    expect(encoded, sorted({*encoded}), "the order of a walk")
+    own = {name for name in names if name.startswith(tenant.prefix)}
+    assert always <= own <= ever, f"a walk missed {always - own}, and made up {own - ever}"
+    expect({*tenant.bases} - {*names}, set(), "missed by a walk")
+
+
+async def remove(tenant: Tenant) -> None:
+    name = tenant.choose(lambda *_: True)
+    if name is None:
+        return
+    removing = tenant.client.remove(name)
+    if tenant.has_children(name) or tenant.is_mounted(name):
+        await tenant.refused(FailedPrecondition, "Remove", removing)
+        return
+    await tenant.ask("Remove", removing, ("SnapshotRemoved", name))
+    tenant.garbage += tenant.there.pop(name).inodes
+
+
+async def clean_up(tenant: Tenant) -> None:
+    await tenant.ask("Cleanup", tenant.client.cleanup())
+    tenant.garbage = 0
+
+
+async def verify(tenant: Tenant) -> None:
+    name = tenant.choose(lambda _, known: DIGEST_LABEL in known.labels)
+    if name is not None:
+        digest = await tenant.ask("Verify", tenant.client.verify(name))
+        expect(digest, tenant.there[name].labels[DIGEST_LABEL], f"the digest of {name}")
+
+
+async def check(tenant: Tenant) -> None:
+    expect(await tenant.ask("Check", tenant.client.check()), [], "found by Check")
+
+
+async def repair(tenant: Tenant) -> None:
+    expect(await tenant.ask("Repair", tenant.client.repair()), [], "mended by Repair")
+
+
+async def look_around(tenant: Tenant) -> None:
+    for job in await tenant.ask("ListJobs", tenant.client.jobs()):
+        assert job.uid == os.geteuid()
+    found = await tenant.ask("Properties.GetAll", tenant.client.service())
+    assert os.path.isdir(found.state_directory)
+
+
+async def err(tenant: Tenant) -> None:
+    """Ask for what cannot be."""
+    client, name = tenant.client, tenant.choose(lambda *_: True)
+    wrong: list[tuple[type[SnapdError], str, Callable[[], Awaitable[object]]]] = [
+        (NotFound, "Stat", partial(client.stat, f"{tenant.prefix}none")),
+        (NotFound, "Prepare", partial(client.prepare, f"{tenant.prefix}new", "none")),
+        (NotFound, "Job.Cancel", partial(client.cancel, 1 << 30)),
+        (InvalidArgument, "List", partial(client.list, ["=bad"])),
+        (InvalidArgument, "Mount", partial(client.mount, f"{tenant.prefix}new", "relative")),
+    ]
+    if name is not None:
+        wrong.append((AlreadyExists, "Prepare", partial(client.prepare, name)))
+        wrong.append((AlreadyExists, "View", partial(client.view, name)))
+        if tenant.there[name].kind is not Kind.COMMITTED:
+            asked = partial(client.prepare, f"{tenant.prefix}new", name)
+            wrong.append((InvalidArgument, "Prepare", asked))
+    kind, what, call = tenant.chance.choice(wrong)
+    await tenant.refused(kind, what, call())
+
+
+ERRANDS: dict[Errand, int] = {
+    prepare: 12,
+    prepare_by_job: 5,
+    view: 8,
+    commit: 8,
+    commit_by_job: 4,
+    update: 6,
+    stand_by: 1,
+    stat: 12,
+    usage: 4,
+    mounts: 4,
+    select: 6,
+    walk: 2,
+    mount: 4,
+    unmount: 4,
+    open_tree: 3,
+    come_back: 1,
+    remove: 16,
+    clean_up: 1,
+    verify: 1,
+    check: 1,
+    repair: 1,
+    look_around: 2,
+    err: 6,
+}
+"""How often what is done."""
+
+
+async def leave(tenant: Tenant) -> None:
+    """Remove all that is the tenant's, and go."""
+    for target in [*tenant.mounted]:
+        await tenant.ask("Unmount", tenant.client.unmount(target))
+        del tenant.mounted[target]
+    while tenant.there:
+        await remove(tenant)
+    await tenant.close()
+
+
+async def _find_room(tenant: Tenant) -> str:
+    """Choose a parent for a new snapshot, or none, and make room for the copy of it."""
+    while len(tenant.there) > KEEP:
+        await tenant.chance.choice([remove, unmount])(tenant)
+    parent = _parent(tenant, {**tenant.bases, "": 1})
+    inodes = tenant.inodes(parent)
+    while sum(known.inodes for known in tenant.there.values()) + tenant.garbage + inodes > INODES:
+        smaller = clean_up if tenant.garbage else tenant.chance.choice([remove, unmount])
+        await smaller(tenant)
+        if parent and parent not in tenant.bases and parent not in tenant.there:
+            return ""
+    return parent
+
+
+def _parent(tenant: Tenant, others: dict[str, int]) -> str:
+    """Choose one of the own snapshots, or of others, the rarer the larger."""
+    own = tenant.choose(lambda _, known: known.kind is Kind.COMMITTED)
+    if own and tenant.chance.random() < 0.4:
+        return own
+    weights = [1 / inodes**0.5 for inodes in others.values()]
+    return tenant.chance.choices([*others], weights)[0]
+
+
+async def _work(
+    tenant: Tenant, member: str, one: str, other: str, options: dict[str, Variant], change: Signal
+) -> bool:
+    """Have a job do what makes one change, and perhaps cancel it; tell whether it was done."""
+    arguments = [one, other, options]
+    calling = tenant.bus.request(BUS_NAME, OBJECT_PATH, MANAGER, member, "ssa{sv}", arguments)
+    tenant.ear.begin()
+    (path,) = await tenant.time(member, calling)
+    number = int(str(path).removeprefix(f"{JOB_PATH}/"))
+    arrived = tenant.ear.arrived
+    assert ("JobNew", number, path) in arrived[: arrived.index(REPLY)]
+    cancelled = False
+    if tenant.chance.random() < 0.3:
+        await asyncio.sleep(tenant.chance.choice([0, 0.01, 0.1]))
+        try:
+            await tenant.time("Job.Cancel", tenant.client.cancel(number))
+            cancelled = True
+        except (NotFound, FailedPrecondition):
+            pass  # It was done already.
+    end = await tenant.ear.end_of(path)
+    *_, result, error, text = end
+    expected = "cancelled" if cancelled else "done"
+    expect(result, expected, f"the end of {member} with {error} {text}")
+    expect(tenant.ear.changes(end), [change] * (not cancelled), f"heard before the end of {member}")
+    tenant.acknowledge(*[change] * (not cancelled))
+    return not cancelled
+
+
+async def _update(tenant: Tenant, name: str, label: str, value: str) -> None:
+    """Set one label, or delete it."""
+    labels = {label: value} if value else {}
+    updating = tenant.client.update(name, labels, [f"labels.{label}"])
+    info = await tenant.ask("Update", updating, ("SnapshotUpdated", name))
+    tenant.there[name].labels.pop(label, None)
+    tenant.there[name].labels.update(labels)
+    tenant.check_info(info)
+
+
+def _become(tenant: Tenant, key: str, name: str, labels: dict[str, str]) -> None:
+    """Book that an active snapshot was committed."""
+    known = tenant.there.pop(key)
+    known.kind, known.labels = Kind.COMMITTED, labels
+    tenant.there[name] = known
+    tenant.mounted = {
+        target: (name if mounted == key else mounted, lifetime)
+        for target, (mounted, lifetime) in tenant.mounted.items()
+    }
+
+
+def _check_digest(tenant: Tenant, name: str) -> None:
+    """Compare the digest of a copy that nobody has changed with that of its parent."""
+    known = tenant.there[name]
+    parent = tenant.there.get(known.parent)
+    if parent and not known.changed and DIGEST_LABEL in parent.labels:
+        expect(known.labels[DIGEST_LABEL], parent.labels[DIGEST_LABEL], f"the digest of {name}")
+
+
+def _labels(tenant: Tenant) -> dict[str, str]:
+    labels = {"owner": f"{tenant.number}"}
+    return labels if tenant.chance.random() < 0.7 else {}
+
+
+def _added(key: str, kind: Kind, parent: str) -> Signal:
+    return ("SnapshotAdded", key, kind.value, parent)

@@ -1,0 +1,183 @@
+"""Runs in the guest: clients that change snapshots all the time, and tell of each call.
+
+Reads from stdin one JSON object, ``{"seed": int, "workers": int, "known": {INSTANCE: {NAME:
+{PATH: DIGEST}}}, "keys": {INSTANCE: [KEY]}, "patient": bool}``, and prints a JSON line before each
+call and one after it, until it is killed. Clients that are patient go on when the service could
+not do what they asked for. What a tree holds is not read back from it: the digests are of what was
+written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+
+from snapd_native.client import BlockingClient
+from snapd_native.errors import (
+    DataLoss,
+    FailedPrecondition,
+    Internal,
+    NotFound,
+    ResourceExhausted,
+)
+
+KEEP = 12
+"""Committed snapshots of an instance, about: its disk is small."""
+
+UNABLE = (DataLoss, ResourceExhausted, Internal)
+"""The errors of calls that failed for lack of resources."""
+
+Files = dict[str, str]
+
+_output = threading.Lock()
+_numbers = count(1)
+
+
+def say(**fields: object) -> None:
+    with _output:
+        sys.stdout.write(json.dumps(fields) + "\n")
+        sys.stdout.flush()
+
+
+@contextmanager
+def told(instance: str, operation: str, key: str, **fields: object) -> Iterator[None]:
+    call = next(_numbers)
+    say(call=call, at="begin", instance=instance, operation=operation, key=key, **fields)
+    try:
+        yield
+    except (FailedPrecondition, NotFound) as error:
+        say(call=call, at="refused", gone=isinstance(error, NotFound))
+        raise
+    except UNABLE as error:
+        say(call=call, at="failed", error=type(error).__name__, message=str(error))
+        raise
+    say(call=call, at="done")
+
+
+class Worker:
+    """One client of one instance. Its snapshots have names that no other worker uses."""
+
+    def __init__(self, instance: str, name: str, known: dict[str, Files], patient: bool) -> None:
+        self._instance = instance
+        self._name = name
+        self._known = known
+        self._patient = patient
+        self._chance = random.Random(name)
+
+    def run(self, keys: list[str]) -> None:
+        with BlockingClient(self._instance) as client:
+            for key in keys:
+                with told(self._instance, "remove", key):
+                    client.remove(key)
+            for number in count():
+                try:
+                    self._round(client, f"{self._name}-{number}")
+                except UNABLE:
+                    if not self._patient:
+                        raise
+
+    def _round(self, client: BlockingClient, name: str) -> None:
+        key = f"{name}-active"
+        parent = self._chance.choice(["", *list(self._known)])
+        files = dict(self._known.get(parent, {}))
+        try:
+            with told(self._instance, "prepare", key, parent=parent):
+                mount = client.prepare(key, parent)
+        except (FailedPrecondition, NotFound):
+            return
+        try:
+            self._change(mount.source, name, files)
+        except OSError:
+            if not self._patient:
+                raise
+            return
+        if self._chance.random() < 0.15:
+            return
+        with told(self._instance, "commit", key, name=name, parent=parent, files=files):
+            client.commit(name, key)
+        self._known[name] = files
+        if self._chance.random() < 0.3:
+            self._look(client, name)
+        if len(self._known) > KEEP:
+            # Those that have children stay.
+            for name in self._chance.sample(list(self._known), k=5):
+                self._remove(client, name)
+
+    def _look(self, client: BlockingClient, name: str) -> None:
+        """Do what changes no tree; somebody else may remove the snapshot meanwhile."""
+        key = f"{name}-view"
+        try:
+            with told(self._instance, "view", key):
+                client.view(key, name)
+            client.usage(key)
+            sum(1 for _ in client.walk([f"parent=={name}"]))
+            with told(self._instance, "update", name, labels={"of": key}):
+                client.update(name, {"of": key})
+            if self._chance.random() < 0.7:
+                with told(self._instance, "remove", key):
+                    client.remove(key)
+        except (FailedPrecondition, NotFound):
+            return
+
+    def _remove(self, client: BlockingClient, name: str) -> None:
+        try:
+            with told(self._instance, "remove", name):
+                client.remove(name)
+        except (FailedPrecondition, NotFound):
+            return
+        self._known.pop(name, None)
+
+    def _change(self, root: str, name: str, files: Files) -> None:
+        """Add files for good, and add, overwrite, rename and delete others."""
+        for number in range(self._chance.randrange(1, 4)):
+            self._write(root, f"kept/{name}/{number}", files)
+        loose = [path for path in files if path.startswith("loose/")]
+        self._chance.shuffle(loose)
+        for path in loose[:2]:
+            self._write(root, path, files)
+        for path in loose[2:4]:
+            os.unlink(os.path.join(root, path))
+            del files[path]
+        for path in loose[4:5]:
+            os.rename(os.path.join(root, path), os.path.join(root, f"loose/{name}-renamed"))
+            files[f"loose/{name}-renamed"] = files.pop(path)
+        for number in range(self._chance.randrange(1, 4)):
+            self._write(root, f"loose/{name}-{number}", files)
+
+    def _write(self, root: str, path: str, files: Files) -> None:
+        data = self._chance.randbytes(int(self._chance.paretovariate(0.6) * 100) % 150_000)
+        os.makedirs(os.path.dirname(os.path.join(root, path)), exist_ok=True)
+        with open(os.path.join(root, path), "wb") as file:
+            file.write(data)
+        files[path] = hashlib.sha256(data).hexdigest()
+
+
+def main() -> None:
+    """Start the workers, and end when one of them fails."""
+    order = json.loads(sys.stdin.readline())
+    failed = threading.Event()
+
+    def work(worker: Worker, keys: list[str]) -> None:
+        try:
+            worker.run(keys)
+        finally:
+            failed.set()
+
+    for instance, known in order["known"].items():
+        for number in range(order["workers"]):
+            worker = Worker(instance, f"{order['seed']}-{number}", known, order["patient"])
+            keys = order["keys"][instance] if number == 0 else []
+            threading.Thread(target=work, args=(worker, keys), daemon=True).start()
+    failed.wait()
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

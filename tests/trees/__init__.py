@@ -1,0 +1,1 @@
+"""`snapd_native.trees`: clone, measure, digest and delete directory trees."""

@@ -1,0 +1,1 @@
+"""Programs for those who develop the project; none of them is installed."""

@@ -1,0 +1,84 @@
+"""The box: a Debian 12 machine's image with all that the package depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from tools.vm import package
+from tools.vm.steps import ROOT, StepError, Steps, run
+
+BUILD_BOX = ROOT / "tools/vm/build-box"
+
+
+class Box:
+    """The box for one package."""
+
+    def __init__(self, steps: Steps, deb: Path) -> None:
+        self._steps = steps
+        self._vagrant_home = steps.cache / "vagrant"
+        self._needed = package.dependencies(deb)
+        made_from = BUILD_BOX.read_bytes() + " ".join(self._needed).encode()
+        self.name = f"snapd-native/bookworm-{hashlib.sha256(made_from).hexdigest()[:12]}"
+
+    @property
+    def image(self) -> Path | None:
+        """The image, if the box has been built."""
+        directory = self._vagrant_home / "boxes" / self.name.replace("/", "-VAGRANTSLASH-")
+        return next(directory.glob("*/libvirt/box.img"), None)
+
+    def build(self) -> Path:
+        """Build the box and return its image; delete the last box."""
+        for old in (self._vagrant_home / "boxes").glob("snapd-native-VAGRANTSLASH-*"):
+            shutil.rmtree(old)
+        self._steps.cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._steps.cache) as new:
+            self._steps.step(
+                "box",
+                900,
+                [BUILD_BOX, self.name, "1.0.0", f"{new}/new.box", *self._needed],
+                ["vagrant", "box", "add", "--no-tty", f"{new}/new.json"],
+            )
+        if self.image is None:
+            raise StepError(f"Vagrant has added the box {self.name} without an image")
+        return self.image
+
+
+def known_driver() -> str | None:
+    """Name the driver that is asked for, or the only one there is; None if KVM has to be tried."""
+    return os.environ.get("VM_DRIVER") or (None if Path("/dev/kvm").exists() else "qemu")
+
+
+def fastest_driver(steps: Steps, image: Path) -> str:
+    """Name the fastest driver that works. That /dev/kvm exists does not prove that it does."""
+    with steps.timed("kvm"):
+        works = _ends_by_itself(steps) and _logs_in(steps, image)
+        return "kvm" if works else "qemu"
+
+
+def _ends_by_itself(steps: Steps) -> bool:
+    sector = steps.logs / "sector"
+    # mov al, 16; out 0xf4, al; hlt: QEMU's exit status is 2 * 16 + 1.
+    sector.write_bytes(b"\xb0\x10\xe6\xf4\xf4".ljust(510, b"\0") + b"\x55\xaa" + bytes(65024))
+    device = "isa-debug-exit,iobase=0xf4,iosize=1"
+    disk = f"file={sector},format=raw,if=ide"
+    command = [*_qemu(), "-m", "32", "-device", device, "-drive", disk]
+    return run(command, steps.environment, steps.logs / "kvm.log", 20) == 33
+
+
+def _logs_in(steps: Steps, image: Path) -> bool:
+    console = steps.logs / "console"
+    watch = f"timeout 60 tail -n +1 -F {console} | grep -aqm 1 login:"
+    disk = f"file={image},format=qcow2,if=virtio"
+    command = [*_qemu(), "-m", "512", "-snapshot", "-drive", disk]
+    qemu = " ".join([*command, "-serial", f"file:{console}"])
+    script = f"{qemu} & {watch}"
+    return run(["bash", "-c", script], steps.environment, steps.logs / "kvm.log", 70) == 0
+
+
+def _qemu() -> list[str]:
+    machine = ["qemu-system-x86_64", "-accel", "kvm", "-cpu", "host"]
+    return [*machine, "-nodefaults", "-display", "none"]
