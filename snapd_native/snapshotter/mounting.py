@@ -271,9 +271,9 @@ class Mounter:
                 if entry is None:
                     self._standing.forget(line)
                     return None
-            with self._standing.turn(entry):
+            with self._standing.turn(entry, leaving=line):
                 with self._lock:
-                    if self._standing.entry(line, Table.read()) != entry:
+                    if find() != (line, entry):
                         # Another call had its turn before.
                         continue
                 if not _detached(entry, lazy):

@@ -13,7 +13,7 @@ from snapd_native import linux, mounts
 from snapd_native.errors import InvalidArgument, NotFound, SnapdError
 from snapd_native.metastore import Ledger, Line
 from snapd_native.model import Finding, Lifetime, Trouble, quote, quote_path
-from snapd_native.mounts import Entry, Table, Target
+from snapd_native.mounts import Entry, Place, Table, Target
 from snapd_native.snapshotter.state import StateDirectory
 
 log = logging.getLogger(__name__)
@@ -32,8 +32,10 @@ class Standing:
         self._ledger = ledger
         self.lock = Lock()
         """Never held during calls on file systems that may not answer; see `bounded`."""
-        self._opened: set[int] = set()
-        """The numbers of mounts that have their `turn`."""
+        self._opened: set[tuple[int, Place]] = set()
+        """The mounts that have their `turn`; the number alone may be given to another one."""
+        self._leaving: set[int] = set()
+        """The ids of lines whose mounts are being unmounted: those are gone before the lines."""
         self._closed = Condition(self.lock)
         self.own = own
         self.boot = linux.boot_id()
@@ -66,7 +68,9 @@ class Standing:
         return [
             line
             for line in lines
-            if line.id not in standing and line.lifetime is Lifetime.PERSISTENT
+            if line.id not in standing
+            and line.id not in self._leaving
+            and line.lifetime is Lifetime.PERSISTENT
         ]
 
     def entry(self, line: Line, table: Table) -> Entry | None:
@@ -98,21 +102,25 @@ class Standing:
         )
 
     @contextmanager
-    def turn(self, entry: Entry) -> Iterator[None]:
-        """Let no other call open a mount during the block: one that is open cannot be unmounted."""
+    def turn(self, entry: Entry, leaving: Line | None = None) -> Iterator[None]:
+        """Let no other call open a mount during the block: one that is open cannot be unmounted.
+
+        The block unmounts what the line ``leaving`` is of, and strikes that out.
+        """
+        mount = (entry.id, entry.root)
         with self.lock:
-            self._closed.wait_for(lambda: entry.id not in self._opened)
-            self._opened.add(entry.id)
+            self._closed.wait_for(lambda: mount not in self._opened)
+            self._opened.add(mount)
+            if leaving:
+                self._leaving.add(leaving.id)
         try:
             yield
         finally:
             with self.lock:
-                self._opened.remove(entry.id)
+                self._opened.remove(mount)
+                if leaving:
+                    self._leaving.remove(leaving.id)
                 self._closed.notify_all()
-
-    def _is_leaving(self, line: Line) -> bool:
-        """Tell whether a call is unmounting a mount: it is gone before its line is."""
-        return line.boot == self.boot and line.mount in self._opened
 
     def showing(self, table: Table, tree: int) -> list[Entry]:
         """Return all mounts of a tree, the service's and anybody's."""
@@ -135,8 +143,6 @@ class Standing:
         lines = self._ledger.lines()
         standing = {line: self.entry(line, table) for line in lines}
         for line in self.absent(lines):
-            if self._is_leaving(line):
-                continue
             what = f"it is not mounted on {quote_path(line.target)} any more"
             found.append((line.key, f"{what}: call Repair, or unmount it"))
         for line, entry in standing.items():
@@ -200,7 +206,7 @@ class Standing:
                 self.make_own(Path(line.target))
             with mounts.open_target(line.target, line.uid) as target, self.lock:
                 absent = self.absent(self._ledger.lines())
-                if line in absent and line.tree not in frozen and not self._is_leaving(line):
+                if line in absent and line.tree not in frozen:
                     self._attach_again(line, target)
         except (SnapdError, OSError) as error:
             log.error(

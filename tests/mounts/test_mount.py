@@ -571,8 +571,9 @@ def test_unmount_waits_while_another_call_has_the_mount_open(
 def test_check_and_repair_leave_a_mount_alone_that_is_being_unmounted(
     full: Snapshotter, places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mount is gone a moment before its record."""
-    here = place(places)
+    """The mount is gone a moment before its record, also for a Mount that comes then."""
+    here, there = place(places), place(places, "there")
+    full.prepare("other")
     full.mounter.mount("work", str(here))
     detached, go_on = threading.Event(), threading.Event()
     detach = mounts.detach
@@ -588,9 +589,11 @@ def test_check_and_repair_leave_a_mount_alone_that_is_being_unmounted(
         try:
             assert detached.wait(WAIT)
             assert full.upkeep.check() == []
+            full.mounter.mount("other", str(there))
+            assert full.upkeep.check() == []
             full.mounter.mend()
             assert mounted_on(here) is None
         finally:
             go_on.set()
         unmounting.result(WAIT)
-    assert full.mounter.list_mounts() == []
+    assert [mounted.key for mounted in full.mounter.list_mounts()] == ["other"]
