@@ -46,6 +46,8 @@ class Entry:
     target: str
     """Where it is."""
     read_only: bool
+    propagates: bool = False
+    """Whether mounts on it appear on its peers, or those on its peers on it."""
     layers: tuple[str, ...] = ()
     """The layers of an overlay, as they were given when it was mounted."""
     written: tuple[str, ...] = ()
@@ -134,7 +136,7 @@ class Table:
 
 def _entry(line: bytes) -> Entry:
     mount, _, file_system = line.partition(b" - ")
-    id_, parent, device, root, target, options, *_ = mount.split(b" ")
+    id_, parent, device, root, target, options, *peers = mount.split(b" ")
     layers, written = _layers(file_system)
     return Entry(
         int(id_),
@@ -142,6 +144,7 @@ def _entry(line: bytes) -> Entry:
         Place(device.decode(), _text(root)),
         _text(target),
         b"ro" in options.split(b","),
+        any(peer.startswith((b"shared:", b"master:")) for peer in peers),
         layers,
         written,
     )

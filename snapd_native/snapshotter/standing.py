@@ -168,7 +168,8 @@ class Standing:
         Mounts of trees that are ``frozen`` are left alone: they are being committed. What else is
         read-only stays so: a person has made it so. The start of the service makes it writable
         again. It forgets what is absent since this boot: that was unmounted meanwhile, or an end of
-        the service has interrupted Mount or Unmount.
+        the service has interrupted Mount or Unmount. A mount that needs nothing is not opened, for
+        its file system may not answer.
         """
         if self.blind:
             return
@@ -183,10 +184,12 @@ class Standing:
                     if line.boot == self.boot:
                         self.forget(line)
         for line, entry in standing:
+            read_only = line.read_only or (entry.read_only and not starting)
+            if entry.read_only == read_only and not entry.propagates:
+                continue
             try:
-                kept = entry.read_only and not starting
                 with self.turn(entry):
-                    mounts.restore(entry, read_only=line.read_only or kept)
+                    mounts.restore(entry, read_only=read_only)
             except OSError as error:
                 if Table.read().get(entry.id):
                     target, why = quote_path(entry.target), error.strerror

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from snapd_native.errors import FailedPrecondition
 from snapd_native.model import Trouble
 from snapd_native.mounts import bounded
 from snapd_native.snapshotter import Snapshotter
+from tests.support.engine import fill, opened
 from tests.support.file_systems import on_ext4
 from tests.support.kernel_mounts import place, targets, writable
 from tests.support.service import NOBODY, check_sentence
@@ -39,6 +41,7 @@ def mounted(
     assert places.is_dir()
     (state / "metadata.db").chmod(0o644)
     full.mounter.mount("work", str(silent.root / "here"))
+    subprocess.run(["mount", "--make-shared", str(silent.root / "here")], check=True)
     yield full
     silent.answer()
     becomes(waiting, 0)
@@ -122,6 +125,23 @@ def test_repair_leaves_mounts_alone_whose_file_system_is_silent(
     assert [finding.kind for finding in mounted.upkeep.repair()] == [Trouble.MODE]
     silent.answer()
     assert writable(silent.root / "here")
+
+
+def test_a_start_does_not_ask_the_file_system_of_an_intact_mount(
+    state: Path, places: Path, silent: SilentFileSystem
+) -> None:
+    """Otherwise each such mount delays the start, and systemd ends a start that takes too long."""
+    assert places.is_dir()
+    here = str(silent.root / "here")
+    with opened(state) as engine:
+        fill(engine)
+        engine.mounter.mount("work", here)
+    silent.stop_answering()
+    with opened(state) as engine:
+        assert not silent.was_asked()
+        silent.answer()
+        assert targets(engine) == [here]
+        engine.mounter.unmount(here)
 
 
 def test_repeated_calls_on_a_silent_mount_leave_one_thread(

@@ -545,6 +545,7 @@ def test_unmount_waits_while_another_call_has_the_mount_open(
     """It would find the mount in use, by the service itself."""
     here = place(places)
     full.mounter.mount("work", str(here))
+    subprocess.run(["mount", "--make-shared", str(here)], check=True)
     opened, go_on = threading.Event(), threading.Event()
 
     def restore(entry: Entry, *, read_only: bool) -> None:

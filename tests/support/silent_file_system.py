@@ -49,6 +49,10 @@ class SilentFileSystem:
         self._asked.clear()
         self._answering.clear()
 
+    def was_asked(self) -> bool:
+        """Tell whether somebody has asked since `stop_answering`."""
+        return self._asked.is_set()
+
     def wait_until_asked(self, seconds: float) -> None:
         """Return when somebody has asked since `stop_answering`."""
         assert self._asked.wait(seconds)
