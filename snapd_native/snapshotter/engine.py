@@ -31,7 +31,7 @@ from snapd_native.snapshotter.contents import Contents
 from snapd_native.snapshotter.directories import close_runtime
 from snapd_native.snapshotter.failures import explained, unless_removed
 from snapd_native.snapshotter.labels import changed, label_key
-from snapd_native.snapshotter.mounting import Mounter
+from snapd_native.snapshotter.mounter import Mounter
 from snapd_native.snapshotter.opening import open_store
 from snapd_native.snapshotter.reaping import Reaper
 from snapd_native.snapshotter.standby import Standby

@@ -14,7 +14,7 @@ from snapd_native.model import DIGEST_LABEL, Finding, Trouble, check_name, is_na
 from snapd_native.snapshotter import digests
 from snapd_native.snapshotter.contents import Contents
 from snapd_native.snapshotter.failures import explained, unless_removed
-from snapd_native.snapshotter.mounting import Mounter
+from snapd_native.snapshotter.mounter import Mounter
 from snapd_native.snapshotter.reaping import Reaper
 from snapd_native.snapshotter.shared import Shared
 from snapd_native.snapshotter.state import StateDirectory

@@ -20,7 +20,7 @@ from snapd_native.errors import InvalidArgument, SnapdError, Unavailable
 from snapd_native.model import Added, Committed, Info, Kind, Mount, Removed, Updated
 from snapd_native.private import private_bus
 from snapd_native.snapshotter import Snapshotter
-from snapd_native.snapshotter.mounting import Mounter
+from snapd_native.snapshotter.mounter import Mounter
 from snapd_native.snapshotter.upkeep import Upkeep
 from snapd_native.wire.names import error_from, error_name
 from tests.support import service as running

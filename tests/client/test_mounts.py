@@ -18,7 +18,7 @@ import pytest
 from snapd_native.client import BlockingClient, Client
 from snapd_native.errors import InvalidArgument, SnapdError, Unavailable
 from snapd_native.model import Lifetime, Mounted
-from snapd_native.snapshotter.mounting import Mounter
+from snapd_native.snapshotter.mounter import Mounter
 from tests.support.bus_mounts import is_gone, listed, stocked_with_snapshots
 from tests.support.descriptors import THIS, descriptors, nothing_left_open, wait_until_closed
 from tests.support.engine import opened

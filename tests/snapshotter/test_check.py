@@ -19,7 +19,7 @@ from snapd_native.jobs import Job
 from snapd_native.metastore import Record
 from snapd_native.model import Finding, Trouble
 from snapd_native.snapshotter import Snapshotter
-from snapd_native.snapshotter.mounting import Mounter
+from snapd_native.snapshotter.mounter import Mounter
 from snapd_native.snapshotter.reaping import Reaper
 from snapd_native.snapshotter.state import StateDirectory
 from snapd_native.trees import Report

@@ -1,4 +1,4 @@
-"""The reasons why an Unmount or a Commit is refused, as errors of the contract."""
+"""The reasons why an Unmount, a Commit or a Remove is refused, in words for the caller."""
 
 from __future__ import annotations
 
@@ -34,6 +34,20 @@ def not_unmounted(target: str, error: OSError) -> SnapdError | OSError:
     if why := _out_of_reach(target, error):
         return FailedPrecondition(f"cannot unmount {quote_path(target)}: {why}")
     return error
+
+
+def in_the_way(targets: Sequence[str], overlays: Sequence[str], inside: Sequence[str]) -> str:
+    """Say what keeps a snapshot from being removed, and what to do; nothing if nothing does.
+
+    It is mounted on ``targets``, ``overlays`` show it, and something is mounted ``inside`` of it.
+    """
+    if targets:
+        return f"it is mounted, unmount {enumerated(targets)} first"
+    if overlays:
+        return f"the overlay on {enumerated(overlays)} shows it, unmount that first"
+    if inside:
+        return f"something is mounted in it on {enumerated(inside)}, unmount that first"
+    return ""
 
 
 def _out_of_reach(target: str, error: OSError) -> str:

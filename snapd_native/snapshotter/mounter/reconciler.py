@@ -1,4 +1,4 @@
-"""Compare the ledger with the kernel's table of mounts, and bring the two together."""
+"""Compare the ledger with the kernel's table of mounts, and make the two agree."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from snapd_native.snapshotter.state import StateDirectory
 log = logging.getLogger(__name__)
 
 
-class Standing:
-    """The mounts of the ledger that exist in the kernel's table; ``lock`` guards both together."""
+class Reconciler:
+    """Knows which mounts of the ledger stand in the kernel's table; ``lock`` guards both."""
 
     def __init__(self, state: StateDirectory, ledger: Ledger, own: Path) -> None:
         """Bring them together.
@@ -245,14 +245,3 @@ _CHROOT = (
     "what the service mounts cannot be looked up: it runs in a chroot that is no mount point,"
     " start it outside"
 )
-
-
-def thaw(entry: Entry) -> None:
-    """Make a mount writable again that was for a moment not, wherever it is by now."""
-    now = Table.read().get(entry.id)
-    if now is None or now.root != entry.root or not now.read_only:
-        return
-    try:
-        mounts.make_read_only(now, read_only=False)
-    except OSError as error:
-        log.warning("%s stays read-only: %s", quote_path(now.target), error.strerror)

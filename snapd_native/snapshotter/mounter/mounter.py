@@ -1,4 +1,4 @@
-"""Snapshots in the host's directory tree: mounted, listed, unmounted, and recovered."""
+"""Mount, unmount and list snapshots in the host's directory tree."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -30,18 +30,12 @@ from snapd_native.model import (
     quote,
     quote_path,
 )
-from snapd_native.mounts import Elsewhere, Entry, Hidden, Table, Target
+from snapd_native.mounts import Entry, Table, Target
 from snapd_native.snapshotter.background import Background
 from snapd_native.snapshotter.failures import explained
-from snapd_native.snapshotter.obstacles import (
-    can_write,
-    enumerated,
-    frozen_elsewhere,
-    in_use,
-    not_frozen,
-    not_unmounted,
-)
-from snapd_native.snapshotter.standing import Standing, thaw
+from snapd_native.snapshotter.mounter.freezer import Freezer, thaw
+from snapd_native.snapshotter.mounter.reconciler import Reconciler
+from snapd_native.snapshotter.mounter.refusals import in_the_way, in_use, not_unmounted
 from snapd_native.snapshotter.state import StateDirectory
 
 log = logging.getLogger(__name__)
@@ -58,15 +52,14 @@ class Mounter:
     def __init__(
         self, state: StateDirectory, store: Metastore, runtime: Path, stopping: Event
     ) -> None:
-        """Bring the ledger and the kernel's table together; see `Standing`."""
+        """Bring the ledger and the kernel's table together; see `Reconciler`."""
         self._state = state
         self._store = store
         self._ledger = store.ledger
-        self._standing = Standing(state, store.ledger, runtime / "mounts")
+        self._reconciler = Reconciler(state, store.ledger, runtime / "mounts")
         self._stopping = stopping
-        self._lock = self._standing.lock
-        self._frozen: set[int] = set()
-        """Trees that are being committed."""
+        self._lock = self._reconciler.lock
+        self._freezer = Freezer(state, self._reconciler)
         self._owners = {line.owner for line in self._ledger.lines() if line.owner}
         self._releaser = Background("releaser", "what a client has left stays mounted")
 
@@ -100,8 +93,8 @@ class Mounter:
             DataLoss: its directory is gone.
         """
         check_name(key)
-        if self._standing.blind:
-            raise FailedPrecondition(self._standing.blind)
+        if self._reconciler.blind:
+            raise FailedPrecondition(self._reconciler.blind)
         if not target:
             return self._mount_on_own(key, read_only, lifetime, uid, owner)
         with mounts.open_target(target, uid) as opened, self._lock:
@@ -144,13 +137,13 @@ class Mounter:
         with self._lock:
             return [
                 Mounted(entry.target, line.key, line.read_only, line.lifetime, line.uid)
-                for line, entry in self._standing.of(self._ledger.lines(snapshot))
+                for line, entry in self._reconciler.of(self._ledger.lines(snapshot))
             ]
 
     def user(self, target: str) -> int | None:
         """Return the uid that asked for what is mounted on ``target``; None if nothing is."""
         with self._lock, suppress(SnapdError):
-            line, _ = self._standing.find(target)
+            line, _ = self._reconciler.find(target)
             return line.uid
         return None
 
@@ -176,15 +169,15 @@ class Mounter:
 
     def findings(self) -> Sequence[Finding]:
         """Return where the ledger and the kernel's table differ, but for what is unmounted."""
-        if not self._standing.findings():
+        if not self._reconciler.findings():
             return []
         # A call may have been between the two.
         with self._lock:
-            return self._standing.findings()
+            return self._reconciler.findings()
 
     def mend(self) -> None:
         """Make mounts what the ledger says of them."""
-        self._standing.mend(self._frozen)
+        self._reconciler.mend(self._freezer.trees)
 
     @contextmanager
     def unmounted(self) -> Iterator[Callable[[Record], None]]:
@@ -192,69 +185,13 @@ class Mounter:
         with self._lock:
             yield self._check_unmounted
 
-    @contextmanager
-    def frozen(self, key: str, tree: int) -> Iterator[None]:
-        """Turn the mounts of an active snapshot's tree read-only; undone if the block fails.
-
-        Those in the mount namespaces of other processes too, and detached ones.
-
-        Raises:
-            FailedPrecondition: a file is open for writing on one of them, or a mount that was
-                unmounted lazily can still be written to.
-        """
-        with self._lock:
-            self._frozen.add(tree)
-        done: list[Entry] = []
-        elsewhere, hidden = Elsewhere(), Hidden()
-        try:
-            self._make_read_only(key, tree, done)
-            if place := self._state.place(tree):
-                if overlays := Table.read().overlays(place, writing=True):
-                    raise FailedPrecondition(
-                        f"cannot commit {quote(key)}: the overlay on"
-                        f" {enumerated([entry.target for entry in overlays])} writes to it,"
-                        " unmount that first"
-                    )
-                with frozen_elsewhere(key):
-                    elsewhere.freeze(place)
-                with explained(f"commit {quote(key)}"), self._state.open(str(tree)) as root:
-                    if writers := hidden.freeze(root, elsewhere.known):
-                        raise can_write(key, writers)
-            yield
-        except BaseException:
-            hidden.thaw()
-            elsewhere.thaw()
-            for entry in done:
-                with self._standing.turn(entry):
-                    thaw(entry)
-            raise
-        finally:
-            hidden.close()
-            elsewhere.close()
-            with self._lock:
-                self._frozen.discard(tree)
-
-    def _make_read_only(self, key: str, tree: int, done: list[Entry]) -> None:
-        """Make the host's mounts of a tree read-only, and add them to those that are ``done``."""
-        tried: dict[Entry, OSError] = {}
-        while writable := [
-            entry for entry in self._standing.showing(Table.read(), tree) if not entry.read_only
-        ]:
-            for entry in writable:
-                if entry in tried:
-                    raise not_frozen(key, entry, tried[entry]) from None
-                try:
-                    with self._standing.turn(entry):
-                        mounts.make_read_only(entry)
-                except OSError as error:
-                    # It may have gone meanwhile, or have been moved.
-                    tried[entry] = error
-                else:
-                    done.append(entry)
+    def frozen(self, key: str, tree: int) -> AbstractContextManager[None]:
+        """Make every mount of an active snapshot's tree read-only; see `Freezer.frozen`."""
+        return self._freezer.frozen(key, tree)
 
     def _of(self, target: str, uid: int | None) -> tuple[Line, Entry | None]:
         """Return what was mounted on ``target``, for ``uid`` if that is not None."""
-        line, entry = self._standing.find(target)
+        line, entry = self._reconciler.find(target)
         if uid not in (None, line.uid):
             raise AccessDenied(f"{quote_path(target)} is mounted for another: leave it alone")
         return line, entry
@@ -269,9 +206,9 @@ class Mounter:
             with self._lock:
                 line, entry = find()
                 if entry is None:
-                    self._standing.forget(line)
+                    self._reconciler.forget(line)
                     return None
-            with self._standing.turn(entry, leaving=line):
+            with self._reconciler.turn(entry, leaving=line):
                 with self._lock:
                     if find() != (line, entry):
                         # Another call had its turn before.
@@ -279,7 +216,7 @@ class Mounter:
                 if not _detached(entry, lazy):
                     return entry
                 with self._lock:
-                    self._standing.forget(line)
+                    self._reconciler.forget(line)
                     return None
 
     def _mount_on_own(
@@ -287,9 +224,9 @@ class Mounter:
     ) -> str:
         with self._lock:
             record = self._mountable(key, read_only)
-            path = self._standing.own / str(record.id)
+            path = self._reconciler.own / str(record.id)
             with explained(f"mount {quote(key)}"):
-                self._standing.make_own(path)
+                self._reconciler.make_own(path)
             try:
                 with mounts.open_target(str(path)) as opened:
                     self._mount(record, opened, read_only, lifetime, uid, owner)
@@ -330,11 +267,11 @@ class Mounter:
         owner: str,
     ) -> None:
         lines = self._ledger.lines()
-        if any(entry.target == target.path for _, entry in self._standing.of(lines)):
+        if any(entry.target == target.path for _, entry in self._reconciler.of(lines)):
             raise AlreadyExists(
                 f"a snapshot is mounted on {quote_path(target.path)} already: unmount it first"
             )
-        absent = self._standing.absent(lines)
+        absent = self._reconciler.absent(lines)
         is_read_only = _is_read_only(record, read_only)
         mount = self._detached_tree(record, read_only)
         try:
@@ -348,9 +285,9 @@ class Mounter:
                     lifetime,
                     uid,
                     owner,
-                    self._standing.boot,
+                    self._reconciler.boot,
                     linux.mount_id(mount),
-                    [line.id for line in absent if line.boot == self._standing.boot],
+                    [line.id for line in absent if line.boot == self._reconciler.boot],
                 )
                 try:
                     mounts.attach(mount, target.fd)
@@ -370,7 +307,7 @@ class Mounter:
             os.close(mount)
         for line in absent:
             if line.target == target.path:
-                self._standing.forget(line)
+                self._reconciler.forget(line)
         log.debug("%s is mounted on %s", quote(record.info.name), quote_path(target.path))
 
     def _detached_tree(self, record: Record, read_only: bool | None) -> int:
@@ -392,7 +329,7 @@ class Mounter:
         for lazy in (False,) * _TRIES + (True,):
             try:
                 busy = self._take_away(
-                    lambda: (line, self._standing.entry(line, Table.read())), lazy
+                    lambda: (line, self._reconciler.entry(line, Table.read())), lazy
                 )
             except (SnapdError, OSError) as error:
                 failure = error
@@ -410,33 +347,19 @@ class Mounter:
         targets = [
             entry.target if entry else line.target
             for line in self._ledger.lines(record.id)
-            if (entry := self._standing.entry(line, table))
-            or (self._standing.blind and line.boot == self._standing.boot)
+            if (entry := self._reconciler.entry(line, table))
+            or (self._reconciler.blind and line.boot == self._reconciler.boot)
         ]
         inside: list[str] = []
         overlays: list[str] = []
         if record.tree_id == record.id:
-            targets += [entry.target for entry in self._standing.showing(table, record.id)]
+            targets += [entry.target for entry in self._reconciler.showing(table, record.id)]
             directory = f"{self._state.real_path}/snapshots/{record.id}"
-            inside = [entry.target for entry in table.within(directory)]
+            inside = [os.path.relpath(entry.target, directory) for entry in table.within(directory)]
             if place := self._state.place(record.id):
                 overlays = [entry.target for entry in table.overlays(place)]
-        if targets:
-            raise FailedPrecondition(
-                f"cannot remove {quote(record.info.name)}:"
-                f" it is mounted, unmount {enumerated(targets)} first"
-            )
-        if overlays:
-            raise FailedPrecondition(
-                f"cannot remove {quote(record.info.name)}:"
-                f" the overlay on {enumerated(overlays)} shows it, unmount that first"
-            )
-        if inside:
-            names = [os.path.relpath(target, directory) for target in inside]
-            raise FailedPrecondition(
-                f"cannot remove {quote(record.info.name)}:"
-                f" something is mounted in it on {enumerated(names)}, unmount that first"
-            )
+        if obstacle := in_the_way(targets, overlays, inside):
+            raise FailedPrecondition(f"cannot remove {quote(record.info.name)}: {obstacle}")
 
 
 def _detached(entry: Entry, lazy: bool) -> bool:
