@@ -243,7 +243,7 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
         )
     if labels.get(STANDBY_LABEL) and _standby(labels) is None:
         raise InvalidArgument(
-            f"the label {STANDBY_LABEL} cannot be {quote(labels[STANDBY_LABEL])}:"
+            f"invalid value {quote(labels[STANDBY_LABEL])} of the label {STANDBY_LABEL}:"
             f" give 0 to {MAX_STANDBY}"
         )
     return {key: value for key, value in labels.items() if value}

@@ -185,7 +185,7 @@ def _lifetime(text: str) -> Lifetime:
         return Lifetime(text)
     except ValueError:
         known = " or ".join(Lifetime)
-        raise InvalidArgument(f"the lifetime {quote(text)} cannot be: give {known}") from None
+        raise InvalidArgument(f"invalid lifetime {quote(text)}: give {known}") from None
 
 
 def signal(change: Change) -> tuple[str, Body]:

@@ -361,7 +361,7 @@ def _limit(limit: int) -> Variant:
     try:
         return Variant("u", limit)
     except SignatureBodyMismatchError:
-        raise InvalidArgument(f"the limit {limit} cannot be: give a positive number") from None
+        raise InvalidArgument(f"invalid limit {limit}: give a positive number") from None
 
 
 def _value(variant: Variant) -> int:

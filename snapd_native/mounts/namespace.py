@@ -13,12 +13,12 @@ _HOST = Path("/proc/1/mountinfo")
 
 
 def hidden_from_host() -> bool:
-    """Tell whether systemd runs the host, in another mount name space than this process is in."""
+    """Tell whether systemd runs the host, in another mount namespace than this process is in."""
     if not _SYSTEMD.is_dir():
         return False
     try:
         host = Table.read(_HOST)
     except OSError:
         return False
-    # A mount is in one name space only, and its number is its own.
+    # A mount is in one namespace only, and its number is its own.
     return {entry.id for entry in host}.isdisjoint(entry.id for entry in Table.read())

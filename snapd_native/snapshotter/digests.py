@@ -22,8 +22,8 @@ def wanted(labels: Mapping[str, str], asked: bool) -> bool:
     text = labels.get(DIGEST_LABEL, "")
     if text.startswith(_ALGORITHM) and not _DIGEST.fullmatch(text):
         raise InvalidArgument(
-            f"the label {DIGEST_LABEL} cannot be {quote(text)}: give sha256: and 64 hexadecimal"
-            " digits, or any other text to have it recorded"
+            f"invalid value {quote(text)} of the label {DIGEST_LABEL}: give sha256: and 64"
+            " hexadecimal digits, or any other text to have it recorded"
         )
     if not (asked or text):
         return False

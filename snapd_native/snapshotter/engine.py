@@ -326,7 +326,7 @@ class Snapshotter:
         if after:
             check_name(after, "name to list after")
         if not 1 <= limit <= MAX_LIMIT:
-            raise InvalidArgument(f"the limit {limit} cannot be: give 1 to {MAX_LIMIT}")
+            raise InvalidArgument(f"invalid limit {limit}: give 1 to {MAX_LIMIT}")
         return self._store.list(chosen, after, limit, is_wanted)
 
     def remove(self, key: str) -> None:

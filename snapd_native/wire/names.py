@@ -76,7 +76,7 @@ def bus_name(instance: str) -> str:
         return BUS_NAME
     if not _INSTANCE.fullmatch(instance):
         raise errors.InvalidArgument(
-            f"the instance {quote(instance)} cannot be: use at most 64 letters, digits and"
+            f"invalid instance {quote(instance)}: use at most 64 letters, digits and"
             " underscores, and no digit first"
         )
     return f"{BUS_NAME}.{instance}"

@@ -172,7 +172,7 @@ input()
 
 @contextmanager
 def attached(tree: int, target: Path) -> Iterator[Sequence[str]]:
-    """Attach a tree in a mount name space of its own; yield what is read and written there."""
+    """Attach a tree in a mount namespace of its own; yield what is read and written there."""
     unshare = ["unshare", "--mount", "--propagation", "private"]
     with subprocess.Popen(
         [*unshare, sys.executable, "-c", INSIDE, str(tree), str(target)],
@@ -197,7 +197,7 @@ def attached(tree: int, target: Path) -> Iterator[Sequence[str]]:
         ("look", True, str(errno.EROFS)),
     ],
 )
-def test_a_caller_can_attach_a_tree_in_its_own_mount_name_space(
+def test_a_caller_can_attach_a_tree_in_its_own_mount_namespace(
     stocked: Service,
     shared_client: BlockingClient,
     places: Path,

@@ -62,7 +62,7 @@ def populated(shared_client: BlockingClient) -> BlockingClient:
         (lambda c: c.update("none", {}), NotFound, '"none"'),
         (lambda c: c.usage("none"), NotFound, '"none"'),
         (lambda c: c.remove("none"), NotFound, '"none"'),
-        # Something is there already: one name space for keys and names.
+        # Something is there already: one namespace for keys and names.
         (lambda c: c.prepare("active"), AlreadyExists, '"active"'),
         (lambda c: c.prepare("view"), AlreadyExists, '"view"'),
         (lambda c: c.prepare("base"), AlreadyExists, '"base"'),

@@ -41,7 +41,7 @@ Entry = dict[str, Any]
 
 
 class Journal:
-    """systemd's journal in a mount name space of its own."""
+    """systemd's journal in a mount namespace of its own."""
 
     def __init__(self, pid: int) -> None:
         self._enter = ["nsenter", f"--mount=/proc/{pid}/ns/mnt", "--"]

@@ -1,4 +1,4 @@
-"""The mount table of the kernel, the users of a mount, old kernels and mount name spaces."""
+"""The mount table of the kernel, the users of a mount, old kernels and mount namespaces."""
 
 from __future__ import annotations
 
@@ -222,10 +222,10 @@ engine.close()
 
 @on_ext4
 @pytest.mark.parametrize("second", ["", "unshare -m --propagation slave"])
-def test_mount_in_a_slave_mount_name_space_raises_failed_precondition(
+def test_mount_in_a_slave_mount_namespace_raises_failed_precondition(
     state: Path, places: Path, second: str
 ) -> None:
-    """Process 1 of a name space of processes stands for systemd."""
+    """Process 1 of a namespace of processes stands for systemd."""
     with opened(state) as engine:
         fill(engine)
         engine.mounter.mount("look", str(place(places)))

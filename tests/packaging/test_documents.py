@@ -155,7 +155,11 @@ def test_the_reference_names_every_command_and_exit_status() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", *(f"docs/{p.name}" for p in (PROJECT / "docs").glob("*.md"))]
+    "document",
+    [
+        str(path.relative_to(PROJECT))
+        for path in [*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md")]
+    ],
 )
 def test_links_between_documents_have_a_target(document: str) -> None:
     path = PROJECT / document

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.long
 
 
 class Machine:
-    """A Debian in a directory, in name spaces of its own, as long as a process in it lives."""
+    """A Debian in a directory, in namespaces of its own, as long as a process in it lives."""
 
     def __init__(self, pid: int) -> None:
         self._enter = ["nsenter", f"--target={pid}", "--mount", "--pid", "--root", "--wd"]

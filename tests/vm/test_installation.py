@@ -100,7 +100,7 @@ def test_introspection_shows_the_members_of_the_contract(machine: Guest) -> None
     assert {name: of[0] for name, of in shown["property"].items()} == shape.properties
 
 
-def test_the_daemons_run_in_the_mount_name_space_of_the_host(machine: Guest) -> None:
+def test_the_daemons_run_in_the_mount_namespace_of_the_host(machine: Guest) -> None:
     out = machine.run(
         "readlink /proc/1/ns/mnt;"
         f"for unit in {' '.join(UNITS)}; do"

@@ -237,7 +237,7 @@ class Reconciler:
 
 
 _HIDDEN = (
-    "what the service mounts would be hidden from the host: its unit has a mount name space of its"
+    "what the service mounts would be hidden from the host: its unit has a mount namespace of its"
     " own, from a setting such as ProtectSystem=, PrivateTmp= or ReadWritePaths=, remove that"
 )
 
