@@ -24,10 +24,11 @@ from snapd_native.bus.lanes import Lane
 from snapd_native.client import BlockingClient
 from snapd_native.model import DIGEST_LABEL, STANDBY_LABEL
 from snapd_native.wire.names import JOB, JOB_PATH, PEER
-from tests.support.descriptors import descriptors, wait_until_closed
+from tests.support.descriptors import descriptors, wait_until_closed, wait_until_idle
 from tests.support.fuzz.calls import ANSWERED, CALLS, LAST_JOB, REFUSED, RETURNS
 from tests.support.fuzz.packets import Packet, Peer
 from tests.support.kernel_mounts import below
+from tests.support.raw_client import wait_until_asleep
 from tests.support.service import Service, committed, empty, serving
 from tests.support.waiting import eventually
 
@@ -210,6 +211,9 @@ class Fuzzed:
         return dict(line.split(":", 1) for line in lines)[what]
 
     def _clear(self, client: BlockingClient) -> None:
+        # Calls of clients that have left may still go on.
+        wait_until_idle(self.service)
+        wait_until_asleep(self.service.pid)
         for mounted in client.list_mounts():
             client.unmount(mounted.target, lazy=True)
         empty(client)

@@ -82,8 +82,11 @@ class Gauge:
         )
 
 
-def growth(rests: Sequence[Gauge]) -> list[str]:
+def growth(rests: Sequence[Gauge], rounds: int) -> list[str]:
     """Tell what has grown from the first of several rests to the last.
+
+    Memory is judged over the last ``rounds``: it also grows in a warm-up, which is the longer the
+    fewer calls a slow machine makes in a round, but a leak grows in any rounds.
 
     There is a worker at each rest: had the first rest none, the last would have no bound. At rest
     nothing is taken for calls that are under way. So what is more at the last rest than at the
@@ -93,19 +96,19 @@ def growth(rests: Sequence[Gauge]) -> list[str]:
     what it refers to: one call in thirty that leaves it is over the bound in half an hour. Threads
     and workers have bounds of their own, which one for a hundred calls is far over by then.
     """
-    first, last = rests[0], rests[-1]
-    assert first.worker_memory
-    threads = max(last.threads - first.threads, 0)
+    first, before, last = rests[0], rests[-1 - rounds], rests[-1]
+    assert before.worker_memory
+    threads = max(last.threads - before.threads, 0)
     bounds = {
-        "the daemon's memory": (last.memory, first.memory + SLACK + THREAD * threads),
-        "the largest worker's memory": (last.worker_memory, first.worker_memory + WORKER_SLACK),
+        "the daemon's memory": (last.memory, before.memory + SLACK + THREAD * threads),
+        "the largest worker's memory": (last.worker_memory, before.worker_memory + WORKER_SLACK),
         "descriptors": (last.descriptors, first.descriptors),
         "descriptors of the database": (last.readers, 3 * last.threads),
         "threads": (last.threads, most_threads()),
         "workers": (last.workers, most_workers()),
     }
     return [
-        f"{what}: {found} at the last rest, at most {bound} by what the first had ({first})"
+        f"{what}: {found} at the last rest, at most {bound} by what there was before ({before})"
         for what, (found, bound) in bounds.items()
         if found > bound
     ]
