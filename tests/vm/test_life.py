@@ -33,6 +33,19 @@ def shown(guest: Guest) -> list[str]:
     return guest.run("cat /var/test-target/file; findmnt -N 1 -rno TARGET /var/test-target").split()
 
 
+CALLS = f"""
+mkdir -p /var/test-other
+while :; do
+    {BUS} ListMounts s ''
+    runuser -u nobody -- {BUS} Unmount 'sa{{sv}}' /var/test-target 0
+    {BUS} Prepare 'ssa{{sv}}' other '' 0
+    {BUS} Mount 'ssa{{sv}}' other /var/test-other 0
+    touch /run/test-calls
+    {BUS} Unmount 'sa{{sv}}' /var/test-other 0
+    {BUS} Remove 'sa{{sv}}' other 0
+done
+"""
+
 STANDS = ["content", "/var/test-target"]
 
 
@@ -95,8 +108,20 @@ def test_the_watchdog_kills_a_hanging_daemon_and_systemd_restarts_it(guest: Gues
 
 
 @pytest.mark.timeout(600)
-def test_data_and_persistent_mounts_are_restored_after_a_reboot(mounted: Guest) -> None:
+def test_data_and_persistent_mounts_are_restored_after_a_reboot_during_calls(
+    mounted: Guest,
+) -> None:
+    """The calls go on while systemd unmounts everything and stops the service."""
+    mounted.run(
+        "cat >/run/test-calls.sh;"
+        " systemd-run --quiet --property DefaultDependencies=no bash /run/test-calls.sh",
+        stdin=CALLS,
+    )
+    mounted.until("[ -e /run/test-calls ]")
     mounted.reboot()
-    assert shown(mounted) == STANDS
-    assert '"look" true "persistent" 0' in mounted.run(f"{BUS} ListMounts s look")
-    assert mounted.run("snapd-native --instance xfs check") == ""
+    try:
+        assert shown(mounted) == STANDS
+        assert '"look" true "persistent" 0' in mounted.run(f"{BUS} ListMounts s look")
+        assert mounted.run("snapd-native --instance xfs check") == ""
+    finally:
+        mounted.run(f"{BUS} Unmount 'sa{{sv}}' /var/test-other 0 || true; rmdir /var/test-other")
