@@ -44,7 +44,7 @@ DESCRIPTOR = ROOM // 48
 LARGE = 64 << 10
 """Bytes beyond which an answer is better dropped than kept, unless it tells of a change."""
 
-PATIENCE = 0.5
+READ_WITHIN = 0.5
 """Seconds within which a client has to read so much that what waits here can be sent."""
 
 PAUSE = 0.1
@@ -137,7 +137,7 @@ class Backlog:
     async def admit(self, receiver: str, answer: Answer, *, may_drop: bool = False) -> bool:
         """Wait until there is room for an answer, and return true.
 
-        With ``may_drop`` it waits `PATIENCE` at most, and returns false if there is none by then.
+        With ``may_drop`` wait `READ_WITHIN` at most, and return false if there is none by then.
         """
         client = self._clients.get(receiver)
         if self._closed or client is None:
@@ -243,7 +243,7 @@ class Backlog:
             client.since = None
         elif client.since is None:
             client.since = now
-        elif now - client.since > PATIENCE and not client.is_behind:
+        elif now - client.since > READ_WITHIN and not client.is_behind:
             client.is_behind = True
             log.warning("%s does not read its answers, and gets no more", receiver)
         if not has_much:

@@ -49,7 +49,7 @@ from snapd_native.wire.values import Body
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 0.5
+JOB_AFTER = 0.5
 """Seconds after which a call that copies, measures or waits shows as a job."""
 
 
@@ -270,7 +270,7 @@ class Dispatcher:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if begun.done() and method.returns_job:
             return [self._jobs.show(job, caller.uid, work).path]
-        await asyncio.wait({work}, timeout=PATIENCE)
+        await asyncio.wait({work}, timeout=JOB_AFTER)
         if not work.done():
             self._jobs.show(job, caller.uid, work)
         return await work

@@ -82,7 +82,7 @@ def call(sender: str) -> Call:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lose patience with a client at the second question to the bus."""
-    monkeypatch.setattr(backlog, "PATIENCE", 0)
+    monkeypatch.setattr(backlog, "READ_WITHIN", 0)
     monkeypatch.setattr(backlog, "PAUSE", 0)
 
 
