@@ -83,7 +83,7 @@ def test_a_bad_instance_name_raises_invalid_argument(name: str, tmp_path: Path) 
     )
     assert outcome.returncode == 3
     (line,) = outcome.stderr.splitlines()
-    assert line.startswith("snapd-native: the instance")
+    assert line.startswith("snapd-native: invalid instance")
     assert not (tmp_path / "state").exists()
 
 
