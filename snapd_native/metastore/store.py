@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 from snapd_native.errors import (
     AlreadyExists,
@@ -43,6 +44,9 @@ from snapd_native.model import (
 
 MAX_PAGE = 8 << 20
 """Bytes of names, parents and labels in one page, so that it fits a bus message of 32 MiB."""
+
+_BLOCK = 16
+"""Records that a List reads before it compares them."""
 
 
 class Metastore:
@@ -132,7 +136,7 @@ class Metastore:
             )
             # Closing the cursor, also after an error, ends the read transaction.
             with closing(rows):
-                for row in rows:
+                for row in _by_blocks(rows):
                     if not is_wanted():
                         raise Cancelled("the list is not wanted any more: nothing is changed")
                     record = records.readable(row)
@@ -400,6 +404,18 @@ class Metastore:
                 " choose another or remove that one"
             )
         self._reservations.check_free(name, what)
+
+
+def _by_blocks(rows: sqlite3.Cursor) -> Iterator[tuple[Any, ...]]:
+    """Iterate over rows, and read several of them at once.
+
+    SQLite lets go of the interpreter's lock for a moment at each row. Python makes a thread hand
+    the lock over only when it has kept it for a whole switch interval, and each such moment begins
+    that anew, mostly too short for the thread that waits: a List that compared each row as it was
+    read kept other threads waiting for half a second.
+    """
+    while block := rows.fetchmany(_BLOCK):
+        yield from block
 
 
 def _now() -> int:
