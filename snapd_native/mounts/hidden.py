@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from snapd_native import linux
+from snapd_native.mounts.users import mapped
 
 _RULES = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_SYMLINKS | linux.RESOLVE_NO_XDEV
 
@@ -63,7 +64,7 @@ def _held(process: Path, tree: int, known: Collection[int]) -> Iterator[int]:
     """
     with suppress(OSError):
         links = [process / "cwd", process / "root", *(process / "fd").iterdir()]
-        for link in [*links, *_mapped(process)]:
+        for link in [*links, *mapped(process, writable=True)]:
             with suppress(OSError):
                 if (fd := _opened(link, tree, known)) is not None:
                     yield fd
@@ -85,13 +86,3 @@ def _opened(link: Path, tree: int, known: Collection[int]) -> int | None:
     finally:
         os.close(there)
     return None
-
-
-def _mapped(process: Path) -> Iterator[Path]:
-    """Iterate over the files that a process has mapped to write to them."""
-    for line in (process / "maps").read_text(errors="replace").splitlines():
-        addresses, rights, *_ = line.split(maxsplit=2)
-        if rights[1] == "w" and rights[3] == "s":
-            # The link has no zeros in front; see proc_pid_map_files(5).
-            start, end = (f"{int(address, 16):x}" for address in addresses.split("-"))
-            yield process / "map_files" / f"{start}-{end}"

@@ -42,7 +42,7 @@ def _writes(process: Path, mount: int) -> bool:
             flags = next(line for line in text.splitlines() if line.startswith("flags:"))
             if int(flags.split()[1], 8) & os.O_ACCMODE != os.O_RDONLY:
                 return True
-    return any(_is_on(link, mount) for link in _mapped(process, writable=True))
+    return any(_is_on(link, mount) for link in mapped(process, writable=True))
 
 
 def _descriptors(process: Path) -> Iterator[str]:
@@ -54,10 +54,10 @@ def _descriptors(process: Path) -> Iterator[str]:
 
 def _links(process: Path) -> Iterator[Path]:
     yield from (process / name for name in _LINKS)
-    yield from _mapped(process, writable=False)
+    yield from mapped(process, writable=False)
 
 
-def _mapped(process: Path, *, writable: bool) -> Iterator[Path]:
+def mapped(process: Path, *, writable: bool) -> Iterator[Path]:
     """Iterate over the links to the files that a process has mapped, perhaps only for writing."""
     for line in (process / "maps").read_text(errors="replace").splitlines():
         addresses, rights, _, _, inode, *_ = line.split(maxsplit=5)
