@@ -1,10 +1,14 @@
-"""Connections to the database: one that writes, and as many that read as there are readers."""
+"""Connections to the database: one that writes, and as many that read as there are readers.
+
+They use SQLite's VFS ``unix-excl``: no other process can open the database meanwhile, and the index
+of the WAL is in memory. That of the VFS ``unix`` is a file that is mapped: where the file system
+has no room for a page of it, the kernel kills the process.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-import queue
 import sqlite3
 import stat
 import threading
@@ -19,8 +23,11 @@ from snapd_native.errors import (
     Internal,
     ResourceExhausted,
     SnapdError,
+    Unavailable,
 )
 from snapd_native.metastore.changes import Changes
+from snapd_native.metastore.readers import Readers
+from snapd_native.model import quote_path
 
 WAL_ROOM = 1 << 18
 """Bytes of the WAL file that are there from the beginning; see `Connections.delete`."""
@@ -29,9 +36,14 @@ _CHANGES = 64
 """Rows changed, of some pages each, until the WAL is put into the database. That grows by as many
 pages at most, which is less than what `Connections.delete` can have freed."""
 
-_BACKFILLED = 96
-"""Where the WAL index has the number of frames that are in the database, 4 bytes; see
-https://www.sqlite.org/walformat.html."""
+BUSY_SECONDS = 5.0
+"""How long a start waits until another process closes the database."""
+
+_PAUSE = 0.02
+"""Seconds that new readers wait for others to end, so that the WAL can be put into the database."""
+
+_LONG_PAUSE = 5.0
+"""Seconds, where a deletion needs the room that this makes."""
 
 # A header that is not understood may forbid to write.
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_READONLY}
@@ -44,18 +56,23 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM
 class Connections:
     """Opens ``metadata.db`` in WAL mode, so that readers do not wait for the writer.
 
-    Only while the WAL is put into the database, some milliseconds now and then, none begins.
+    Only while the WAL is put into the database, some milliseconds now and then, none begins. SQLite
+    would do a part of that beside readers, but it does not sync that part and does not repeat it
+    after a failed sync, so that records could be lost.
     """
 
     def __init__(self, path: Path, make_room: Callable[[], bool]) -> None:
         """Open the database for writing; it is made if there is none, readable by its owner.
 
         ``make_room`` is called where there is none for a deletion, and tells whether it helped.
+
+        Raises:
+            Unavailable: another process has it open.
         """
         self._path = path
         self._make_room = make_room
         self._lock = threading.Lock()
-        self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
+        self._readers = Readers(self._connect_reader)
         self._counted: int | None = None
         self._put = 0
         _make(path)
@@ -72,9 +89,6 @@ class Connections:
             self._writer.execute("PRAGMA schema_version").fetchone()
             self._files = _identities(path)
             self._changes = Changes(path.with_name(path.name + ".changes"))
-            undo.callback(self._changes.close)
-            # It stays open: who closes a file gives up all locks that SQLite has on it.
-            self._index = os.open(f"{path}-shm", os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             undo.pop_all()
         with suppress(OSError):
             self._reserve()
@@ -82,11 +96,9 @@ class Connections:
     def close(self) -> None:
         """Close everything; the last close leaves a database without a WAL file."""
         with self._lock:
-            while not self._readers.empty():
-                self._readers.get().close()
+            self._readers.close()
             self._writer.close()
             self._changes.close()
-            os.close(self._index)
 
     def check_in_place(self) -> None:
         """Make sure that the paths of the database still lead to what SQLite has open.
@@ -124,7 +136,9 @@ class Connections:
             finally:
                 self._count()
             if self._writer.total_changes - self._put >= _CHANGES:
-                self._put_back("PASSIVE")
+                self._put_back(_PAUSE)
+                # If readers went on, the next attempt is after as many changes again.
+                self._put = self._writer.total_changes
 
     def lost_changes(self) -> int:
         """Return how many of the changes that were once durable the database does not have.
@@ -159,21 +173,13 @@ class Connections:
             except ResourceExhausted:
                 if not any(remedy() for remedy in remedies):
                     raise
-                self._put_back("RESTART")
+                self._put_back(_LONG_PAUSE)
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """Lend a connection that sees the last commit and cannot write."""
-        with translated(self._path.parent):
-            try:
-                db = self._readers.get_nowait()
-            except queue.Empty:
-                db = self._connect()
-                db.execute("PRAGMA query_only = ON")
-            try:
-                yield db
-            finally:
-                self._readers.put(db)
+        with translated(self._path.parent), self._readers.reading() as db:
+            yield db
 
     def _count(self) -> None:
         if self._counted not in (None, self._writer.total_changes):
@@ -185,32 +191,31 @@ class Connections:
         self._changes.write(_changes(self._writer), self._put_back_changes)
 
     def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        address = f"{self._path.absolute().as_uri()}?vfs=unix-excl"
+        db = sqlite3.connect(
+            address, BUSY_SECONDS, uri=True, isolation_level=None, check_same_thread=False
+        )
         # Invalid UTF-8 in one record must not make the other records of a query unreadable.
         db.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
         db.execute("PRAGMA foreign_keys = ON")
         return db
 
-    def _put_back(self, how: str) -> None:
-        """Put as much of the WAL into the database as readers allow, as a checkpoint that is so."""
-        try:
-            checkpoint = self._writer.execute(f"PRAGMA wal_checkpoint({how})")
-            _, frames, put_back = checkpoint.fetchone()
-            count = _changes(self._writer)
-        except sqlite3.Error:
-            # Where readers have let it do only a part, SQLite has not synced that, and takes it for
-            # done. If the disk has lost it, the WAL has the only copy: all of it is put back again.
-            # The change itself stands, so a file system that gave up altogether is no error here.
-            with suppress(OSError):
-                os.pwrite(self._index, bytes(4), _BACKFILLED)
-        else:
-            # Where another process is putting the WAL into the database, both are -1.
-            if frames >= 0:
-                self._put = self._writer.total_changes
-            if 0 <= frames == put_back:
-                self._put_back_changes = count
+    def _connect_reader(self) -> sqlite3.Connection:
+        db = self._connect()
+        db.execute("PRAGMA query_only = ON")
+        return db
+
+    def _put_back(self, seconds: float) -> None:
+        """Put the WAL into the database, if all readers end within ``seconds``."""
+        # The change itself stands, so a disk that fails is no error here.
+        with self._readers.paused(seconds) as nobody_reads, suppress(sqlite3.Error):
+            if not nobody_reads:
+                return
+            busy, _, _ = self._writer.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+            if not busy:
+                self._put_back_changes = _changes(self._writer)
                 if self._counted is not None:
-                    self._changes.write(count, count)
+                    self._note()
 
     def _reserve(self) -> None:
         # SQLite takes what follows the last frame for nothing.
@@ -327,6 +332,9 @@ def _overwrite(db: sqlite3.Connection) -> None:
 
 def _meaning(error: sqlite3.Error, directory: Path) -> SnapdError:
     code = _code(error)
+    if code == sqlite3.SQLITE_BUSY:
+        path = quote_path(str(directory / "metadata.db"))
+        return Unavailable(f"{path} is open in another program: end that one (fuser names it)")
     refusal = _refusal(directory) if code in _REFUSED else 0
     if code in _FULL or refusal in _NO_ROOM:
         return ResourceExhausted("no room is left for the metadata: free some and try again")

@@ -292,11 +292,11 @@ class StateDirectory:
         """Close the files of the service to all other users."""
         for name, _ in self._open_to_others():
             # If this fails, the next check reports the same finding.
-            with suppress(OSError), self._opened_itself(name) as fd:
-                found = os.fstat(fd)
+            with suppress(OSError), self._found(name) as path:
+                found = os.stat(path)
                 if _is_plain(found):
-                    os.fchown(fd, os.geteuid(), -1)
-                    os.fchmod(fd, found.st_mode & 0o700)
+                    os.chown(path, os.geteuid(), -1)
+                    os.chmod(path, found.st_mode & 0o700)
 
     def _open_to_others(self) -> Iterator[tuple[str, os.stat_result]]:
         """Yield what of the service's belongs to others, or may be reached by them."""
@@ -315,15 +315,17 @@ class StateDirectory:
         return {".": self._fd, "snapshots": self._snapshots}
 
     @contextmanager
-    def _opened_itself(self, name: str) -> Iterator[int]:
-        """Lend an fd, so that no other file can come in between, and nothing is waited for."""
+    def _found(self, name: str) -> Iterator[str]:
+        """Yield a path that leads to the file that now has the name, whatever becomes of the name.
+
+        The file is not opened: that could wait, and closing it would give up SQLite's locks on it.
+        """
         if name in self._directories:
-            yield self._directories[name]
+            yield f"/proc/self/fd/{self._directories[name]}"
             return
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = os.open(name, flags, dir_fd=self._fd)
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._fd)
         try:
-            yield fd
+            yield f"/proc/self/fd/{fd}"
         finally:
             os.close(fd)
 

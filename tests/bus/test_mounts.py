@@ -435,33 +435,38 @@ def test_the_arguments_of_a_denied_call_are_not_parsed(
 
 
 def test_a_user_other_than_root_may_unmount_only_its_own_mounts(
-    stocked: Service, shared_client: BlockingClient, places: Path
+    on_bus: str, scratch: Path, places: Path
 ) -> None:
+    state = scratch / "state"
     here, there, again = (str(place(places, name)) for name in ("here", "there", "again"))
-    for target in (here, there, again):
-        shared_client.mount("work", target)
-    with closing(sqlite3.connect(stocked.state / "metadata.db")) as db, db:
+    with serving(on_bus, state), BlockingClient() as client:
+        stock(client)
+        for target in (here, there, again):
+            client.mount("work", target)
+    with closing(sqlite3.connect(state / "metadata.db")) as db, db:
         db.execute("UPDATE mounts SET uid = ? WHERE target <> ?", (NOBODY, there))
-    uids = {mounted.target: mounted.uid for mounted in shared_client.list_mounts()}
-    assert uids == {here: NOBODY, there: 0, again: NOBODY}
-    for call in (
-        ("Unmount", UNMOUNT, there, "0"),
-        ("Unmount", "s", here),
-        ("Mount", MOUNT, "look", str(places), "0"),
-        ("ListMounts", "s", ""),
-        ("OpenTree", OPEN_TREE, "work", "0"),
-    ):
-        assert "Access denied" in stocked.call(*call, user=NOBODY).stderr
-    assert below(places) == [here, there, again]
-    done = stocked.call("Unmount", UNMOUNT, f"{here}/", "0", user=NOBODY)
-    assert (done.returncode, done.stderr) == (0, "")
-    with user_in(again):
-        assert "cat (pid" in stocked.call("Unmount", UNMOUNT, again, "0", user=NOBODY).stderr
-        lazily = ("Unmount", UNMOUNT, again, "1", "lazy", "b", "true")
-        assert stocked.call(*lazily, user=NOBODY).returncode == 0
-    assert below(places) == [there]
-    # A mount that is gone has no owner.
-    assert "Access denied" in stocked.call("Unmount", UNMOUNT, here, "0", user=NOBODY).stderr
+    with serving(on_bus, state) as service, BlockingClient() as client:
+        uids = {mounted.target: mounted.uid for mounted in client.list_mounts()}
+        assert uids == {here: NOBODY, there: 0, again: NOBODY}
+        for call in (
+            ("Unmount", UNMOUNT, there, "0"),
+            ("Unmount", "s", here),
+            ("Mount", MOUNT, "look", str(places), "0"),
+            ("ListMounts", "s", ""),
+            ("OpenTree", OPEN_TREE, "work", "0"),
+        ):
+            assert "Access denied" in service.call(*call, user=NOBODY).stderr
+        assert below(places) == [here, there, again]
+        done = service.call("Unmount", UNMOUNT, f"{here}/", "0", user=NOBODY)
+        assert (done.returncode, done.stderr) == (0, "")
+        with user_in(again):
+            assert "cat (pid" in service.call("Unmount", UNMOUNT, again, "0", user=NOBODY).stderr
+            lazily = ("Unmount", UNMOUNT, again, "1", "lazy", "b", "true")
+            assert service.call(*lazily, user=NOBODY).returncode == 0
+        assert below(places) == [there]
+        # A mount that is gone has no owner.
+        assert "Access denied" in service.call("Unmount", UNMOUNT, here, "0", user=NOBODY).stderr
+        client.unmount(there)
 
 
 def test_remove_of_a_mounted_snapshot_raises_failed_precondition(

@@ -29,7 +29,7 @@ from snapd_native.snapshotter import Snapshotter
 from snapd_native.snapshotter.reaping import Reaper
 from tests.support.engine import BEFORE, ignore, names, opened, state_of
 from tests.support.kernel_mounts import place
-from tests.support.service import Service, committed
+from tests.support.service import committed, serving
 from tests.support.waiting import WAIT
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -152,22 +152,21 @@ def test_repair_deletes_a_ledger_line_without_a_snapshot(left: Path) -> None:
         assert engine.upkeep.check() == []
 
 
-def test_damaged_records_raise_data_loss_over_the_bus(
-    service: Service, client: BlockingClient
-) -> None:
-    committed(client, "base")
-    client.prepare("work", "base")
-    client.prepare("other")
-    damage(
-        service.state, r"""UPDATE snapshots SET labels = '{"a": "\u0000"}' WHERE name = 'work'"""
-    )
-    damage(service.state, "UPDATE snapshots SET name = 'a' || char(0) WHERE name = 'other'")
-    assert [info.name for info in client.walk()] == ["base"]
-    with pytest.raises(DataLoss):
-        client.stat("work")
-    assert about(client.check()) == {(Trouble.DATABASE, "work"), (Trouble.DATABASE, "")}
-    assert client.repair() == []
-    client.remove("work")
+def test_damaged_records_raise_data_loss_over_the_bus(on_bus: str, scratch: Path) -> None:
+    state = scratch / "state"
+    with serving(on_bus, state), BlockingClient() as client:
+        committed(client, "base")
+        client.prepare("work", "base")
+        client.prepare("other")
+    damage(state, r"""UPDATE snapshots SET labels = '{"a": "\u0000"}' WHERE name = 'work'""")
+    damage(state, "UPDATE snapshots SET name = 'a' || char(0) WHERE name = 'other'")
+    with serving(on_bus, state), BlockingClient() as client:
+        assert [info.name for info in client.walk()] == ["base"]
+        with pytest.raises(DataLoss):
+            client.stat("work")
+        assert about(client.check()) == {(Trouble.DATABASE, "work"), (Trouble.DATABASE, "")}
+        assert client.repair() == []
+        client.remove("work")
 
 
 def header(offset: int, value: int) -> Callable[[Path], None]:
@@ -348,7 +347,7 @@ def test_check_asks_for_a_backup_when_an_index_page_is_lost(left: Path) -> None:
 
 
 def test_repair_does_not_block_on_a_fifo_in_place_of_a_file(full: Snapshotter) -> None:
-    path = full.state_directory / "metadata.db-shm"
+    path = full.state_directory / "metadata.db.changes"
     path.rename(full.state_directory / "kept")
     os.mkfifo(path, 0o644)
     found = full.upkeep.check()

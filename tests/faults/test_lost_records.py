@@ -6,7 +6,6 @@ import os
 import shutil
 import sqlite3
 import subprocess
-import sys
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -123,34 +122,6 @@ def test_the_next_start_replays_the_wal_of_a_killed_daemon(left: Path, tmp_path:
             assert names(engine) == sorted([*BEFORE, "new"])
             assert new in directories(engine)
             assert engine.upkeep.check() == []
-
-
-CHECKPOINTING = """
-import fcntl, sys
-with open(sys.argv[1], "r+b") as index:
-    # SQLite's lock for it, of https://www.sqlite.org/walformat.html.
-    fcntl.lockf(index, fcntl.LOCK_EX, 1, 121)
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_a_checkpoint_lock_of_another_program_loses_no_record(left: Path, tmp_path: Path) -> None:
-    """A step that fails meanwhile is not recorded as done."""
-    copy = tmp_path / "state"
-    pipe = subprocess.PIPE
-    with opened(left) as engine:
-        command = [sys.executable, "-c", CHECKPOINTING, str(left / "metadata.db-shm")]
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"held\n"
-            for number in range(100):
-                engine.update("base", {"number": str(number)})
-            process.communicate()
-        subprocess.run(["cp", "-a", left, copy], check=True)
-    with opened(copy) as engine:
-        assert engine.stat("base").labels == {"number": "99"}
-        assert engine.upkeep.check() == []
 
 
 def test_trees_whose_records_were_deleted_are_kept(left: Path) -> None:

@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -24,6 +23,7 @@ from snapd_native.bus.lanes import Lane
 from snapd_native.client import BlockingClient
 from snapd_native.model import DIGEST_LABEL, STANDBY_LABEL
 from snapd_native.wire.names import JOB, JOB_PATH, PEER
+from tests.support.database import copied
 from tests.support.descriptors import descriptors, wait_until_closed, wait_until_idle
 from tests.support.fuzz.calls import ANSWERED, CALLS, LAST_JOB, REFUSED, RETURNS
 from tests.support.fuzz.packets import Packet, Peer
@@ -143,7 +143,7 @@ class Fuzzed:
     def portrait(self) -> Portrait:
         """Return all that a call that is refused must not change."""
         trees = []
-        with closing(sqlite3.connect(self.service.state / "metadata.db")) as db:
+        with copied(self.service.state) as db:
             # But for whether it is on disk already.
             snapshots = db.execute(
                 "SELECT id, name, kind, parent, created, updated, labels, size, inodes"

@@ -6,6 +6,8 @@ import os
 import re
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +25,10 @@ from snapd_native.errors import (
     NotFound,
     ResourceExhausted,
     SnapdError,
+    Unavailable,
 )
 from snapd_native.filters import parse
-from snapd_native.metastore import Metastore
+from snapd_native.metastore import Metastore, connections
 from snapd_native.metastore.connections import Connections
 from snapd_native.metastore.schema import MIGRATIONS, migrate
 from snapd_native.model import Added, Change, Committed, Kind, Removed, Updated, Usage
@@ -108,6 +111,63 @@ def test_a_reading_connection_cannot_write(store: Metastore) -> None:
     assert len(names(store)) == 4
 
 
+def run_apart(script: str, *arguments: object) -> subprocess.Popen[str]:
+    """Run a script in another process; its input and output are pipes."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+TRYING = """
+import sqlite3, sys
+db = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)
+for statement in ("SELECT count(*) FROM snapshots", "BEGIN IMMEDIATE"):
+    try:
+        db.execute(statement)
+    except sqlite3.OperationalError as error:
+        print(error)
+"""
+
+
+def test_no_other_process_can_use_the_database_of_an_open_store(
+    store: Metastore, database: Path
+) -> None:
+    with run_apart(TRYING, database) as process:
+        assert process.communicate()[0] == "database is locked\n" * 2
+    assert len(names(store)) == 4
+
+
+HOLDING = """
+import sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("SELECT count(*) FROM snapshots").fetchone()
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_database_that_another_process_has_open_raises_unavailable(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(database) as store:
+        add(store, "key")
+    monkeypatch.setattr(connections, "BUSY_SECONDS", 0)
+    with run_apart(HOLDING, database) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+        with pytest.raises(Unavailable, match="is open in another program"):
+            Metastore(database, lambda _: None)
+        process.communicate()
+    with opened(database) as store:
+        assert names(store) == ["key"]
+
+
+def test_no_file_of_the_database_is_mapped_into_memory(store: Metastore) -> None:
+    """Where a file system has no room for a page of a mapped file, the process is killed."""
+    add(store, "another")
+    assert len(names(store)) == 5
+    assert "metadata.db" not in Path("/proc/self/maps").read_text()
+
+
 @pytest.mark.parametrize("umask", [0, 0o077])
 def test_the_database_files_get_mode_0600(database: Path, umask: int) -> None:
     before = os.umask(umask)
@@ -118,7 +178,7 @@ def test_the_database_files_get_mode_0600(database: Path, umask: int) -> None:
     finally:
         os.umask(before)
     kept = {"metadata.db", "metadata.db.changes"}
-    assert set(modes) == {*kept, "metadata.db-wal", "metadata.db-shm"}
+    assert set(modes) == {*kept, "metadata.db-wal"}
     assert {stat.S_IMODE(mode) for mode in modes.values()} == {0o600}
     assert {path.name for path in database.parent.iterdir()} == kept
 

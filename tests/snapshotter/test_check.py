@@ -182,13 +182,12 @@ def test_repair_restores_a_missing_mount(state: Path, places: Path) -> None:
 def test_repair_rebuilds_the_indexes_of_the_database(left: Path) -> None:
     with closing(sqlite3.connect(left / "metadata.db", isolation_level=None)) as db:
         # An index that lacks what its table has, as a write that was lost leaves it.
+        query = "SELECT sql FROM sqlite_schema WHERE name = 'children'"
+        (index,) = db.execute(query).fetchone()
         db.execute("DROP INDEX children")
-        db.execute("CREATE INDEX children ON snapshots (parent) WHERE parent = 0")
+        db.execute(index.replace("parent IS NOT NULL", "parent = 0"))
         db.execute("PRAGMA writable_schema = ON")
-        db.execute(
-            "UPDATE sqlite_schema SET sql = 'CREATE INDEX children ON snapshots (parent)"
-            " WHERE parent IS NOT NULL' WHERE name = 'children'"
-        )
+        db.execute("UPDATE sqlite_schema SET sql = ? WHERE name = 'children'", (index,))
         db.execute("UPDATE sqlite_sequence SET seq = 1")
     with opened(left) as engine:
         before = engine.list()

@@ -18,6 +18,7 @@ from tests.support.waiting import becomes, eventually
 _MKFS = {
     "ext4": ("mkfs.ext4", "-q", "-F", "-b", "4096", "-I", "256", "-i", "8192"),
     "xfs": ("mkfs.xfs", "-q", "-f", "-m", "reflink=1"),
+    "btrfs": ("mkfs.btrfs", "-q", "-f", "--mixed"),
 }
 
 
