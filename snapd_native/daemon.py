@@ -23,6 +23,7 @@ from snapd_native.bus.lanes import Lane, Lanes
 from snapd_native.errors import DataLoss, SnapdError, Unavailable
 from snapd_native.model import Change
 from snapd_native.snapshotter import Snapshotter
+from snapd_native.wire.connection import Connection
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class _Daemon:
                 signal.signal(number, signal.SIG_IGN)
 
     async def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
-        snapshotter = await self._recovered(loop)
+        snapshotter = await self._recovered(loop, await _soft_reboots())
         if snapshotter is None:
             return
         lanes = Lanes()
@@ -118,7 +119,9 @@ class _Daemon:
             lanes.close()
             snapshotter.close()
 
-    async def _recovered(self, loop: asyncio.AbstractEventLoop) -> Snapshotter | None:
+    async def _recovered(
+        self, loop: asyncio.AbstractEventLoop, soft_reboots: int
+    ) -> Snapshotter | None:
         """Open the engine, telling systemd to be patient while orphans are deleted.
 
         None if the daemon is to stop before that is done.
@@ -131,7 +134,15 @@ class _Daemon:
         halt = threading.Event()
         opening = loop.run_in_executor(
             None,
-            partial(Snapshotter, self._state, announce, halt, self._least_free, self._runtime),
+            partial(
+                Snapshotter,
+                self._state,
+                announce,
+                halt,
+                self._least_free,
+                self._runtime,
+                soft_reboots,
+            ),
         )
         asked = asyncio.ensure_future(self._stop.wait())
         while not opening.done() and not asked.done():
@@ -218,6 +229,36 @@ class _Daemon:
             finally:
                 checking.cancel()
             await asyncio.sleep(period)
+
+
+async def _soft_reboots() -> int:
+    """Return how often user space was restarted since the kernel was booted; 0 without systemd.
+
+    That is known since systemd 257. Each of these restarts unmounts what a reboot would unmount,
+    under the same boot id; see systemd-soft-reboot.service(8).
+
+    Raises:
+        Unavailable: the bus cannot be reached.
+    """
+    connection = Connection()
+    await connection.open()
+    try:
+        (count,) = await connection.request(
+            "org.freedesktop.systemd1",
+            "/org/freedesktop/systemd1",
+            "org.freedesktop.DBus.Properties",
+            "Get",
+            "ss",
+            ["org.freedesktop.systemd1.Manager", "SoftRebootsCount"],
+        )
+    except SnapdError as error:
+        if not connection.connected:
+            raise
+        log.debug("soft reboots are not recognized: %s", error)
+        return 0
+    finally:
+        connection.disconnect()
+    return int(count.value)
 
 
 _WAITING = "STATUS=Waiting for the disk: thaw its file system if that is frozen"

@@ -215,6 +215,11 @@ def boot_id() -> str:
         return file.read().strip()
 
 
+def boot(soft_reboots: int) -> str:
+    """Return what tells the time since the last start of user space from all others."""
+    return f"{boot_id()} {soft_reboots}" if soft_reboots else boot_id()
+
+
 def mounting_id(fd: int) -> str:
     """Return what tells this mounting of the file system behind ``fd`` from all others.
 

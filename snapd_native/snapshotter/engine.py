@@ -69,13 +69,15 @@ class Snapshotter:
         stopping: threading.Event | None = None,
         least_free: float = LEAST_FREE,
         runtime: Path = RUNTIME,
+        soft_reboots: int = 0,
     ) -> None:
         """Open the state directory, delete what a crash or an earlier removal left, and remount.
 
         ``announce`` is told of each change after it is durable, in the order of the changes.
         Setting ``stopping`` is the same as `stop`, and stops this too. Standby clones are kept only
         where ``least_free`` of 1 is free of the file system's space and inodes. In ``runtime``
-        are the directories for mounts without a target.
+        are the directories for mounts without a target. ``soft_reboots`` counts the restarts of
+        user space since the kernel was booted: each has unmounted all persistent mounts.
 
         Raises:
             Unavailable: another process uses the directory, ``stopping`` is set, or the kernel is
@@ -94,7 +96,9 @@ class Snapshotter:
             self._store = open_store(self._state, announce)
             undo.callback(self._store.close)
             close_runtime(runtime)
-            self.mounter = Mounter(self._state, self._store, runtime, self._stopping)
+            self.mounter = Mounter(
+                self._state, self._store, runtime, self._stopping, linux.boot(soft_reboots)
+            )
             """Mounts snapshots for others."""
             undo.callback(self.mounter.close)
             self._write_back = WriteBack(self._state, self._store, runtime / "doubt")

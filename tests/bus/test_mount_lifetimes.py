@@ -6,14 +6,16 @@ import asyncio
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import (
     ExitStack,
     contextmanager,
 )
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
+from dbus_next.message import Message
 from dbus_next.signature import Variant
 
 from snapd_native.client import BlockingClient
@@ -37,6 +39,8 @@ from tests.support.service import (
 from tests.support.waiting import becomes, eventually
 
 pytestmark = on_ext4
+
+T = TypeVar("T")
 
 HOLDER = """
 import os, sys
@@ -242,3 +246,59 @@ def test_client_mounts_of_an_earlier_bus_are_unmounted_at_start(
         monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
         asyncio.run(look(address))
     assert below(places) == [str(kept)]
+
+
+SYSTEMD = """
+<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-BUS Bus Configuration 1.0//EN"
+ "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
+<busconfig>
+  <policy user="root">
+    <allow own="org.freedesktop.systemd1"/>
+    <allow send_destination="org.freedesktop.systemd1"/>
+  </policy>
+</busconfig>
+"""
+
+
+def test_a_persistent_mount_is_restored_after_a_soft_reboot(
+    scratch: Path, places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One unmounted while the service was down is not: then an administrator has done that."""
+    here = place(places)
+    policy = tmp_path / "systemd.conf"
+    policy.write_text(SYSTEMD.strip())
+    soft_reboots = 0
+
+    def answer(message: Message) -> Message | None:
+        if message.body != ["org.freedesktop.systemd1.Manager", "SoftRebootsCount"]:
+            return None
+        return Message.new_method_return(message, "v", [Variant("u", soft_reboots)])
+
+    def serve(call: Callable[[BlockingClient], T]) -> T:
+        with serving(address, scratch / "state"), BlockingClient() as client:
+            return call(client)
+
+    def mount(client: BlockingClient) -> None:
+        stock(client)
+        client.mount("work", str(here))
+
+    def mounted(client: BlockingClient) -> list[str]:
+        return [each.target for each in client.list_mounts()]
+
+    async def scenario() -> None:
+        nonlocal soft_reboots
+        async with connection() as systemd:
+            systemd.add_message_handler(answer)
+            await systemd.ask_driver("RequestName", "su", ["org.freedesktop.systemd1", 0])
+            await asyncio.to_thread(serve, mount)
+            for _ in range(2):
+                soft_reboots += 1
+                subprocess.run(["umount", here], check=True)
+                assert await asyncio.to_thread(serve, mounted) == [str(here)]
+                assert below(places) == [str(here)]
+            subprocess.run(["umount", here], check=True)
+            assert await asyncio.to_thread(serve, mounted) == []
+
+    with private_bus([policy]) as address:
+        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
+        asyncio.run(scenario())

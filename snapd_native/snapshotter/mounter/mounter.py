@@ -50,13 +50,13 @@ class Mounter:
     """
 
     def __init__(
-        self, state: StateDirectory, store: Metastore, runtime: Path, stopping: Event
+        self, state: StateDirectory, store: Metastore, runtime: Path, stopping: Event, boot: str
     ) -> None:
         """Bring the ledger and the kernel's table together; see `Reconciler`."""
         self._state = state
         self._store = store
         self._ledger = store.ledger
-        self._reconciler = Reconciler(state, store.ledger, runtime / "mounts")
+        self._reconciler = Reconciler(state, store.ledger, runtime / "mounts", boot)
         self._stopping = stopping
         self._lock = self._reconciler.lock
         self._freezer = Freezer(state, self._reconciler)

@@ -22,11 +22,12 @@ log = logging.getLogger(__name__)
 class Reconciler:
     """Knows which mounts of the ledger stand in the kernel's table; ``lock`` guards both."""
 
-    def __init__(self, state: StateDirectory, ledger: Ledger, own: Path) -> None:
+    def __init__(self, state: StateDirectory, ledger: Ledger, own: Path, boot: str) -> None:
         """Bring them together.
 
         After a restart of the machine, persistent mounts are made again; one that cannot be stays
         in the ledger for the next time. In ``own`` are the directories that are made for mounts.
+        ``boot`` names the time since the machine, or its user space, was last started.
         """
         self._state = state
         self._ledger = ledger
@@ -38,7 +39,7 @@ class Reconciler:
         """The ids of lines whose mounts are being unmounted: those are gone before the lines."""
         self._closed = Condition(self.lock)
         self.own = own
-        self.boot = linux.boot_id()
+        self.boot = boot
         self.blind = ""
         """Why the table says nothing of what the host has mounted; empty if it does."""
         if mounts.hidden_from_host():
