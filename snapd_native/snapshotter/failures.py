@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from snapd_native.errors import (
@@ -21,30 +21,80 @@ from snapd_native.model import quote
 
 log = logging.getLogger(__name__)
 
-_EXHAUSTED = {
-    errno.ENOSPC: "free space or inodes",
-    errno.EDQUOT: "raise the quota or free space",
-    errno.ENOMEM: "free memory",
-    errno.EMFILE: "let other calls end first",
-    errno.ENFILE: "let other programs close files",
-    errno.EAGAIN: "let other processes end first",
-}
-_KILLED = {errno.ECHILD, errno.EPIPE}
-_DAMAGED = {
-    errno.EIO,
+_EHWPOISON = 133
+"""The module `errno` lacks it."""
+
+_DAMAGED = (DataLoss, "{reason}, check the disk and the kernel's log")
+_KILLED = (
+    ResourceExhausted,
+    "a process that helped was killed, perhaps for want of memory, try again",
+)
+_TAKEN = (
+    FailedPrecondition,
+    "something that is not the service's is in its way, see what Check finds",
+)
+_DENIED = (
+    FailedPrecondition,
+    "{reason}, something in it is immutable, append-only or an active swap file, a security module"
+    " denies it, or the service lacks a capability: see lsattr, swapon and the audit log",
+)
+_UNSUPPORTED = (
+    FailedPrecondition,
+    "{reason}, something in it cannot be stored by its file system in this place",
+)
+
+_MEANINGS: Mapping[int, tuple[type[SnapdError], str]] = {
+    errno.ENOSPC: (ResourceExhausted, "{reason}, free space or inodes and try again"),
+    errno.EDQUOT: (ResourceExhausted, "{reason}, raise the quota or free space and try again"),
+    errno.ENOMEM: (ResourceExhausted, "{reason}, free memory and try again"),
+    errno.EMFILE: (ResourceExhausted, "{reason}, let other calls end first and try again"),
+    errno.ENFILE: (ResourceExhausted, "{reason}, let other programs close files and try again"),
+    errno.EAGAIN: (ResourceExhausted, "{reason}, let other processes end first and try again"),
+    errno.EFBIG: (ResourceExhausted, "{reason}, raise LimitFSIZE= of the unit and try again"),
+    errno.EMLINK: (ResourceExhausted, "{reason}, remove some snapshots and try again"),
+    errno.ECHILD: _KILLED,
+    errno.EPIPE: _KILLED,
+    errno.EIO: _DAMAGED,
     # ext4 and xfs report damage like this; ext4 is read-only from then on.
-    errno.EUCLEAN,
-    errno.EBADMSG,
-    errno.EROFS,
+    errno.EUCLEAN: _DAMAGED,
+    errno.EBADMSG: _DAMAGED,
+    errno.EROFS: _DAMAGED,
     # Write-back tells what the device has said; the kernel's table is in block/blk-core.c.
-    errno.ENODEV,
-    errno.ENODATA,
-    errno.ENOLINK,
-    errno.EREMOTEIO,
-    errno.ETIMEDOUT,
-    errno.EILSEQ,
-    errno.ESHUTDOWN,
+    errno.ENODEV: _DAMAGED,
+    errno.ENODATA: _DAMAGED,
+    errno.ENOLINK: _DAMAGED,
+    errno.EREMOTEIO: _DAMAGED,
+    errno.ETIMEDOUT: _DAMAGED,
+    errno.EILSEQ: _DAMAGED,
+    errno.ESHUTDOWN: _DAMAGED,
+    # A page of memory is damaged: it held what a file has.
+    _EHWPOISON: _DAMAGED,
+    errno.ESTALE: (
+        FailedPrecondition,
+        "its tree was being changed, try again when it rests",
+    ),
+    errno.E2BIG: (
+        FailedPrecondition,
+        "something in it has more extended attributes than the kernel lists, remove some",
+    ),
+    errno.EEXIST: _TAKEN,
+    errno.ENOTEMPTY: _TAKEN,
+    errno.EBUSY: (FailedPrecondition, "something is mounted in it, unmount that first"),
+    errno.EPERM: _DENIED,
+    errno.EACCES: _DENIED,
+    errno.ETXTBSY: (
+        FailedPrecondition,
+        "{reason}, something in it is an active swap file or a program that runs: end that first",
+    ),
+    # fscrypt, where the directory is locked.
+    errno.ENOKEY: (FailedPrecondition, "{reason}, it is encrypted: unlock it first"),
+    errno.EOPNOTSUPP: _UNSUPPORTED,
+    errno.ENAMETOOLONG: _UNSUPPORTED,
+    # A mount with mapped users does not map an owner.
+    errno.EOVERFLOW: _UNSUPPORTED,
 }
+"""What an error of the kernel means to a caller, from the manual pages of the calls that copy,
+rename and delete trees. One that is missing here can only be a mistake of the service."""
 
 
 @contextmanager
@@ -73,26 +123,8 @@ def _meaning(error: OSError, what: str) -> SnapdError:
     # The path in an OSError is the service's own; only its number leaves.
     code = error.errno or 0
     reason = os.strerror(code).lower()
-    if code in _EXHAUSTED:
-        return ResourceExhausted(f"{what}: {reason}, {_EXHAUSTED[code]} and try again")
-    if code in _KILLED:
-        return ResourceExhausted(
-            f"{what}: a process that helped was killed, perhaps for want of memory, try again"
-        )
-    if code in _DAMAGED:
-        return DataLoss(f"{what}: {reason}, check the disk and the kernel's log")
-    if code == errno.ESTALE:
-        return FailedPrecondition(f"{what}: its tree was being changed, try again when it rests")
-    if code == errno.E2BIG:
-        return FailedPrecondition(
-            f"{what}: something in it has more extended attributes than the kernel lists,"
-            " remove some"
-        )
-    if code in (errno.EEXIST, errno.ENOTEMPTY):
-        return FailedPrecondition(
-            f"{what}: something that is not the service's is in its way, see what Check finds"
-        )
-    if code == errno.EBUSY:
-        return FailedPrecondition(f"{what}: something is mounted in it, unmount that first")
+    if meaning := _MEANINGS.get(code):
+        kind, text = meaning
+        return kind(f"{what}: {text.format(reason=reason)}")
     log.error("%s: %s", what, error, exc_info=error)
     return Internal(f"{what}: {reason}, see the service's log")

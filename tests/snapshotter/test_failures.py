@@ -33,7 +33,31 @@ from tests.support.engine import (
     read,
 )
 from tests.support.file_systems import long_on_xfs, mounted, unmount_when_free
+from tests.support.service import check_sentence
 from tests.support.waiting import WAIT, eventually
+
+# The errors of open(2), read(2), write(2), copy_file_range(2), ioctl_ficlone(2), fallocate(2),
+# link(2), mkdir(2), mknod(2), symlink(2), rename(2), unlink(2), rmdir(2), setxattr(2), chown(2) and
+# utimensat(2), but for those of a wrong call and of a tree that changes meanwhile.
+DOCUMENTED = (
+    *("EACCES", "EAGAIN", "EBUSY", "EDQUOT", "EEXIST", "EFBIG", "EIO", "EMFILE", "EMLINK"),
+    *("ENAMETOOLONG", "ENFILE", "ENODEV", "ENOMEM", "ENOSPC", "ENOTEMPTY", "EOPNOTSUPP"),
+    *("EOVERFLOW", "EPERM", "EPIPE", "EROFS", "ETXTBSY"),
+)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_an_error_in_the_manual_pages_says_what_to_do(
+    full: Snapshotter, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for owner, function in ((StateDirectory, "create"), (trees.Crew, "clone")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, function, fail(getattr(errno, name)))
+            kinds = (FailedPrecondition, ResourceExhausted, DataLoss)
+            with pytest.raises(kinds) as caught:
+                full.prepare("new", "base")
+        check_sentence(caught.value.message, 'cannot prepare "new" from "base": ')
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(
