@@ -96,6 +96,7 @@ class Elsewhere:
                 continue
             table = _table(proc)
             self.known.update(entry.id for entry in table)
+            _check_overlays(namespace.pid, table, place)
             for entry in table.showing(place):
                 if entry.read_only:
                     continue
@@ -118,6 +119,7 @@ class Elsewhere:
             with suppress(FileNotFoundError, ProcessLookupError):
                 table = Table.read(Path(f"/proc/{pid}/mountinfo"))
                 self.known.update(entry.id for entry in table)
+                _check_overlays(pid, table, place)
                 for entry in table.showing(place):
                     if not entry.read_only:
                         code = errno.EACCES
@@ -131,6 +133,11 @@ class Elsewhere:
                 with suppress(OSError):
                     make_read_only(now, read_only=False, proc=proc)
         return True
+
+
+def _check_overlays(pid: int, table: Table, place: Place) -> None:
+    for overlay in table.overlays(place, writing=True):
+        raise NotFrozen(pid, overlay, OSError(errno.ETXTBSY, "an overlay writes to it"))
 
 
 @contextmanager

@@ -421,6 +421,24 @@ def test_commit_is_refused_while_an_overlay_writes_to_the_tree(
     full.commit("done", "work")
 
 
+def test_commit_is_refused_while_an_overlay_in_another_namespace_writes_to_the_tree(
+    full: Snapshotter, places: Path
+) -> None:
+    here, tree = place(places), Path(full.mounts("work").source)
+    for name in ("upper", "work"):
+        (tree / name).mkdir()
+    options = f"lowerdir={full.mounts('look').source},upperdir={tree}/upper,workdir={tree}/work"
+    with namespace() as pid:
+        inside = ["nsenter", "--mount", "--target", str(pid)]
+        overlay = ["mount", "-t", "overlay", "-o", options, "overlay", str(here)]
+        subprocess.run([*inside, *overlay], check=True)
+        says = rf'"{here}" in the mount namespace of pid {pid} \(an overlay writes to it\)'
+        with pytest.raises(FailedPrecondition, match=says):
+            full.commit("done", "work")
+        subprocess.run([*inside, "umount", here], check=True)
+        full.commit("done", "work")
+
+
 def test_remove_is_refused_while_an_overlay_shows_the_tree(full: Snapshotter, places: Path) -> None:
     here, odd = place(places), place(places, "a:b,c \\ d")
     escaped = str(odd).replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
