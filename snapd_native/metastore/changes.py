@@ -1,4 +1,4 @@
-"""How many changes there were: a database that has fewer has lost some."""
+"""A count of all changes, kept beside the database to find out whether it has lost some."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from pathlib import Path
 
 
 class Changes:
-    """The number of changes so far, and how many of them need no log, in a file by the database.
+    """A file with two numbers: all changes so far, and those that are in the database itself.
 
-    They are written after that is durable, and not synced: they may be too low. Only the second can
-    be too high, where a start has found the log half put into the database.
+    The others are only in the WAL. Both numbers are written after the changes are durable, and the
+    file is not synced, so they can be too low. The second can also be too high, if the service was
+    killed during a checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open the file; it is made if there is none, readable by its owner."""
+        """Open the file, or create it with access for its owner only."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         self._fd = os.open(path, flags, 0o600)
 
@@ -24,12 +25,12 @@ class Changes:
         os.close(self._fd)
 
     def read(self) -> tuple[int, int]:
-        """Return both numbers; 0 if none was ever written."""
+        """Return both numbers; 0 for one that was never written."""
         count, put_back = (os.pread(self._fd, 20, offset) for offset in (0, 21))
         return _number(count), _number(put_back)
 
     def write(self, count: int, put_back: int) -> None:
-        """Set both numbers; on a full disk they may stay."""
+        """Write both numbers; on a full disk the old ones can remain."""
         with suppress(OSError):
             os.pwrite(self._fd, b"%020d\n%020d\n" % (count, put_back), 0)
 

@@ -1,8 +1,8 @@
-"""Connections to the database: one that writes, and as many that read as there are readers.
+"""Connections to the database: one for writing, and one for each reader.
 
-They use SQLite's VFS ``unix-excl``: no other process can open the database meanwhile, and the index
-of the WAL is in memory. That of the VFS ``unix`` is a file that is mapped: where the file system
-has no room for a page of it, the kernel kills the process.
+They use SQLite's VFS ``unix-excl``: no other process can open the database while the service runs,
+and the index of the WAL is in memory. With the VFS ``unix`` the index is a mapped file, and the
+kernel kills the process when the file system has no room for a page of it.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from snapd_native.metastore.readers import Readers
 from snapd_native.model import quote_path
 
 WAL_ROOM = 1 << 18
-"""Bytes of the WAL file that are there from the beginning; see `Connections.delete`."""
+"""Bytes that the WAL file has from the beginning; see `Connections.delete`."""
 
 _CHANGES = 64
-"""Rows changed, of some pages each, until the WAL is put into the database. That grows by as many
-pages at most, which is less than what `Connections.delete` can have freed."""
+"""Changed rows after which a checkpoint is due. Each row changes a few pages, so the database grows
+by less than `Connections.delete` can free for it."""
 
 BUSY_SECONDS = 5.0
 """How long a start waits until another process closes the database."""
 
 _PAUSE = 0.02
-"""Seconds that new readers wait for others to end, so that the WAL can be put into the database."""
+"""Seconds for which new readers are held back until the others end, for a checkpoint."""
 
 _LONG_PAUSE = 5.0
-"""Seconds, where a deletion needs the room that this makes."""
+"""The same, when a deletion on a full disk needs the checkpoint."""
 
-# A header that is not understood may forbid to write.
+# A damaged header can say that the database is read-only.
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_READONLY}
 _NOT_UNDERSTOOD = ("unsupported file format", "malformed JSON", "Could not decode")
 _FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM}
@@ -56,15 +56,16 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM
 class Connections:
     """Opens ``metadata.db`` in WAL mode, so that readers do not wait for the writer.
 
-    Only while the WAL is put into the database, some milliseconds now and then, none begins. SQLite
-    would do a part of that beside readers, but it does not sync that part and does not repeat it
-    after a failed sync, so that records could be lost.
+    A reader waits only during a checkpoint, which takes some milliseconds. A checkpoint runs only
+    while nobody reads: SQLite does not sync a checkpoint that readers have stopped half-way, and
+    does not repeat it after a failed sync, so that records could be lost.
     """
 
     def __init__(self, path: Path, make_room: Callable[[], bool]) -> None:
-        """Open the database for writing; it is made if there is none, readable by its owner.
+        """Open the database for writing, or create it with access for its owner only.
 
-        ``make_room`` is called where there is none for a deletion, and tells whether it helped.
+        ``make_room`` is called when the disk is too full for a deletion. It returns whether it has
+        freed something.
 
         Raises:
             Unavailable: another process has it open.
@@ -94,17 +95,17 @@ class Connections:
             self._reserve()
 
     def close(self) -> None:
-        """Close everything; the last close leaves a database without a WAL file."""
+        """Close all connections. SQLite puts the WAL into the database and deletes it."""
         with self._lock:
             self._readers.close()
             self._writer.close()
             self._changes.close()
 
     def check_in_place(self) -> None:
-        """Make sure that the paths of the database still lead to what SQLite has open.
+        """Check that the files of the database are still those that SQLite has open.
 
         Raises:
-            DataLoss: they do not, so that nothing that is written outlasts the service.
+            DataLoss: they are not, so that changes would be lost when the service ends.
         """
         try:
             found = _identities(self._path)
@@ -118,7 +119,7 @@ class Connections:
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Keep all others from writing."""
+        """Let no other thread write during the block."""
         with self._lock:
             yield
 
@@ -137,13 +138,13 @@ class Connections:
                 self._count()
             if self._writer.total_changes - self._put >= _CHANGES:
                 self._put_back(_PAUSE)
-                # If readers went on, the next attempt is after as many changes again.
+                # If readers have prevented it, it is due again after as many changes.
                 self._put = self._writer.total_changes
 
     def lost_changes(self) -> int:
-        """Return how many of the changes that were once durable the database does not have.
+        """Return how many durable changes are missing in the database.
 
-        An older copy under the newer log has the last ones, and not those between the two.
+        An older copy of the database with a newer WAL lacks the changes between the two.
         """
         with self._lock, translated(self._path.parent):
             count, put_back = self._changes.read()
@@ -153,15 +154,15 @@ class Connections:
             return max(lost, 0)
 
     def count_changes(self) -> None:
-        """Take for all that there is what the database has, and count on from there."""
+        """Accept the database's number of changes as complete, and count from there."""
         with self._lock, translated(self._path.parent):
             self._note()
 
     def delete(self, db: sqlite3.Connection, statement: str, rows: Iterable[tuple[int]]) -> None:
-        """Delete rows with the connection for writing, durably, also where the disk is full.
+        """Delete rows durably, even on a full disk. ``db`` is the connection for writing.
 
-        A WAL whose pages are all in the database is written from its beginning again, and has room
-        there. Putting them there takes room only for what was inserted since the last time.
+        After a checkpoint SQLite writes the WAL from its beginning again, where it has room. The
+        checkpoint itself needs room only for rows that were inserted since the last one.
         """
         ids = [*rows]
         remedies: Iterator[Callable[[], bool]] = iter((lambda: True, self._make_room))
@@ -177,7 +178,7 @@ class Connections:
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """Lend a connection that sees the last commit and cannot write."""
+        """Lend a connection that sees all committed changes and cannot write."""
         with translated(self._path.parent), self._readers.reading() as db:
             yield db
 
@@ -206,8 +207,8 @@ class Connections:
         return db
 
     def _put_back(self, seconds: float) -> None:
-        """Put the WAL into the database, if all readers end within ``seconds``."""
-        # The change itself stands, so a disk that fails is no error here.
+        """Run a checkpoint if all readers end within ``seconds``."""
+        # The changes are durable already, so that a failure is no error of the call.
         with self._readers.paused(seconds) as nobody_reads, suppress(sqlite3.Error):
             if not nobody_reads:
                 return
@@ -218,7 +219,7 @@ class Connections:
                     self._note()
 
     def _reserve(self) -> None:
-        # SQLite takes what follows the last frame for nothing.
+        # SQLite ignores what follows the last frame.
         fd = os.open(f"{self._path}-wal", os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             os.posix_fallocate(fd, 0, WAL_ROOM)
@@ -227,10 +228,10 @@ class Connections:
 
 
 def _make(path: Path) -> None:
-    """Make the file if there is none.
+    """Create the file if it does not exist.
 
     Raises:
-        FailedPrecondition: there is something else.
+        FailedPrecondition: the path is not a file.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
@@ -244,12 +245,12 @@ def _make(path: Path) -> None:
         os.close(fd)
     if not is_file:
         raise FailedPrecondition(
-            f"{path} is no file: move it away and restore metadata.db from a backup"
+            f"{path} is not a file: move it away and restore metadata.db from a backup"
         )
 
 
 def _identities(path: Path) -> Sequence[tuple[int, int] | None]:
-    """Return device and inode of the database and of its WAL file."""
+    """Return the device and inode of the database and of its WAL."""
     found: list[tuple[int, int] | None] = []
     for name in (path, f"{path}-wal"):
         try:
@@ -263,7 +264,7 @@ def _identities(path: Path) -> Sequence[tuple[int, int] | None]:
 
 @contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """Make what follows durable as a whole, or undo it."""
+    """Make all changes of the block durable together, or none if it raises."""
     before = db.total_changes
     db.execute("BEGIN IMMEDIATE")
     try:
@@ -281,7 +282,7 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 @contextmanager
 def translated(directory: Path) -> Iterator[None]:
-    """Turn errors of SQLite into those of the contract; the database lies in ``directory``."""
+    """Turn SQLite's errors into the contract's; ``directory`` contains the database."""
     try:
         yield
     except sqlite3.Error as error:
@@ -289,24 +290,24 @@ def translated(directory: Path) -> Iterator[None]:
 
 
 def directory_of(db: sqlite3.Connection) -> Path:
-    """Return where the database lies."""
+    """Return the directory that contains the database."""
     (_, _, path) = db.execute("PRAGMA database_list").fetchone()
     return Path(path).parent
 
 
 def _changes(db: sqlite3.Connection) -> int:
     row = db.execute("SELECT count FROM changes WHERE id = 1").fetchone()
-    # Where the disk has lost the count, all changes are taken for lost.
+    # If the disk has lost the count, all changes count as lost.
     return row[0] if row and isinstance(row[0], int) else 0
 
 
 def _changes_without_log(path: Path) -> int | None:
-    """Return the number of changes that a closed database records on disk; None if unknown.
+    """Return the number of changes in the database without its WAL; None if it is unreadable.
 
-    It need not be whole: what was being put into it when the service ended is in the log too.
+    The database can be incomplete: a checkpoint that was interrupted is repeated from the WAL.
     """
     with suppress(sqlite3.Error, OSError):
-        # It is read as if there were no log, and nothing is made or locked.
+        # Opened like this, SQLite ignores the WAL, creates nothing and takes no lock.
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)) as db:
             has_table = "SELECT 1 FROM sqlite_schema WHERE name = 'changes'"
             count = _changes(db) if db.execute(has_table).fetchone() else 0
@@ -320,10 +321,10 @@ def _changes_without_log(path: Path) -> int | None:
 
 
 def _overwrite(db: sqlite3.Connection) -> None:
-    """See to it that a transaction that failed is not found in the WAL after a crash.
+    """Make sure that a failed transaction is not recovered from the WAL after a crash.
 
-    One that could not be synced may be there as a whole. Each frame's checksum goes on from the
-    one before it: the next transaction, such as one that changes nothing, makes it invalid.
+    A transaction that could not be synced may still be complete in the WAL. The next transaction
+    overwrites it there, and its frames become invalid, since each checksum includes the one before.
     """
     with suppress(sqlite3.Error):
         (version,) = db.execute("PRAGMA user_version").fetchone()
@@ -340,8 +341,8 @@ def _meaning(error: sqlite3.Error, directory: Path) -> SnapdError:
         return ResourceExhausted("no room is left for the metadata: free some and try again")
     if code == sqlite3.SQLITE_IOERR or refusal:
         return _unreachable(os.strerror(refusal) if refusal else str(error))
-    # SQLite has no codes of their own for what it does not understand, and that of a damaged page
-    # for one that the disk does not give.
+    # SQLite has no code of its own for content that it does not understand. It reports a page that
+    # the disk cannot read like a damaged one.
     if code in _DAMAGED or str(error).startswith(_NOT_UNDERSTOOD):
         return DataLoss(
             f"metadata.db cannot be used ({error}): check the disk and the kernel's log, and if all"
@@ -363,9 +364,9 @@ def _code(error: BaseException) -> int:
 
 
 def _refusal(directory: Path) -> int:
-    """Return the errno with which the kernel refuses to make a file, 0 if it does not.
+    """Try to write a file; return the errno, or 0 if that works.
 
-    SQLite does not tell it: it has the same codes for a disk that is full and one that fails.
+    SQLite has the same code for a full disk and a failing one.
     """
     try:
         fd = os.open(directory, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
@@ -380,4 +381,4 @@ def _refusal(directory: Path) -> int:
 
 
 _PROBE = 1 << 16
-"""Bytes, more than a transaction usually writes."""
+"""Bytes; more than most transactions write."""

@@ -1,4 +1,4 @@
-"""The ledger: what the service has mounted where, for whom, and for how long."""
+"""The ledger: a record of each mount that the service has made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COLUMNS = """
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A mount as the ledger knows it."""
+    """The record of a mount."""
 
     id: int
     snapshot: int
@@ -26,7 +26,7 @@ class Line:
     """The id of the snapshot that owns the mounted directory."""
     key: str
     target: str
-    """Where it was asked for, as the kernel writes that path."""
+    """The target of Mount, as the kernel writes that path."""
     read_only: bool
     lifetime: Lifetime
     uid: int
@@ -34,21 +34,21 @@ class Line:
     owner: str
     """The client whose disconnection ends the mount; empty for a persistent mount."""
     boot: str
-    """The boot of the machine during which it was made."""
+    """The boot during which it was made; see `linux.boot`."""
     mount: int
-    """Its number in the kernel's table during that boot; 0 if it is known to be gone."""
+    """Its id in the kernel's table of mounts during that boot; 0 if it is gone."""
 
 
 class Ledger:
-    """All mounts that the service has made, durably."""
+    """The records of all mounts that the service has made."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
 
     def lines(self, snapshot: int | None = None) -> Sequence[Line]:
-        """Return all mounts, or those of one snapshot, in the order in which they were made.
+        """Return the records of all mounts, or of one snapshot's, in the order of their making.
 
-        What is damaged of them is left out; see `damaged`.
+        Damaged records are left out; see `damaged`.
         """
         with self._connections.reading() as db:
             return [_line(row) for row in _rows(db, snapshot) if not _is_damaged(row)]
@@ -65,10 +65,9 @@ class Ledger:
         mount: int,
         absent: Iterable[int] = (),
     ) -> int:
-        """Write down a mount that is about to be attached; return the line's id.
+        """Record a mount that is about to be attached; return the id of the record.
 
-        The numbers of the lines that are ``absent`` from the kernel's table may be given again, and
-        so are theirs no more.
+        The records in ``absent`` lose their mount ids: the kernel can give those to other mounts.
         """
         with self._connections.writing() as db, transaction(db):
             db.executemany("UPDATE mounts SET mount = 0 WHERE id = ?", ((id_,) for id_ in absent))
@@ -81,24 +80,24 @@ class Ledger:
             return int(id_)
 
     def made_again(self, id_: int, boot: str, mount: int) -> None:
-        """Write down that a mount stands again, since this boot."""
+        """Record that a mount was made again, during this boot."""
         with self._connections.writing() as db, transaction(db):
             db.execute("UPDATE mounts SET boot = ?, mount = ? WHERE id = ?", (boot, mount, id_))
 
     def forget(self, ids: Iterable[int]) -> None:
-        """Strike out mounts that are gone."""
+        """Delete the records of mounts that are gone."""
         with self._connections.writing() as db:
             rows = ((id_,) for id_ in ids)
             self._connections.delete(db, "DELETE FROM mounts WHERE id = ?", rows)
 
 
 def turn_read_only(db: sqlite3.Connection, snapshot: int) -> None:
-    """Write down, in a transaction, that all mounts of a snapshot are read-only from now on."""
+    """Record, inside a transaction, that all mounts of a snapshot are read-only now."""
     db.execute("UPDATE mounts SET read_only = 1 WHERE snapshot = ?", (snapshot,))
 
 
 def damaged(db: sqlite3.Connection) -> Iterator[object]:
-    """Yield the names of snapshots of which a mount is recorded that cannot be read."""
+    """Yield the name of the snapshot of each damaged record."""
     for row in _rows(db, None):
         if _is_damaged(row):
             yield row[3]

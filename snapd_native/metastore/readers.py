@@ -1,4 +1,4 @@
-"""The connections that read, and a pause in which none of them reads."""
+"""The connections of readers, and pauses in which nobody reads."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 
 class Readers:
-    """Lends connections to threads; a connection that is given back serves the next reader."""
+    """Lends connections to threads, and keeps them open for the next reader."""
 
     def __init__(self, connect: Callable[[], sqlite3.Connection]) -> None:
-        """``connect`` opens one more connection."""
+        """``connect`` opens a connection."""
         self._connect = connect
         self._idle: list[sqlite3.Connection] = []
         self._reading = 0
@@ -20,13 +20,13 @@ class Readers:
         self._changed = threading.Condition()
 
     def close(self) -> None:
-        """Close all connections; nobody reads any more."""
+        """Close all connections. No thread may be reading."""
         while self._idle:
             self._idle.pop().close()
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """Lend a connection. A caller that has one must not ask for another."""
+        """Lend a connection. A thread that has one must not ask for another."""
         with self._changed:
             self._changed.wait_for(lambda: not self._paused)
             self._reading += 1
@@ -43,7 +43,7 @@ class Readers:
 
     @contextmanager
     def paused(self, seconds: float) -> Iterator[bool]:
-        """Let no reader begin; yield whether those that had begun ended within ``seconds``."""
+        """Hold back new readers in the block; yield whether the others ended within ``seconds``."""
         with self._changed:
             self._paused = True
             nobody_reads = self._changed.wait_for(lambda: not self._reading, seconds)

@@ -1,4 +1,4 @@
-"""Records as they are in the database, and how one is found."""
+"""Read records of snapshots from the database."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS = """
 """
 
 Row: TypeAlias = Sequence[Any]
-"""A row of `COLUMNS`, in which a damaged disk may have put anything."""
+"""A row of `COLUMNS`. On a damaged disk any value can be in it."""
 
 _DESCRIPTIONS: Mapping[str, str] = {
     Kind.VIEW: "a view",
@@ -29,7 +29,7 @@ _DESCRIPTIONS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A snapshot as the metastore knows it: ``info`` for callers, the rest for the service."""
+    """The record of a snapshot: ``info`` for callers, the rest for the service."""
 
     id: int
     parent_id: int | None
@@ -39,13 +39,13 @@ class Record:
 
     @property
     def tree_id(self) -> int:
-        """The id of the snapshot that owns the directory: a view shows that of its parent."""
+        """The id of the snapshot that owns the directory; a view shows its parent's."""
         if self.info.kind is Kind.VIEW and self.parent_id is not None:
             return self.parent_id
         return self.id
 
     def check_mountable(self) -> None:
-        """Make sure that a snapshot has a mount.
+        """Check that a snapshot can be mounted.
 
         Raises:
             FailedPrecondition: it is committed.
@@ -57,12 +57,12 @@ class Record:
 
 
 def packed(labels: Mapping[str, str]) -> str:
-    """Return labels as the database keeps them."""
+    """Return labels as the database stores them."""
     return json.dumps(dict(labels), ensure_ascii=False, separators=(",", ":"))
 
 
 def fault(row: Row) -> str:
-    """Say what of a row cannot be; nothing if all can."""
+    """Name the invalid parts of a row; empty if there are none."""
     wrong = [what for what, is_right in _RULES.items() if not is_right(row)]
     if _unpacked(row[7]) is None:
         wrong.append("labels")
@@ -95,7 +95,7 @@ def readable(row: Row) -> Record | None:
 
 
 def doomed(db: sqlite3.Connection, key: str) -> Record:
-    """Return as much of a record as Remove needs, even if the rest of it is damaged.
+    """Return what Remove needs of a record, even if the rest is damaged.
 
     Raises:
         NotFound: there is none.
@@ -128,7 +128,7 @@ def get(db: sqlite3.Connection, key: str) -> Record:
 
 
 def committed_parent(db: sqlite3.Connection, parent: str) -> Record:
-    """Return the record of what is to be a parent.
+    """Return the record of a snapshot that is to become a parent.
 
     Raises:
         NotFound: there is none.
@@ -147,15 +147,15 @@ def committed_parent(db: sqlite3.Connection, parent: str) -> Record:
 
 
 def described(kind: str) -> str:
-    """Say what a snapshot of a kind is."""
+    """Return a kind of snapshot in words."""
     return _DESCRIPTIONS.get(kind, "a damaged record")
 
 
 def check_parent(db: sqlite3.Connection, record: Record) -> None:
-    """Make sure that the parent that a record tells of is there.
+    """Check that the recorded parent exists and is committed.
 
     Raises:
-        DataLoss: it is not, or is not committed.
+        DataLoss: it does not, or is not.
     """
     if record.parent_id is None:
         return
@@ -168,7 +168,7 @@ def check_parent(db: sqlite3.Connection, record: Record) -> None:
 
 
 def last_id(db: sqlite3.Connection) -> int:
-    """Return the highest id that was given, also where the count of them was lost."""
+    """Return the highest id so far, even if the counter of ids was lost."""
     (last,) = db.execute(
         "SELECT max((SELECT coalesce(max(seq), 0) FROM sqlite_sequence),"
         " (SELECT coalesce(max(id), 0) FROM snapshots))"
@@ -200,7 +200,7 @@ def _is_count(number: object) -> bool:
 
 
 def _unpacked(labels: object) -> Mapping[str, str] | None:
-    """Return labels as `packed` packed them; None if it did not."""
+    """Undo `packed`; None if the text is not one of its results."""
     try:
         found = json.loads(labels) if isinstance(labels, str) else None
     except (ValueError, RecursionError):
@@ -217,4 +217,4 @@ _RULES: Mapping[str, Callable[[Row], bool]] = {
     "times": lambda row: _is_count(row[5]) and _is_count(row[6]),
     "usage": lambda row: _is_usage(row[2], row[8], row[9]),
 }
-"""Rules that every row of the service keeps; that its labels can be unpacked is checked apart."""
+"""Rules for the columns of a row, except for the labels."""

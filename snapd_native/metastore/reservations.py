@@ -1,4 +1,4 @@
-"""Keys and names that are held for calls that are running."""
+"""Keys and names that running calls have reserved."""
 
 from __future__ import annotations
 
@@ -11,57 +11,57 @@ from snapd_native.model import quote
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """A key or name that is held for one call, and what must stay until that call is done."""
+    """A key or name that is reserved for one call, and what must not change during the call."""
 
     name: str
     id: int
-    """The new snapshot's id; of a Commit, the id of the active one."""
+    """The id of the new snapshot; for a Commit, of the active one."""
     parent: Record | None
     committing: Record | None = None
 
 
 class Reservations:
-    """All of them, in memory: a crash releases them. Only one thread at a time may use them."""
+    """All reservations. They are in memory only, so that a crash ends them. Not thread-safe."""
 
     def __init__(self, first_id: int) -> None:
-        """Give new snapshots ids from ``first_id`` on."""
+        """Start with the id ``first_id``."""
         self._next_id = first_id
         self._held: dict[str, Reservation] = {}
 
     @property
     def last_id(self) -> int:
-        """The highest id that was given so far."""
+        """The highest id so far."""
         return self._next_id - 1
 
     def skip(self, last_id: int) -> None:
-        """Give no id up to ``last_id`` anymore."""
+        """Do not use the ids up to ``last_id``."""
         self._next_id = max(self._next_id, last_id + 1)
 
     def ids(self) -> set[int]:
-        """Return the ids of all."""
+        """Return the ids of all reservations."""
         return {held.id for held in self._held.values()}
 
     def hold(self, key: str, parent: Record | None) -> Reservation:
-        """Hold ``key``, which is free, and an id for a new snapshot."""
+        """Reserve ``key``, which is free, and an id for a new snapshot."""
         self._held[key] = made = Reservation(key, self._next_id, parent)
         self._next_id += 1
         return made
 
     def hold_commit(self, name: str, record: Record, parent: Record | None) -> Reservation:
-        """Hold ``name``, which is free, for the active snapshot that is committed to it."""
+        """Reserve ``name``, which is free, for the Commit of an active snapshot."""
         self._held[name] = made = Reservation(name, record.id, parent, record)
         return made
 
     def release(self, reservation: Reservation) -> None:
-        """Give one up, unless it is given up already."""
+        """End a reservation; one that has ended already is ignored."""
         if self._held.get(reservation.name) is reservation:
             del self._held[reservation.name]
 
     def check_free(self, name: str, what: str) -> None:
-        """Check that no call holds ``name``, which is ``what`` (key or name).
+        """Check that no call has reserved ``name``; ``what`` is "key" or "name".
 
         Raises:
-            AlreadyExists: somebody does.
+            AlreadyExists: a call has.
         """
         if name in self._held:
             raise AlreadyExists(
@@ -70,7 +70,7 @@ class Reservations:
             )
 
     def check_not_committing(self, record: Record, doing: str) -> None:
-        """Make sure that a snapshot is not being committed, before ``doing`` something to it.
+        """Check that no Commit of the snapshot is running; ``doing`` is what the caller wants.
 
         Raises:
             FailedPrecondition: it is.
@@ -82,5 +82,5 @@ class Reservations:
             )
 
     def is_parent(self, record: Record) -> bool:
-        """Tell whether a snapshot is the parent of what will be one."""
+        """Tell whether a reservation has the snapshot as its parent."""
         return any(held.parent and held.parent.id == record.id for held in self._held.values())

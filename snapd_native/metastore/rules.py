@@ -16,18 +16,18 @@ from snapd_native.metastore.schema import missing
 from snapd_native.model import Finding, Trouble, is_name, quote, quote_path, shown
 
 Mend: TypeAlias = tuple[str, ...]
-"""Statements that mend something without a loss and without a guess; none if it takes a backup."""
+"""Statements that repair something without loss or guess; empty if only a backup helps."""
 
 
 class Broken(NamedTuple):
-    """A finding, and what mends it."""
+    """A finding, and the statements that repair it."""
 
     finding: Finding
     mend: Mend = ()
 
 
 def broken_rules(db: sqlite3.Connection) -> Sequence[Broken]:
-    """Return what is wrong with a database and with the rules that it keeps."""
+    """Return what is damaged in a database, and which of its rules are broken."""
     found: list[Broken] = []
     for part in _PARTS:
         try:
@@ -40,7 +40,7 @@ def broken_rules(db: sqlite3.Connection) -> Sequence[Broken]:
 
 
 def mend(db: sqlite3.Connection, broken: Sequence[Broken]) -> None:
-    """Mend what can be, each thing as a whole or not at all."""
+    """Repair what can be repaired, each finding in one transaction."""
     for statements in dict.fromkeys(each.mend for each in broken if each.mend):
         # If a repair fails, the next check reports the same finding.
         with (
@@ -54,9 +54,9 @@ def mend(db: sqlite3.Connection, broken: Sequence[Broken]) -> None:
 
 
 def _damage(db: sqlite3.Connection) -> Iterator[Broken]:
-    """Find what SQLite itself takes for damage."""
+    """Find what SQLite reports as damage."""
     told = _integrity(db)
-    # An index is made anew from its table, if all of both can be read and it may be made at all.
+    # An index is rebuilt from its table, if both can be read and no value is there twice.
     whole = not any("page" in what for what in told) and not _doubles(db)
     for what in told:
         index = re.search(r" index (\w+)$", what)
@@ -70,7 +70,7 @@ def _integrity(db: sqlite3.Connection) -> Sequence[str]:
     try:
         rows = db.execute("PRAGMA integrity_check").fetchall()
     except sqlite3.OperationalError:
-        # A CHECK has met what it cannot read; that record is found by itself.
+        # A CHECK cannot read a record; `_records` finds that record.
         db.execute("PRAGMA ignore_check_constraints = ON")
         try:
             rows = db.execute("PRAGMA integrity_check").fetchall()
@@ -80,7 +80,7 @@ def _integrity(db: sqlite3.Connection) -> Sequence[str]:
 
 
 def _schema(db: sqlite3.Connection) -> Iterator[Broken]:
-    """Find what the schema lacks."""
+    """Find missing parts of the schema."""
     there = {name for (name,) in db.execute("SELECT name FROM sqlite_schema")}
     for part in missing(db):
         what = f"metadata.db has not its {part.type} {part.name}"
@@ -88,7 +88,7 @@ def _schema(db: sqlite3.Connection) -> Iterator[Broken]:
 
 
 def _records(db: sqlite3.Connection) -> Iterator[Broken]:
-    """Find records that say what cannot be."""
+    """Find records with invalid values."""
     for row in db.execute(f"SELECT {records.COLUMNS}"):
         if what := records.fault(row):
             name = row[1]
@@ -108,7 +108,7 @@ def _doubles(db: sqlite3.Connection) -> Sequence[str]:
 
 
 def _lineage(db: sqlite3.Connection) -> Iterator[Broken]:
-    """Find ids and parents that cannot be."""
+    """Find invalid ids and parents."""
     for rule, (query, statements) in _RULES.items():
         for (name,) in db.execute(query):
             yield _broken(name, rule, statements)
@@ -116,7 +116,7 @@ def _lineage(db: sqlite3.Connection) -> Iterator[Broken]:
 
 
 def _loops(db: sqlite3.Connection) -> Iterator[Broken]:
-    """Find who is not reached from those without a parent, or without one that is there."""
+    """Find snapshots that are ancestors of themselves."""
     rows = db.execute("SELECT id, parent, name FROM snapshots NOT INDEXED").fetchall()
     names = {id_: name for id_, _, name in rows}
     children: dict[object, list[object]] = {}
@@ -130,7 +130,7 @@ def _loops(db: sqlite3.Connection) -> Iterator[Broken]:
 
 
 def _mounts(db: sqlite3.Connection) -> Iterator[Broken]:
-    """Find mounts that are recorded and cannot be."""
+    """Find invalid records of mounts."""
     for name in ledger.damaged(db):
         yield _broken(name, "what is recorded of a mount of it is damaged")
     for (target,) in db.execute(f"SELECT target FROM mounts WHERE {_NOBODYS}"):  # noqa: S608
@@ -152,7 +152,7 @@ _PARTS: Sequence[Callable[[sqlite3.Connection], Iterator[Broken]]] = (
     _mounts,
 )
 
-# A damaged index must not make it look as if a snapshot were gone.
+# With a damaged index a snapshot could seem to be missing.
 _NOBODYS = "snapshot NOT IN (SELECT id FROM snapshots NOT INDEXED)"
 
 _RULES: dict[str, tuple[str, Mend]] = {
@@ -177,4 +177,4 @@ _RULES: dict[str, tuple[str, Mend]] = {
         ),
     ),
 }
-"""Queries that find rows against the schema's constraints, and statements that mend them."""
+"""Queries for rows that break the constraints of the schema, and statements that repair them."""

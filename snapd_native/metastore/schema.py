@@ -1,4 +1,4 @@
-"""The schema of ``metadata.db``, as the steps that lead to it."""
+"""The schema of ``metadata.db``, as a list of migrations."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ MIGRATIONS = (
         WHERE kind = 'committed' AND instr(labels, 'snapd-native.standby') > 0;
     """,
 )
-"""Scripts in order; ``user_version`` counts those that a database has been through."""
+"""The migrations in order; ``user_version`` is the number of those that were applied."""
 
 
 class Part(NamedTuple):
@@ -95,11 +95,11 @@ class Part(NamedTuple):
 
 
 def migrate(db: sqlite3.Connection, *, may_be_new: bool = True) -> None:
-    """Bring the database to the newest schema, each step in a transaction of its own.
+    """Apply the missing migrations, each in a transaction of its own.
 
     Raises:
-        DataLoss: the database was made by a newer version of the program, is not what it says, or
-            is new and may not be.
+        DataLoss: a newer version of the program has made the database, its schema is not that of
+            its version, or it is new and ``may_be_new`` is false.
     """
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version > len(MIGRATIONS):
@@ -129,7 +129,7 @@ def migrate(db: sqlite3.Connection, *, may_be_new: bool = True) -> None:
 
 
 def missing(db: sqlite3.Connection) -> Sequence[Part]:
-    """Return what the newest schema has, and a database has not, or not as it should be."""
+    """Return the parts of the newest schema that a database lacks, or has in another form."""
     there = _parts(db)
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as model:
         for script in MIGRATIONS:

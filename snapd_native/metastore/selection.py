@@ -1,4 +1,4 @@
-"""The part of a filter that SQLite can decide by itself."""
+"""Translate the simple part of a filter to SQL."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from itertools import islice
 from snapd_native.filters import Filter, Operator, Selector
 
 MAX_TERMS = 8
-"""Selectors of one filter that SQLite is told of: its expressions are at most 1000 deep."""
+"""Selectors of one filter that are translated at most. SQLite limits the depth to 1000."""
 
 _COLUMNS = {"name": "s.name", "parent": "coalesce(p.name, '')", "kind": "s.kind"}
 
 
 def condition(chosen: Filter) -> tuple[str, list[str]]:
-    """Return an SQL condition, with its values, that holds for every snapshot that matches.
+    """Return an SQL condition, with its values, that is true for every matching snapshot.
 
-    It may hold for others too: the filter itself has the last word. Equality by name or parent
-    is found through an index.
+    It can be true for others too, so the caller still applies the filter. Equality of names and
+    parents uses an index.
     """
     alternatives: list[str] = []
     values: list[str] = []

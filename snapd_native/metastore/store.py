@@ -1,4 +1,4 @@
-"""Snapshots: recorded, reserved, found and forgotten."""
+"""Record, reserve, find and delete snapshots."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ from snapd_native.model import (
 )
 
 MAX_PAGE = 8 << 20
-"""Bytes of names, parents and labels in one page, so that it fits a bus message of 32 MiB."""
+"""Bytes of names, parents and labels in a page at most. A message of the bus has 32 MiB."""
 
 _BLOCK = 16
-"""Records that a List reads before it compares them."""
+"""Records that List reads before it compares them."""
 
 
 class Metastore:
-    """All records. Reading never waits; writing is one short transaction at a time.
+    """The records of all snapshots. Each change is one short transaction.
 
-    ``announce`` is told of each change after it is durable, in the order of the changes.
+    ``announce`` is called for each change after it is durable, in the order of the changes.
     """
 
     def __init__(
@@ -64,13 +64,15 @@ class Metastore:
         *,
         may_be_new: bool = True,
     ) -> None:
-        """Open or make the database; new snapshots get ids from ``first_id`` on.
+        """Open or create the database. The ids of new snapshots are ``first_id`` or higher.
 
-        ``make_room`` is called where there is none for a deletion, and tells whether it helped.
+        ``make_room`` is called when the disk is too full for a deletion. It returns whether it has
+        freed something.
 
         Raises:
-            FailedPrecondition: there is something else than a file.
-            DataLoss: it cannot be used; or it is new, and not ``may_be_new``.
+            FailedPrecondition: the path is not a file.
+            Unavailable: another process has the database open.
+            DataLoss: it is damaged; or it is new and ``may_be_new`` is false.
         """
         self._announce = announce
         self._connections = Connections(path, make_room)
@@ -88,25 +90,25 @@ class Metastore:
         self._connections.close()
 
     def check_health(self) -> None:
-        """Read something from the database."""
+        """Check that the database can be read."""
         with self._connections.reading() as db:
             db.execute("SELECT 1 FROM snapshots LIMIT 1").fetchone()
 
     def get(self, key: str) -> Record:
-        """Return a snapshot's record.
+        """Return the record of a snapshot.
 
         Raises:
-            NotFound: there is none, or it is still being prepared.
+            NotFound: it does not exist, or is still being prepared.
         """
         with self._connections.reading() as db:
             return records.get(db, key)
 
     def get_mountable(self, key: str) -> Record:
-        """Return the record of an active snapshot that is not being committed, or of a view.
+        """Return the record of a view, or of an active snapshot that no Commit is running for.
 
         Raises:
-            NotFound: there is none.
-            FailedPrecondition: it is committed, or is being committed.
+            NotFound: it does not exist.
+            FailedPrecondition: it is committed, or a Commit is running.
         """
         with self._connections.writing() as db:
             record = records.get(db, key)
@@ -117,14 +119,14 @@ class Metastore:
     def list(
         self, chosen: Filter, after: str, limit: int, is_wanted: Callable[[], bool] = lambda: True
     ) -> list[Info]:
-        """Return at most ``limit`` snapshots that match, by name in byte order, after ``after``.
+        """Return the first ``limit`` matching snapshots after ``after``, in byte order of names.
 
-        What has a damaged record is left out. ``is_wanted`` is asked before each record.
+        Damaged records are left out. ``is_wanted`` is called before each record.
 
         Raises:
-            Cancelled: the list is not wanted any more.
+            Cancelled: ``is_wanted`` returned false.
             InvalidArgument: the filters take too long.
-            ResourceExhausted: they are over `MAX_PAGE`.
+            ResourceExhausted: the page is over `MAX_PAGE`.
         """
         where, values = condition(chosen)
         found: list[Info] = []
@@ -134,7 +136,7 @@ class Metastore:
                 f"SELECT {records.COLUMNS} WHERE s.name > ? AND ({where}) ORDER BY s.name",
                 (after, *values),
             )
-            # Closing the cursor, also after an error, ends the read transaction.
+            # Closing the cursor ends the read transaction, also after an error.
             with closing(rows):
                 for row in _by_blocks(rows):
                     if not is_wanted():
@@ -152,7 +154,7 @@ class Metastore:
         return found
 
     def directories(self) -> Mapping[int, str]:
-        """Return all snapshots that own a directory, its id and their names."""
+        """Return the ids and names of all snapshots that own a directory."""
         with self._connections.reading() as db:
             return dict(
                 db.execute(
@@ -161,7 +163,7 @@ class Metastore:
             )
 
     def findings(self) -> Sequence[Finding]:
-        """Return what is wrong with the database and with the rules that it keeps."""
+        """Return what is damaged in the database, and which of its rules are broken."""
         lost = self.lost_changes
         found = []
         if lost:
@@ -175,21 +177,21 @@ class Metastore:
             return [*found, *(broken.finding for broken in broken_rules(db))]
 
     def is_whole(self) -> bool:
-        """Tell whether what the database does not know of never was, or is gone for good."""
+        """Tell whether the database is complete, so that what it lacks may be deleted."""
         try:
             return not self.findings()
         except DataLoss:
             return False
 
     def count_changes(self) -> None:
-        """From now on, be able to tell at the next start how many changes were lost.
+        """Accept the number of changes that the database has; see `lost_changes`.
 
-        Until then it is remembered what this start has found.
+        Until this is called, each start reports the same loss.
         """
         self._connections.count_changes()
 
     def mend(self) -> None:
-        """Mend of the findings what can be mended without a loss and without a guess."""
+        """Repair those findings that can be repaired without loss or guess."""
         with self._connections.reading() as db:
             broken = broken_rules(db)
         with self._connections.writing() as db:
@@ -197,7 +199,7 @@ class Metastore:
             self._reservations.skip(records.last_id(db))
 
     def last_id(self) -> int:
-        """Return the highest id that was given so far."""
+        """Return the highest id so far."""
         with self._connections.holding():
             return self._reservations.last_id
 
@@ -207,12 +209,12 @@ class Metastore:
             return self._reservations.ids()
 
     def reserve(self, key: str, parent: str) -> Reservation:
-        """Hold ``key`` for a new snapshot of ``parent``, and the parent with it.
+        """Reserve ``key`` for a new snapshot of ``parent``; the parent cannot be removed meanwhile.
 
         The order of checks is that of containerd's ``storage.CreateSnapshot``.
 
         Raises:
-            NotFound: there is no such parent.
+            NotFound: the parent does not exist.
             InvalidArgument: the parent is not committed.
             AlreadyExists: the key is taken or reserved.
         """
@@ -222,17 +224,17 @@ class Metastore:
             return self._reservations.hold(key, base)
 
     def reserve_commit(self, name: str, key: str, parent: str) -> Reservation:
-        """Hold ``name`` for the active snapshot ``key``, and both it and its parent.
+        """Reserve ``name`` for the Commit of ``key``; neither it nor its parent can be removed.
 
-        The order of checks is that of containerd's ``storage.CommitActive``. ``parent`` may name
-        a parent for a snapshot that has none.
+        The order of checks is that of containerd's ``storage.CommitActive``. ``parent`` becomes the
+        parent of a snapshot that has none.
 
         Raises:
             AlreadyExists: the name is taken or reserved.
-            NotFound: there is no such key or parent.
+            NotFound: the key or the parent does not exist.
             FailedPrecondition: the key is not active, or is being committed already.
             InvalidArgument: the snapshot has another parent, or the parent is not committed.
-            DataLoss: the parent it was prepared from is not there.
+            DataLoss: the parent that it was prepared from is missing.
         """
         with self._connections.writing() as db:
             self._check_free(db, name, "name")
@@ -253,7 +255,7 @@ class Metastore:
             return self._reservations.hold_commit(name, record, base)
 
     def release(self, reservation: Reservation) -> None:
-        """Give up a reservation; one that was published is gone already."""
+        """End a reservation; one that was published has ended already."""
         with self._connections.holding():
             self._reservations.release(reservation)
 
@@ -264,10 +266,10 @@ class Metastore:
         labels: Mapping[str, str],
         boot: str | None = None,
     ) -> None:
-        """Make a reservation of `reserve` a snapshot, durably.
+        """Turn a reservation of `reserve` into a snapshot, durably.
 
-        ``boot`` says that its tree is not on disk yet, and what `linux.mounting_id` is: until
-        `settle` says otherwise, the snapshot ends with it; see `forget_unsettled`.
+        ``boot``, a `linux.mounting_id`, means that the tree is not on disk yet. Until `settle` is
+        called, the snapshot exists only during that mounting; see `forget_unsettled`.
         """
         parent = reservation.parent
         with self._connections.writing() as db:
@@ -294,9 +296,9 @@ class Metastore:
     def publish_commit(
         self, reservation: Reservation, usage: Usage, labels: Mapping[str, str]
     ) -> None:
-        """Make a reservation of `reserve_commit` the committed snapshot, durably.
+        """Turn a reservation of `reserve_commit` into the committed snapshot, durably.
 
-        Labels are replaced, not inherited, and created and updated are now, as in containerd's
+        The labels are replaced, and the times of creation and update are now, as in containerd's
         ``storage.CommitActive``.
         """
         record = reservation.committing
@@ -324,7 +326,7 @@ class Metastore:
             self._announce(Committed(reservation.name, record.info.name))
 
     def standbys(self) -> Mapping[int, tuple[int, Usage]]:
-        """Return how many standby clones snapshots want, if any, and what one takes, by id."""
+        """Return, by id, how many standby clones a snapshot wants, and the usage of one."""
         with self._connections.reading() as db:
             rows = db.execute(
                 f"SELECT {records.COLUMNS} WHERE s.kind = 'committed'"
@@ -338,7 +340,7 @@ class Metastore:
             return {id_: wanted for id_, wanted in found.items() if wanted[0]}
 
     def unsettled(self) -> set[int]:
-        """Return the ids of the snapshots whose trees may not be on disk yet."""
+        """Return the ids of snapshots whose trees are perhaps not on disk yet."""
         with self._connections.reading() as db:
             return {id_ for (id_,) in db.execute("SELECT id FROM snapshots WHERE boot IS NOT NULL")}
 
@@ -348,7 +350,7 @@ class Metastore:
             db.executemany("UPDATE snapshots SET boot = NULL WHERE id = ?", ((id_,) for id_ in ids))
 
     def forget_unsettled(self, boot: str) -> Sequence[str]:
-        """Forget the snapshots that ended with another mounting than this; return their names."""
+        """Delete the records of unsettled snapshots of other mountings; return their names."""
         with self._connections.writing() as db, transaction(db):
             rows = db.execute(
                 "DELETE FROM snapshots WHERE kind = 'active' AND boot <> ? RETURNING name", (boot,)
@@ -356,11 +358,11 @@ class Metastore:
             return [name for (name,) in rows.fetchall()]
 
     def update(self, name: str, change: Callable[[Info], Mapping[str, str]]) -> Info:
-        """Replace a snapshot's labels by what ``change`` makes of its record, durably.
+        """Replace the labels of a snapshot by what ``change`` returns, durably.
 
         Raises:
-            NotFound: there is no such snapshot.
-            SnapdError: the error that ``change`` raises; nothing is changed then.
+            NotFound: it does not exist.
+            SnapdError: what ``change`` raises; nothing is changed then.
         """
         with self._connections.writing() as db:
             with transaction(db):
@@ -374,13 +376,13 @@ class Metastore:
         return updated
 
     def remove(self, key: str, check: Callable[[Record], None] = lambda _: None) -> Record:
-        """Forget a snapshot, durably, unless ``check`` raises; return what it was.
+        """Delete the record of a snapshot durably, unless ``check`` raises; return it.
 
-        Its record may be damaged.
+        The record may be damaged.
 
         Raises:
-            NotFound: there is no such snapshot.
-            FailedPrecondition: it has children, or is in use by a call that is running.
+            NotFound: it does not exist.
+            FailedPrecondition: it has children, or a running call uses it.
         """
         with self._connections.writing() as db:
             record = records.doomed(db, key)
@@ -407,12 +409,11 @@ class Metastore:
 
 
 def _by_blocks(rows: sqlite3.Cursor) -> Iterator[tuple[Any, ...]]:
-    """Iterate over rows, and read several of them at once.
+    """Iterate over rows, but read them in blocks.
 
-    SQLite lets go of the interpreter's lock for a moment at each row. Python makes a thread hand
-    the lock over only when it has kept it for a whole switch interval, and each such moment begins
-    that anew, mostly too short for the thread that waits: a List that compared each row as it was
-    read kept other threads waiting for half a second.
+    SQLite releases the GIL for a moment at each row. That moment is mostly too short for a waiting
+    thread, and it restarts the switch interval after which Python forces a thread to hand over the
+    GIL. When List compared each row as it was read, other threads waited for half a second.
     """
     while block := rows.fetchmany(_BLOCK):
         yield from block

@@ -1,4 +1,4 @@
-"""The contract as plain, blocking, thread-safe Python; usable without a bus."""
+"""The contract as blocking, thread-safe Python, usable without a bus."""
 
 from snapd_native.snapshotter.engine import Snapshotter
 

@@ -14,10 +14,10 @@ log = logging.getLogger(__name__)
 
 
 class Background:
-    """One thread that does one task after the other."""
+    """One thread that runs tasks one after the other."""
 
     def __init__(self, name: str, complaint: str) -> None:
-        """Log ``complaint`` and the error when a task fails."""
+        """When a task fails, ``complaint`` is logged with the error."""
         self._complaint = complaint
         self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None]
         self._tasks = queue.SimpleQueue()
@@ -25,7 +25,7 @@ class Background:
         self._thread.start()
 
     def submit(self, task: Callable[[], None]) -> Future[None]:
-        """Run ``task`` after all that were submitted before it."""
+        """Run ``task`` after the tasks that were submitted before it."""
         outcome: Future[None] = Future()
         self._tasks.put((task, outcome))
         return outcome

@@ -1,4 +1,4 @@
-"""Room that is kept in order to make room: deleting a record takes a few blocks first."""
+"""Space that is kept for a full disk: even the deletion of a record needs a few blocks."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ log = logging.getLogger(__name__)
 _NAME = "ballast"
 
 _SIZE = 1 << 20
-"""Bytes; a transaction that deletes something writes some ten pages."""
+"""Bytes; a deletion writes about ten pages."""
 
 _COPYING_SIZE = 1 << 23
-"""Bytes on btrfs, which writes each page to a new place, and for each file or page that it makes
-reserves some hundred KiB for its own trees."""
+"""Bytes on btrfs, which writes each page to a new place and reserves some hundred KiB for its own
+trees with each new file or page."""
 
 _LEAST = 1 << 16
-"""Bytes that are of some use."""
+"""Bytes; less than this does not help."""
 
 
 class Ballast:
-    """A file in the state directory that is thrown away when the disk is full."""
+    """A file in the state directory that is deleted when the disk is full."""
 
     def __init__(self, directory: int) -> None:
-        """Throw away what the last run had: a start takes room too."""
+        """Delete the file of the last run: the start needs space too."""
         self._directory = directory
         self._lock = threading.Lock()
         is_copying = linux.filesystem_type(directory) == "btrfs"
@@ -38,7 +38,7 @@ class Ballast:
         self.drop()
 
     def drop(self) -> bool:
-        """Free the room; False if that was done before, or cannot be."""
+        """Free the space; return False if it is free already or cannot be freed."""
         with self._lock:
             if not self._held:
                 return False
@@ -52,7 +52,7 @@ class Ballast:
             return True
 
     def take(self) -> None:
-        """Take the room again, as much as there is."""
+        """Reserve the space again, or as much as is free."""
         with self._lock:
             size = self._most
             while size >= _LEAST and size > self._held:
@@ -71,13 +71,13 @@ class Ballast:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            # A full btrfs has no room to truncate a file but keeps some to unlink one. It frees the
-            # blocks when it commits its transaction, which a sync of the directory is not.
+            # A full btrfs cannot truncate a file but can unlink one. It frees the blocks when it
+            # commits its transaction, for which an fsync of the directory is not enough.
             os.unlink(_NAME, dir_fd=self._directory)
             linux.syncfs(self._directory)
         else:
             os.unlink(_NAME, dir_fd=self._directory)
-            # Blocks are free when the journal has it.
+            # The blocks are free when this is in the journal.
             os.fsync(self._directory)
 
     def _allocate(self, size: int) -> None:

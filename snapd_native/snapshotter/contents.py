@@ -10,7 +10,7 @@ from snapd_native.snapshotter.write_back import WriteBack
 
 
 class Contents:
-    """The trees of one state directory; reports are told of progress, and may end the work."""
+    """The trees of one state directory. A report is called with progress, and may raise."""
 
     def __init__(self, state: StateDirectory, write_back: WriteBack) -> None:
         self._state = state
@@ -19,12 +19,12 @@ class Contents:
         self._idle_crew = trees.Crew(idle=True)
 
     def close(self) -> None:
-        """End all workers; nothing may be going on."""
+        """End all workers; no work may be running."""
         self._crew.close()
         self._idle_crew.close()
 
     def copy(self, id_: int, parent: int, report: trees.Report) -> None:
-        """Make the tree of a new snapshot, a copy of its parent's."""
+        """Copy the tree of the parent to a new snapshot."""
         name = self._state.create(id_)
         with (
             self._state.open(str(parent)) as source,
@@ -34,7 +34,7 @@ class Contents:
         self._state.bring_to_life(id_)
 
     def measure(self, id_: int, report: trees.Report) -> Usage:
-        """Add up what a tree takes."""
+        """Measure the usage of a tree."""
         with self._state.open(str(id_)) as tree:
             return self._crew.measure(tree, report)
 
@@ -52,7 +52,7 @@ class Contents:
         """Put an active snapshot's tree on disk.
 
         Raises:
-            DataLoss: something was not written since the snapshot was made; see `WriteBack`.
+            DataLoss: a write has failed since the snapshot was prepared; see `WriteBack`.
         """
         self._write_back.sync()
         if self._write_back.doubts(id_):

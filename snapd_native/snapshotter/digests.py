@@ -1,4 +1,4 @@
-"""The digest that a snapshot is committed with, and may be verified by."""
+"""The digest that Commit records of a tree, for Verify."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 
 
 def wanted(labels: Mapping[str, str], asked: bool) -> bool:
-    """Tell whether a Commit with ``labels`` is to record a digest.
+    """Tell whether a Commit with ``labels`` records a digest.
 
     Raises:
-        InvalidArgument: the label begins like a digest, and is none, or leaves no room for one.
+        InvalidArgument: the label begins like a digest but is not one, or the labels leave no
+            space for a digest.
     """
     text = labels.get(DIGEST_LABEL, "")
     if text.startswith(_ALGORITHM) and not _DIGEST.fullmatch(text):
@@ -32,10 +33,10 @@ def wanted(labels: Mapping[str, str], asked: bool) -> bool:
 
 
 def recorded(key: str, labels: Mapping[str, str], found: str) -> dict[str, str]:
-    """Return the labels that ``key`` is committed with.
+    """Return the labels of a Commit of ``key`` with the digest added.
 
     Raises:
-        FailedPrecondition: they expect another digest.
+        FailedPrecondition: the label has another digest.
     """
     digest = _ALGORITHM + found
     expected = labels.get(DIGEST_LABEL, "")
@@ -48,10 +49,10 @@ def recorded(key: str, labels: Mapping[str, str], found: str) -> dict[str, str]:
 
 
 def of(record: Record) -> str:
-    """Return the digest that a snapshot was committed with.
+    """Return the digest that Commit has recorded.
 
     Raises:
-        FailedPrecondition: there is none.
+        FailedPrecondition: it has recorded none.
     """
     text = record.info.labels.get(DIGEST_LABEL, "")
     if record.info.kind is not Kind.COMMITTED or not _DIGEST.fullmatch(text):
@@ -63,15 +64,16 @@ def of(record: Record) -> str:
 
 
 def kept(info: Info, labels: Mapping[str, str], *, named: bool) -> Mapping[str, str]:
-    """Return the ``labels`` that Update wants to give, with the digest that a snapshot has.
+    """Return the ``labels`` of an Update with the recorded digest added.
 
     Raises:
-        InvalidArgument: they say something else of it, or were to delete it, being ``named``.
+        InvalidArgument: the Update changes the digest, or names its label in ``named`` to delete
+            it.
     """
     if info.kind is not Kind.COMMITTED:
         return labels
     old = info.labels.get(DIGEST_LABEL, "")
-    # Before the label had a meaning it could be anything, which may go.
+    # A label without a digest is older than the feature, and may be deleted.
     digest = old if _DIGEST.fullmatch(old) else ""
     text = labels.get(DIGEST_LABEL, "")
     if text not in ("", old) or (named and digest and not text):

@@ -1,4 +1,4 @@
-"""Directories of the service, closed to all other users."""
+"""Directories that only the service's user can enter."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from snapd_native.errors import FailedPrecondition
 
 
 def own_directory(path: Path) -> int:
-    """Open a directory that belongs to this user; it is made if there is none.
-
-    The fd is the caller's.
+    """Open a directory of this user, or create it. The caller closes the fd.
 
     Raises:
-        FailedPrecondition: it belongs to somebody else, or is no directory.
+        FailedPrecondition: another user owns it, or it is not a directory.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -37,10 +35,10 @@ def own_directory(path: Path) -> int:
 
 
 def check_not_shared(path: Path, fd: int, ours: Collection[str]) -> None:
-    """Refuse a directory that others may enter and that holds none of what is the service's.
+    """Refuse a directory that others can enter, unless it is the service's already.
 
     Raises:
-        FailedPrecondition: it is such a one.
+        FailedPrecondition: others can enter it, and it has none of the files of the service.
     """
     held = os.listdir(fd)
     is_ours = not held or not set(ours).isdisjoint(held)
@@ -52,18 +50,18 @@ def check_not_shared(path: Path, fd: int, ours: Collection[str]) -> None:
 
 
 def make_private(fd: int) -> None:
-    """Close a directory, and all that will be in it, to all other users."""
+    """Deny all other users the directory and what will be created in it."""
     os.fchmod(fd, 0o700)
-    # A default ACL would reach into every new snapshot.
+    # Every new snapshot would inherit a default ACL.
     with suppress(OSError):
         os.removexattr(fd, "system.posix_acl_default")
 
 
 def close_runtime(path: Path) -> None:
-    """See to it that nobody else reaches what is mounted in the run directory, if there is one.
+    """Deny all other users the run directory, if it exists, and with it the mounts inside.
 
     Raises:
-        FailedPrecondition: it belongs to somebody else, or is shared with others.
+        FailedPrecondition: another user owns it, or it is shared with others.
     """
     for directory, ours in ((path, {"mounts"}), (path / "mounts", None)):
         if not os.path.lexists(directory):

@@ -41,25 +41,25 @@ from snapd_native.snapshotter.watching import Watch
 from snapd_native.snapshotter.write_back import WriteBack
 
 DEFAULT_LIMIT = 1000
-"""Snapshots in a page of `Snapshotter.list`, unless the caller says."""
+"""Snapshots in a page of `Snapshotter.list` by default."""
 
 MAX_LIMIT = 10000
 """Snapshots in a page of `Snapshotter.list` at most."""
 
 LEAST_FREE = 0.1
-"""The part of a file system's space and inodes that standby clones leave free."""
+"""The share of a file system's space and inodes that standby clones leave free."""
 
 RUNTIME = Path("/run/snapd-native")
-"""Where mounts without a target are made, unless the caller says."""
+"""The default directory for mounts without a target."""
 
 
 class Snapshotter:
     """containerd's native snapshotter on one state directory.
 
-    Every method may be called by any thread. Arguments are checked before the state is looked at,
-    and a call that fails has changed nothing. No call waits for another one's copy: nothing is
-    copied, measured or deleted inside a transaction. A ``job`` shows how far a call is, and can
-    have it end with `Cancelled`, all undone.
+    All methods are thread-safe. Arguments are checked first, and a call that fails has changed
+    nothing. No call waits for the copy of another call: nothing is copied, measured or deleted
+    inside a transaction. A ``job`` shows the progress of a call. When it is cancelled, the call
+    undoes its changes and raises `Cancelled`.
     """
 
     def __init__(
@@ -71,18 +71,18 @@ class Snapshotter:
         runtime: Path = RUNTIME,
         soft_reboots: int = 0,
     ) -> None:
-        """Open the state directory, delete what a crash or an earlier removal left, and remount.
+        """Open the state directory, delete leftovers of crashes and removals, and mount again.
 
-        ``announce`` is told of each change after it is durable, in the order of the changes.
-        Setting ``stopping`` is the same as `stop`, and stops this too. Standby clones are kept only
-        where ``least_free`` of 1 is free of the file system's space and inodes. In ``runtime``
-        are the directories for mounts without a target. ``soft_reboots`` counts the restarts of
-        user space since the kernel was booted: each has unmounted all persistent mounts.
+        ``announce`` is called for each change after it is durable, in the order of the changes.
+        Setting ``stopping`` is the same as `stop`, and ends this constructor too. Standby clones
+        leave the share ``least_free`` (0 to 1) of the space and inodes free. ``runtime`` contains
+        the directories for mounts without a target. ``soft_reboots`` counts the restarts of user
+        space since the kernel was booted: each has unmounted all persistent mounts.
 
         Raises:
-            Unavailable: another process uses the directory, ``stopping`` is set, or the kernel is
-                older than 5.12.
-            FailedPrecondition: the directory belongs to somebody else, or the database is no file.
+            Unavailable: another process uses the directory or the database, ``stopping`` is set,
+                or the kernel is older than 5.12.
+            FailedPrecondition: another user owns the directory, or the database is not a file.
             DataLoss: the database is damaged, gone, or was made by a newer version.
             ResourceExhausted: the disk is full.
         """
@@ -110,7 +110,7 @@ class Snapshotter:
             self._reaper = Reaper(self._state, self._store, self._watch.check)
             undo.callback(self._reaper.close)
             self._store.count_changes()
-            # The deletion of leftovers may have made the room that this needs.
+            # This needs space, which the deletion of leftovers may have freed.
             self._state.try_reflink()
             self._standby = Standby(self._state, self._store, self._write_back, least_free)
             undo.callback(self._standby.close)
@@ -130,27 +130,27 @@ class Snapshotter:
         self._store.check_health()
 
     def stop(self) -> None:
-        """Make calls that copy, measure or wait fail soon with Unavailable, undoing their work."""
+        """Let calls that copy, measure or wait undo their work and raise Unavailable."""
         self._stopping.set()
 
     def close(self) -> None:
-        """Stop the background deletion and close everything; no call may be running."""
+        """End the work in the background and close everything; no call may be running."""
         self.stop()
         self._resources.close()
 
     @property
     def state_directory(self) -> Path:
-        """Where everything lies."""
+        """The state directory."""
         return self._state.path
 
     @property
     def filesystem_type(self) -> str:
-        """The type of the file system that holds the state, such as ``ext4``."""
+        """The type of the file system of the state directory, such as ``ext4``."""
         return self._state.filesystem_type
 
     @property
     def reflink(self) -> bool:
-        """Whether copies share their data with the parent until either is changed."""
+        """Whether copies are made by reflink."""
         return self._state.reflink
 
     def prepare(
@@ -160,23 +160,22 @@ class Snapshotter:
         labels: Mapping[str, str] | None = None,
         job: Job | None = None,
     ) -> Mount:
-        """Make the active snapshot ``key``: empty, or a full private copy of ``parent``.
+        """Create the active snapshot ``key``: empty, or a full private copy of ``parent``.
 
-        What it is when this returns survives the end of the service. It survives a power cut once
-        it has had some seconds to reach the disk, or was committed: otherwise it is gone then, as
-        if it had never been.
+        It survives an end of the service at once. It survives a power cut after some seconds, when
+        it is on disk, or when it was committed; before that a power cut removes it completely.
 
         Raises:
-            InvalidArgument: a name or label cannot be, or the parent is not committed.
-            NotFound: there is no such parent.
+            InvalidArgument: a name or label is invalid, or the parent is not committed.
+            NotFound: the parent does not exist.
             AlreadyExists: the key is taken.
-            ResourceExhausted: no room.
-            DataLoss: the parent's tree is damaged or gone.
+            ResourceExhausted: the disk is full.
+            DataLoss: the tree of the parent is damaged or gone.
         """
         return self._create(Kind.ACTIVE, key, parent, labels, job or Job())
 
     def view(self, key: str, parent: str = "", labels: Mapping[str, str] | None = None) -> Mount:
-        """Make the view ``key`` of ``parent``, or of nothing; raises as `prepare`."""
+        """Create the view ``key`` of ``parent``, or an empty one; raises as `prepare`."""
         return self._create(Kind.VIEW, key, parent, labels, Job())
 
     def commit(
@@ -188,20 +187,21 @@ class Snapshotter:
         job: Job | None = None,
         digest: bool = False,
     ) -> None:
-        """Make the active snapshot ``key`` the committed snapshot ``name``.
+        """Turn the active snapshot ``key`` into the committed snapshot ``name``.
 
-        When this returns, its data and its record survive a power cut. ``labels`` replace those
-        it had. ``parent`` gives one to a snapshot that was prepared without. With ``digest``, or
-        with the label `DIGEST_LABEL`, the digest of its tree is recorded in that label, for
-        `verify`; a label that gives a digest is what that must be.
+        When this returns, its data and its record survive a power cut. ``labels`` replace the old
+        ones. ``parent`` becomes the parent of a snapshot that was prepared without one. With
+        ``digest``, or with the label `DIGEST_LABEL`, the digest of the tree is recorded in that
+        label for `verify`. If the label already contains a digest, the tree must have it.
 
         Raises:
-            InvalidArgument: a name or label cannot be, or the parent is another or not committed.
+            InvalidArgument: a name or label is invalid, the snapshot has another parent, or the
+                parent is not committed.
             AlreadyExists: the name is taken.
-            NotFound: there is no such key or parent.
-            FailedPrecondition: the key is not active, or has another digest than its label says.
-            ResourceExhausted: no room.
-            DataLoss: its tree could not be read or written.
+            NotFound: the key or the parent does not exist.
+            FailedPrecondition: the key is not active, or its tree has not the digest of the label.
+            ResourceExhausted: the disk is full.
+            DataLoss: the tree could not be read or written.
         """
         check_name(name, "name")
         check_name(key)
@@ -214,7 +214,7 @@ class Snapshotter:
             held = self._store.reserve_commit(name, key, parent)
             undo.callback(self._store.release, held)
             job.begin(Operation.COMMIT, key)
-            # Most of it is on its way to the disk while the tree is measured.
+            # The data is written to the disk while the tree is measured.
             self._syncer.submit(self._write_back.sync)
             with self.mounter.frozen(key, held.id):
                 with explained(f"commit {quote(key)}"):
@@ -231,8 +231,8 @@ class Snapshotter:
         """Return the mount of an active snapshot or a view.
 
         Raises:
-            InvalidArgument: the key cannot be.
-            NotFound: there is no such key.
+            InvalidArgument: the key is invalid.
+            NotFound: it does not exist.
             FailedPrecondition: it is committed.
             DataLoss: its directory is gone.
         """
@@ -243,24 +243,24 @@ class Snapshotter:
         return self._mount(record.info.kind, record.tree_id)
 
     def stat(self, key: str) -> Info:
-        """Return a snapshot's record.
+        """Return the record of a snapshot.
 
         Raises:
-            InvalidArgument: the key cannot be.
-            NotFound: there is no such snapshot.
+            InvalidArgument: the key is invalid.
+            NotFound: it does not exist.
         """
         return self._store.get(check_name(key)).info
 
     def update(self, name: str, labels: Mapping[str, str], fieldpaths: Sequence[str] = ()) -> Info:
-        """Set labels of a snapshot and return its record as it is then.
+        """Set labels of a snapshot and return the new record.
 
-        The field path ``labels`` replaces all, ``labels.KEY`` sets that one, or deletes it if
-        ``labels`` has no or an empty value for it. Paths are applied in their order; none means
-        ``labels``. As containerd's ``storage.UpdateInfo``.
+        The field path ``labels`` replaces all labels. ``labels.KEY`` sets that one, or deletes it
+        if its value in ``labels`` is missing or empty. Paths are applied in order; no path means
+        ``labels``. This is containerd's ``storage.UpdateInfo``.
 
         Raises:
-            InvalidArgument: the name, a label or a path cannot be.
-            NotFound: there is no such snapshot.
+            InvalidArgument: the name, a label or a path is invalid.
+            NotFound: the snapshot does not exist.
         """
         check_name(name, "name")
         given = check_labels(labels)
@@ -273,8 +273,8 @@ class Snapshotter:
         """Return how many standby clones of a snapshot are complete, and how many it wants.
 
         Raises:
-            InvalidArgument: the name cannot be.
-            NotFound: there is no such snapshot.
+            InvalidArgument: the name is invalid.
+            NotFound: the snapshot does not exist.
         """
         record = self._store.get(check_name(name, "name"))
         if record.info.kind is not Kind.COMMITTED:
@@ -282,15 +282,15 @@ class Snapshotter:
         return self._standby.count(record.id), standby_number(record.info.labels)
 
     def usage(self, key: str, job: Job | None = None) -> Usage:
-        """Return what a snapshot takes: measured now if active, as of Commit if committed.
+        """Return the usage of a snapshot: measured now if active, by Commit if committed.
 
-        A view takes nothing.
+        The usage of a view is zero.
 
         Raises:
-            InvalidArgument: the key cannot be.
-            NotFound: there is no such snapshot.
-            FailedPrecondition: its directories are moved while it is measured.
-            DataLoss: its tree is damaged or gone.
+            InvalidArgument: the key is invalid.
+            NotFound: it does not exist.
+            FailedPrecondition: directories are moved while it is measured.
+            DataLoss: the tree is damaged or gone.
         """
         record = self._store.get(check_name(key))
         if record.usage is not None:
@@ -316,13 +316,13 @@ class Snapshotter:
         limit: int = DEFAULT_LIMIT,
         is_wanted: Callable[[], bool] = lambda: True,
     ) -> list[Info]:
-        """Return a page of the snapshots that match any filter, by name in byte order.
+        """Return a page of the snapshots that match a filter, in byte order of names.
 
-        A page begins after the name ``after``; one shorter than ``limit`` is the last. The work
-        ends when it is not wanted any more.
+        The page begins after the name ``after``. A page with less than ``limit`` snapshots is the
+        last. ``is_wanted`` is called now and then.
 
         Raises:
-            Cancelled: it is not.
+            Cancelled: ``is_wanted`` returned false.
             InvalidArgument: a filter is wrong or too slow, or the limit is not 1 to `MAX_LIMIT`.
             ResourceExhausted: the page is too large; a smaller limit helps.
         """
@@ -334,18 +334,18 @@ class Snapshotter:
         return self._store.list(chosen, after, limit, is_wanted)
 
     def remove(self, key: str) -> None:
-        """Forget a snapshot; its data is deleted in the background.
+        """Remove a snapshot; its data is deleted in the background.
 
         Raises:
-            InvalidArgument: the key cannot be.
-            NotFound: there is no such snapshot.
+            InvalidArgument: the key is invalid.
+            NotFound: it does not exist.
             FailedPrecondition: it has children, is being committed, or is mounted.
         """
         check_name(key)
         with self.mounter.unmounted() as check, explained(f"remove {quote(key)}"):
             record = self._store.remove(key, check)
             self._reaper.retire(record)
-        # Removing may have needed it, and leaves some of it.
+        # The removal may have freed the ballast.
         self._state.ballast.take()
         self._standby.look()
 
@@ -382,9 +382,9 @@ class Snapshotter:
         return self._mount(kind, shown.id)
 
     def _make_tree(self, id_: int, parent: Record, job: Job) -> bool:
-        """Make the directory of a new snapshot: one that stands by, or a copy of its parent's.
+        """Create the tree of a new snapshot: from a standby clone, or by a copy of the parent.
 
-        Tell whether it is on disk.
+        Return whether it is on disk.
         """
         report = self._watch.over(job)
         ready = self._standby.take(parent.id)

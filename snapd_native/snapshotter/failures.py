@@ -1,4 +1,4 @@
-"""Translate errors of the operating system to errors of the contract."""
+"""Translate errors of the kernel to errors of the contract."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from snapd_native.model import quote
 log = logging.getLogger(__name__)
 
 _EHWPOISON = 133
-"""The module `errno` lacks it."""
+"""Missing in the module `errno`."""
 
 _DAMAGED = (DataLoss, "{reason}, check the disk and the kernel's log")
 _KILLED = (
@@ -59,7 +59,7 @@ _MEANINGS: Mapping[int, tuple[type[SnapdError], str]] = {
     errno.EUCLEAN: _DAMAGED,
     errno.EBADMSG: _DAMAGED,
     errno.EROFS: _DAMAGED,
-    # Write-back tells what the device has said; the kernel's table is in block/blk-core.c.
+    # Write-back reports the error of the device; the kernel's table is in block/blk-core.c.
     errno.ENODEV: _DAMAGED,
     errno.ENODATA: _DAMAGED,
     errno.ENOLINK: _DAMAGED,
@@ -67,7 +67,7 @@ _MEANINGS: Mapping[int, tuple[type[SnapdError], str]] = {
     errno.ETIMEDOUT: _DAMAGED,
     errno.EILSEQ: _DAMAGED,
     errno.ESHUTDOWN: _DAMAGED,
-    # A page of memory is damaged: it held what a file has.
+    # A damaged page of memory contains a part of a file.
     _EHWPOISON: _DAMAGED,
     errno.ESTALE: (
         FailedPrecondition,
@@ -86,11 +86,11 @@ _MEANINGS: Mapping[int, tuple[type[SnapdError], str]] = {
         FailedPrecondition,
         "{reason}, something in it is an active swap file or a program that runs: end that first",
     ),
-    # fscrypt, where the directory is locked.
+    # A directory that fscrypt has encrypted is locked.
     errno.ENOKEY: (FailedPrecondition, "{reason}, it is encrypted: unlock it first"),
     errno.EOPNOTSUPP: _UNSUPPORTED,
     errno.ENAMETOOLONG: _UNSUPPORTED,
-    # A mount with mapped users does not map an owner.
+    # An idmapped mount does not map the owner of a file.
     errno.EOVERFLOW: _UNSUPPORTED,
 }
 """What an error of the kernel means to a caller, from the manual pages of the calls that copy,
@@ -99,7 +99,7 @@ rename and delete trees. One that is missing here can only be a mistake of the s
 
 @contextmanager
 def explained(doing: str) -> Iterator[None]:
-    """Turn an `OSError` into the contract's error that begins with "cannot <doing>"."""
+    """Translate an `OSError` to an error of the contract, "cannot <doing>: ..."."""
     try:
         yield
     except DataLoss as error:
@@ -110,7 +110,7 @@ def explained(doing: str) -> Iterator[None]:
 
 @contextmanager
 def unless_removed(store: Metastore, record: Record) -> Iterator[None]:
-    """Raise NotFound instead if a snapshot was removed, or committed to another name, meanwhile."""
+    """Raise NotFound if the snapshot was removed or committed during the block."""
     try:
         yield
     finally:
@@ -120,7 +120,7 @@ def unless_removed(store: Metastore, record: Record) -> Iterator[None]:
 
 
 def _meaning(error: OSError, what: str) -> SnapdError:
-    # The path in an OSError is the service's own; only its number leaves.
+    # The path in an OSError is the service's own, and not for the caller.
     code = error.errno or 0
     reason = os.strerror(code).lower()
     if meaning := _MEANINGS.get(code):

@@ -1,4 +1,4 @@
-"""The changes that Update makes to labels."""
+"""Apply the field paths of Update to labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from snapd_native.snapshotter import digests
 
 
 def label_key(path: str) -> str | None:
-    """Return the label that a field path names, or None for all."""
+    """Return the key of the label that a field path names; None means all labels."""
     if path == "labels":
         return None
     prefix, dot, key = path.partition(".")
@@ -24,7 +24,7 @@ def label_key(path: str) -> str | None:
 def changed(
     old: Info, *, given: Mapping[str, str], keys: Sequence[str | None]
 ) -> Mapping[str, str]:
-    """Return what labels are stored when ``keys`` of those that are ``given`` are set."""
+    """Return the labels after an Update: the ``keys`` are taken from ``given``."""
     labels = dict(old.labels)
     for key in keys:
         if key is None:

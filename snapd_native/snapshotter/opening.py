@@ -1,4 +1,4 @@
-"""The metastore of a state directory, as a start of the service finds it."""
+"""Open the metastore when the service starts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ log = logging.getLogger(__name__)
 
 
 def open_store(state: StateDirectory, announce: Callable[[Change], None]) -> Metastore:
-    """Open it, and forget the snapshots that a power cut may have left half on disk.
+    """Open the metastore, and remove snapshots that a power cut may have left incomplete.
 
     Raises:
-        FailedPrecondition: the database is no file.
+        Unavailable: another process has the database open.
+        FailedPrecondition: the database is not a file.
         DataLoss: it is damaged, gone, or was made by a newer version.
         ResourceExhausted: the disk is full.
     """
@@ -30,7 +31,7 @@ def open_store(state: StateDirectory, announce: Callable[[Change], None]) -> Met
     store = Metastore(
         state.database,
         announce,
-        # An id whose directory could not be deleted is never given again.
+        # The id of a directory that could not be deleted is not used again.
         first_id=state.highest_id() + 1,
         make_room=state.ballast.drop,
         may_be_new=not there,

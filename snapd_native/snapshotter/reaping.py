@@ -1,4 +1,4 @@
-"""Deleting what no snapshot owns any more."""
+"""Delete directories that no snapshot owns any more."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from snapd_native.snapshotter.state import StateDirectory
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
-"""How often a call that waits for others looks whether it is cancelled."""
+"""Seconds after which a waiting call checks again whether it is cancelled."""
 
 
 class Reaper:
-    """Deletes directories in the background, one after the other."""
+    """Deletes directories one after the other, in a thread of its own."""
 
     def __init__(self, state: StateDirectory, store: Metastore, report: trees.Report) -> None:
-        """Delete what a crash or an earlier removal left; ``report`` may end any deletion."""
+        """Delete leftovers of crashes and removals. ``report`` may raise to end a deletion."""
         self._state = state
         self._store = store
         self._report = report
@@ -41,11 +41,11 @@ class Reaper:
             raise
 
     def close(self) -> None:
-        """Finish the deletions that were begun."""
+        """Finish the deletions that have begun."""
         self._background.close()
 
     def retire(self, record: Record) -> None:
-        """Have the directory of a snapshot deleted that is no more."""
+        """Delete the directory of a removed snapshot later."""
         if record.tree_id != record.id:
             return
         try:
@@ -59,14 +59,14 @@ class Reaper:
             self._background.submit(partial(self._delete, garbage))
 
     def discard(self, id_: int) -> None:
-        """Delete at once what was made for a snapshot that never was."""
+        """Delete the directory of a snapshot whose call has failed."""
         try:
             self._state.discard(id_)
         except OSError as error:
             log.warning("a snapshot that failed is left for Cleanup: %s", error)
 
     def finish(self, report: trees.Report) -> None:
-        """Return when nothing is left to delete.
+        """Wait until nothing is left to delete.
 
         Raises:
             OSError: the last failure, after everything else was deleted.
@@ -74,11 +74,11 @@ class Reaper:
         self._await(self._background.submit(partial(self._sweep, report)), report)
 
     def catch_up(self, report: trees.Report) -> None:
-        """Return when all was tried to be deleted that was removed so far."""
+        """Wait until every pending deletion was attempted."""
         self._await(self._background.submit(lambda: None), report)
 
     def orphans(self) -> Sequence[str]:
-        """Return every directory that no snapshot and no running call owns."""
+        """Return the directories that no snapshot and no running call owns."""
         # The order matters: a directory that is listed first, and neither reserved nor recorded
         # after that, is an orphan.
         found = self._state.listing()
@@ -104,7 +104,7 @@ class Reaper:
         self._state.ballast.take()
 
     def _take_back(self) -> None:
-        """Give what was set aside to the records that are there again."""
+        """Give trees that were set aside back to their records, if those exist again."""
         found = self._state.listing()
         there = {id_ for _, prefix, id_ in found if not prefix}
         for id_ in self._store.directories().keys() - there:

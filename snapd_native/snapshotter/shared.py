@@ -1,4 +1,4 @@
-"""One run of long work for all who ask for it."""
+"""One run of long work for several callers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Generic, TypeVar
 from snapd_native import trees
 
 _POLL_SECONDS = 0.05
-"""How often a caller that waits looks whether its own job is cancelled."""
+"""Seconds after which a waiting caller checks again whether its own job is cancelled."""
 
 _T = TypeVar("_T")
 
 
 class Shared(Generic[_T]):
-    """Runs work once at a time; calls that come during a run share the next one.
+    """Runs work for one caller at a time. Calls during a run share the result of the next run.
 
-    A caller never gets the result of a run that began before it asked.
+    A caller never gets the result of a run that began before its call.
     """
 
     def __init__(self) -> None:
@@ -30,10 +30,10 @@ class Shared(Generic[_T]):
         self._result: _T
 
     def run(self, work: Callable[[trees.Report], _T], report: trees.Report) -> _T:
-        """Return what a run of ``work`` finds that begins now or later.
+        """Return the result of a run of ``work`` that begins now or later.
 
-        ``report`` is told of the progress of a run that this caller does, and is called while it
-        waits for another caller's; it may raise. Then the next caller does the work.
+        ``report`` is called with the progress of the run, or while another caller runs it. It may
+        raise; then the next caller does the work.
         """
         with self._changed:
             wanted = self._begun + 1

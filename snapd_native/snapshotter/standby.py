@@ -1,4 +1,4 @@
-"""Clones that are ready before anybody asks, so that Prepare takes no time."""
+"""Standby clones: copies that are made in advance, so that Prepare takes milliseconds."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from snapd_native.snapshotter.write_back import WriteBack
 log = logging.getLogger(__name__)
 
 NOTHING = Usage(0, 0)
-"""The usage of no clone at all."""
+"""The usage of no clone."""
 
 SHARED_INODE = 1024
-"""Bytes that a clone takes for an inode whose data is shared: itself, its names and extents."""
+"""Bytes of a clone for each inode with shared data: the inode, its names and its extents."""
 
 LOOK_SECONDS = 10.0
-"""How often the free space is looked at while clones are wanted."""
+"""Seconds between two looks at the free space while clones are wanted."""
 
 SPARE = 0.01
-"""Part of the space that must be free beyond the least before clones are made again."""
+"""The share of the space that must be free beyond the least before clones are made again."""
 
 Wanted: TypeAlias = Mapping[int, tuple[int, Usage]]
-"""How many clones there should be of which snapshots, and what one takes."""
+"""How many clones each snapshot wants, and the usage of one."""
 
 _NONE = (0, NOTHING)
 
@@ -38,15 +38,15 @@ _NONE = (0, NOTHING)
 class Standby:
     """Keeps as many clones of each committed snapshot as its label says.
 
-    One thread makes and drops them, one after the other, by a worker process of idle priority.
-    Clones are dropped when no label asks for them. All are dropped where less than ``least_free``
-    of the file system's space or inodes is free, and none is made that would lead there.
+    One thread makes and deletes them, one after the other, by a worker process of idle priority.
+    Clones that no label wants are deleted. If less than the share ``least_free`` of the space or
+    the inodes is free, all are deleted; a clone that would lead to that is not made.
     """
 
     def __init__(
         self, state: StateDirectory, store: Metastore, write_back: WriteBack, least_free: float
     ) -> None:
-        """Keep what is left of complete clones, and begin to make the others."""
+        """Keep the complete clones of the last run, and begin to make the others."""
         self._state = state
         self._store = store
         self._write_back = write_back
@@ -70,11 +70,11 @@ class Standby:
         self._thread.start()
 
     def look(self) -> None:
-        """See soon what is wanted; something may have changed."""
+        """Look soon whether other clones are wanted now."""
         self._look.set()
 
     def take(self, parent: int) -> str | None:
-        """Return the directory of a complete clone, which is the caller's now; None without one."""
+        """Give a complete clone to the caller: return its directory, or None if there is none."""
         with self._lock:
             ready = self._ready.get(parent)
             name = ready.popleft() if ready else None
@@ -83,7 +83,7 @@ class Standby:
         return name
 
     def refuse(self, name: str) -> None:
-        """Have a clone deleted that `take` has returned and that is of no use."""
+        """Delete a clone that `take` has returned and that cannot be used."""
         self._refused.append(name)
         self._look.set()
 
@@ -93,7 +93,7 @@ class Standby:
             return len(self._ready.get(parent, ()))
 
     def close(self) -> None:
-        """Stop, leaving complete clones for the next time."""
+        """Stop, and keep complete clones for the next start."""
         self._closing = True
         self._look.set()
         self._thread.join()
@@ -114,7 +114,7 @@ class Standby:
                 log.warning("standby clones are not looked after until the next change: %s", error)
 
     def _take_a_step(self) -> bool:
-        """Drop or make one clone; False if all are as they should be."""
+        """Delete or make one clone; return False if there is nothing to do."""
         if self._refused:
             self._drop(self._refused.popleft())
             return True
@@ -137,7 +137,7 @@ class Standby:
         return False
 
     def _take_surplus(self, wanted: Wanted) -> str | None:
-        """Return the directory of a clone that is one too many; None without one."""
+        """Return the directory of a clone that is not wanted; None if there is none."""
         with self._lock:
             for parent, ready in [*self._ready.items()]:
                 if len(ready) > wanted.get(parent, _NONE)[0]:
@@ -147,7 +147,7 @@ class Standby:
         return None
 
     def _make(self, parent: int) -> None:
-        """Make one clone, unless it is not wanted any more before it is complete."""
+        """Make one clone, unless it is no longer wanted before it is complete."""
 
         def report(*_: int) -> None:
             self._check_closing()
@@ -183,13 +183,13 @@ class Standby:
         return self.count(parent) < wanted.get(parent, _NONE)[0]
 
     def _taken(self, usage: Usage) -> Usage:
-        """Return what a clone of a tree takes."""
+        """Return the usage of a clone of a tree."""
         if not self._state.reflink:
             return usage
         return Usage(inodes=usage.inodes, size=usage.inodes * SHARED_INODE)
 
     def _has_room(self) -> bool:
-        """Tell whether clones may stay, and see whether any may be made."""
+        """Tell whether clones can stay, and note whether more can be made."""
         has_room = self._state.has_room(self._least_free, NOTHING)
         if not has_room:
             self._short = True
@@ -202,7 +202,7 @@ class Standby:
             raise Cancelled("the service is stopping")
 
     def _drop(self, name: str) -> None:
-        """Delete a clone; what is left of it is deleted at the next start."""
+        """Delete a clone; the next start deletes what remains of it."""
         try:
             self._state.drop_standby(name, self._check_closing)
         except Cancelled:

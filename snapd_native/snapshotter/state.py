@@ -1,4 +1,4 @@
-"""The state directory: what lies in it, and who may use it."""
+"""The state directory and its contents."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ _OURS = re.compile(r"(new-|rm-|found-)?([1-9][0-9]{0,18})", re.ASCII)
 
 
 class StateDirectory:
-    """One service's state: ``metadata.db`` and ``snapshots/`` with a directory a snapshot.
+    """The state of one service: ``metadata.db``, and ``snapshots/`` with a directory a snapshot.
 
-    A snapshot's directory is named by its id: ``new-<id>`` while it is made, ``<id>`` while it
-    lives, ``rm-<id>`` while it is deleted, ``found-<id>`` if its record was lost. A standby clone's
-    is ``making-<parent>-<number>``, and ``ready-<parent>-<number>`` as long as it is complete.
+    The directory of a snapshot is named by its id: ``new-<id>`` while it is made, ``<id>`` while
+    the snapshot exists, ``rm-<id>`` while it is deleted, ``found-<id>`` if its record was lost. The
+    directory of a standby clone is ``making-<parent>-<number>`` until it is complete, and
+    ``ready-<parent>-<number>`` then.
     """
 
     def __init__(self, path: Path) -> None:
-        """Make the directory if there is none, and lock it for this process.
+        """Open the directory, or create it, and lock it for this process.
 
         Raises:
             Unavailable: another process uses it.
-            FailedPrecondition: it belongs to somebody else, or is no directory.
+            FailedPrecondition: another user owns it, or it is not a directory.
         """
         self.path = path
         with ExitStack() as undo:
@@ -70,18 +71,18 @@ class StateDirectory:
             undo.pop_all()
 
     def close(self) -> None:
-        """Unlock the directory, and keep for the next start what the database has just freed."""
+        """Unlock the directory. The ballast takes the space that the database has just freed."""
         self.ballast.take()
         for fd in (self._snapshots, self._fd):
             os.close(fd)
 
     @property
     def database(self) -> Path:
-        """Where the metastore lies."""
+        """The path of the metastore."""
         return self.path / "metadata.db"
 
     def has_database(self) -> bool:
-        """Tell whether the metastore was ever made here, and is still there."""
+        """Tell whether there is a metastore already."""
         try:
             found = self.database.lstat()
         except FileNotFoundError:
@@ -90,61 +91,61 @@ class StateDirectory:
 
     @property
     def real_path(self) -> str:
-        """Where the directory is, as the kernel writes it."""
+        """The path of the directory, as the kernel writes it."""
         return os.readlink(f"/proc/self/fd/{self._fd}")
 
     def try_reflink(self) -> None:
-        """See whether files can share their data here; that takes two inodes for a moment."""
+        """Find out whether reflink works, by means of two temporary files."""
         self.reflink = trees.reflink_works(self._snapshots)
 
     def place(self, id_: int) -> Place | None:
-        """Return what a snapshot's directory is in the table of mounts; None if that is unknown."""
+        """Return the place of a snapshot's directory in the table of mounts; None if unknown."""
         return self._place / str(id_) if self._place else None
 
     def source(self, id_: int) -> str:
-        """Return the path of a snapshot's directory, for mounting it."""
+        """Return the path of a snapshot's directory."""
         return str(self.path / "snapshots" / str(id_))
 
     def check(self, id_: int) -> None:
-        """Make sure that a snapshot's directory is there.
+        """Check that the directory of a snapshot exists.
 
         Raises:
-            DataLoss: it is not.
+            DataLoss: it does not.
         """
         if not self._is_directory(str(id_)):
             raise _lost()
 
     def create(self, id_: int) -> str:
-        """Make the directory of a new snapshot, empty and not yet alive; return its name."""
+        """Create the directory of a new snapshot under its first name; return that."""
         name = f"new-{id_}"
         os.mkdir(name, 0o700, dir_fd=self._snapshots)
         os.chmod(name, 0o755, dir_fd=self._snapshots)  # noqa: S103 - the contract's mode
         return name
 
     def bring_to_life(self, id_: int) -> str:
-        """Give the directory made by `create` its final name; return that."""
+        """Rename the directory of `create` to its final name; return that."""
         name = str(id_)
         self._rename(f"new-{id_}", name)
         return name
 
     def create_empty(self, id_: int) -> None:
-        """Make the directory of a new snapshot that stays empty for now, alive and on disk."""
+        """Create an empty directory for a new snapshot under its final name, on disk."""
         self.create(id_)
         self.bring_to_life(id_)
-        # The name is the last change: a journal that has it has the directory and its mode too.
+        # A journal that contains the rename also contains the directory and its mode.
         os.fsync(self._snapshots)
 
     def sync(self) -> None:
-        """Put everything on the state's file system on disk.
+        """Write everything on the file system of the state to the disk.
 
         Raises:
-            OSError: it could not be, or something could not since this was last called. The kernel
-                tells that once for each time the directory was opened; see `WriteBack`.
+            OSError: a write has failed now or since the last call. The kernel reports that once
+                for each time that the directory was opened; see `WriteBack`.
         """
         linux.syncfs(self._snapshots)
 
     def has_room(self, least: float, more: Usage) -> bool:
-        """Tell whether beside ``more`` at least ``least`` of 1 is free of space and of inodes."""
+        """Tell whether the share ``least`` of space and inodes stays free after using ``more``."""
         room = os.fstatvfs(self._snapshots)
         blocks = room.f_bavail - more.size / room.f_frsize
         inodes = room.f_favail - more.inodes
@@ -154,26 +155,26 @@ class StateDirectory:
         )
 
     def standbys(self) -> Sequence[tuple[str, int, int, bool]]:
-        """Return all standby clones: directory, id of the parent, number, whether complete."""
+        """Return all standby clones: directory, id of the parent, number, completeness."""
         matches = map(_STANDBY.fullmatch, self._names())
         return [(m[0], int(m[2]), int(m[3]), m[1] == "ready") for m in matches if m]
 
     def create_standby(self, parent: int, number: int) -> str:
-        """Make the directory of a standby clone, empty and incomplete; return its name."""
+        """Create the empty directory of an incomplete standby clone; return its name."""
         name = f"making-{parent}-{number}"
         os.mkdir(name, 0o700, dir_fd=self._snapshots)
         return name
 
     def complete_standby(self, name: str) -> str:
-        """Give a standby clone, which is on disk, the name of a complete one; return that."""
+        """Rename a standby clone that is on disk to a complete one; return the new name."""
         complete = "ready" + name.removeprefix("making")
         os.rename(name, complete, src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
         return complete
 
     def adopt_standby(self, name: str, id_: int) -> bool:
-        """Make a complete standby clone the tree of a snapshot, on disk.
+        """Turn a complete standby clone into the tree of a snapshot, on disk.
 
-        False if it is gone, or belongs to another quota project than a new directory would.
+        Return False if it is gone, or has another quota project than a new directory.
         """
         try:
             os.rename(name, str(id_), src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
@@ -185,7 +186,7 @@ class StateDirectory:
         return True
 
     def drop_standby(self, name: str, report: trees.Report) -> None:
-        """Delete a standby clone, which is incomplete from the first moment on."""
+        """Rename a standby clone to an incomplete one, and delete it."""
         doomed = "making" + name.removeprefix("making").removeprefix("ready")
         with suppress(FileNotFoundError):
             self._rename(name, doomed)
@@ -193,10 +194,10 @@ class StateDirectory:
 
     @contextmanager
     def open(self, name: str, *, writable: bool = False) -> Iterator[int]:
-        """Open a snapshot's tree; see `trees.open_tree`.
+        """Open the tree of a snapshot; see `trees.open_tree`.
 
         Raises:
-            DataLoss: there is none.
+            DataLoss: it does not exist.
         """
         with ExitStack() as stack:
             try:
@@ -209,10 +210,10 @@ class StateDirectory:
 
     @contextmanager
     def open_with_mounts(self, id_: int) -> Iterator[int]:
-        """Open a snapshot's directory, only to be mounted, with what is mounted in it.
+        """Open the directory of a snapshot with the mounts inside, only to mount it.
 
         Raises:
-            DataLoss: there is none.
+            DataLoss: it does not exist.
             FailedPrecondition: something is mounted on it.
         """
         rules = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_SYMLINKS | linux.RESOLVE_NO_XDEV
@@ -233,7 +234,7 @@ class StateDirectory:
             os.close(fd)
 
     def retire(self, id_: int) -> str | None:
-        """Rename a snapshot's directory to what will be deleted; None if there is none."""
+        """Rename the directory of a snapshot for its deletion; return None if there is none."""
         name = f"rm-{id_}"
         try:
             self._rename(str(id_), name)
@@ -242,18 +243,18 @@ class StateDirectory:
         return name
 
     def delete(self, name: str, report: trees.Report) -> None:
-        """Delete a directory with all that is in it; see `trees.delete`."""
+        """Delete a directory and everything below it; see `trees.delete`."""
         with suppress(FileNotFoundError):
             trees.delete(self._snapshots, name, report)
 
     def discard(self, id_: int) -> None:
-        """Delete the directory that `create` made, under its first or its final name."""
+        """Delete the directory of `create`, under its first or its final name."""
         # While it is not alive yet, what has its final name is somebody else's.
         making = f"new-{id_}"
         self.delete(making if self._is_there(making) else str(id_), lambda *_: None)
 
     def set_aside(self, id_: int) -> str:
-        """Rename a snapshot's directory to what is never deleted, on disk; return that name."""
+        """Rename a directory, on disk, so that it is never deleted; return its new name."""
         name = f"found-{id_}"
         self._rename(str(id_), name)
         os.fsync(self._snapshots)
@@ -264,20 +265,20 @@ class StateDirectory:
         self._rename(f"found-{id_}", str(id_))
 
     def highest_id(self) -> int:
-        """Return the highest id that anything here is named by; 0 without one."""
+        """Return the highest id in the name of a directory; 0 if there is none."""
         matches = map(_OURS.fullmatch, self._names())
         return max((int(match[2]) for match in matches if match), default=0)
 
     def listing(self) -> Sequence[tuple[str, str, int]]:
-        """Return all directories of snapshots: name, prefix as in ``rm-`` or none, id.
+        """Return the directories of all snapshots: name, prefix such as ``rm-`` or empty, id.
 
-        What the service would not have made itself is left out, and so never touched.
+        Directories that are not the service's are left out, and so never changed.
         """
         matches = map(_OURS.fullmatch, self._names())
         return [(m[0], m[1] or "", int(m[2])) for m in matches if m and self._is_directory(m[0])]
 
     def findings(self) -> Iterator[Finding]:
-        """Yield what others may reach, and what among the directories is not the service's."""
+        """Yield what other users can access, and what in ``snapshots`` is not the service's."""
         for name, found in self._open_to_others():
             path = quote_path(os.path.normpath(self.path / name))
             remedy = "call Repair" if _is_plain(found) else "it is no file, move it away"
@@ -289,7 +290,7 @@ class StateDirectory:
                 yield Finding(Trouble.FOREIGN, "", what)
 
     def close_to_others(self) -> None:
-        """Close the files of the service to all other users."""
+        """Deny all other users the files of the service."""
         for name, _ in self._open_to_others():
             # If this fails, the next check reports the same finding.
             with suppress(OSError), self._found(name) as path:
@@ -299,7 +300,7 @@ class StateDirectory:
                     os.chmod(path, found.st_mode & 0o700)
 
     def _open_to_others(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Yield what of the service's belongs to others, or may be reached by them."""
+        """Yield files and directories of the service that other users own or can access."""
         for name in (".", "snapshots", *_FILES):
             with suppress(FileNotFoundError):
                 if (fd := self._directories.get(name)) is not None:
@@ -311,14 +312,14 @@ class StateDirectory:
 
     @property
     def _directories(self) -> Mapping[str, int]:
-        """Directories that the service has open; a symbolic link may have led to them."""
+        """The directories that the service has open. A symbolic link can lead to them."""
         return {".": self._fd, "snapshots": self._snapshots}
 
     @contextmanager
     def _found(self, name: str) -> Iterator[str]:
-        """Yield a path that leads to the file that now has the name, whatever becomes of the name.
+        """Yield a path to the file that has the name now, even if the name is given to another.
 
-        The file is not opened: that could wait, and closing it would give up SQLite's locks on it.
+        The file is not opened: that could block, and closing it would end SQLite's locks on it.
         """
         if name in self._directories:
             yield f"/proc/self/fd/{self._directories[name]}"
@@ -330,7 +331,7 @@ class StateDirectory:
             os.close(fd)
 
     def _rename(self, old: str, new: str) -> None:
-        """Rename a directory, also one of before the directories were given a quota project."""
+        """Rename a directory, also one that is older than the quota project of ``snapshots``."""
         try:
             os.rename(old, new, src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
         except OSError as error:
@@ -344,7 +345,7 @@ class StateDirectory:
             os.rename(old, new, src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
 
     def _names(self) -> list[str]:
-        # By a descriptor of its own: all that read a directory by one share their place in it.
+        # With a descriptor of its own: threads that share one share the position in the directory.
         fd = os.open(".", _DIRECTORY, dir_fd=self._snapshots)
         try:
             return os.listdir(fd)

@@ -1,4 +1,4 @@
-"""Whether records, directories and mounts agree, and how they are brought to agree again."""
+"""Check and repair the agreement of records, directories and mounts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from snapd_native.snapshotter.watching import Watch
 
 
 class Upkeep:
-    """Keep a state directory in order. Each method ends with `Cancelled` if its ``job`` is."""
+    """Checks, repairs and verifies a state. A method raises `Cancelled` if its ``job`` is."""
 
     def __init__(
         self,
@@ -42,10 +42,10 @@ class Upkeep:
         self._checks: Shared[Sequence[Finding]] = Shared()
 
     def cleanup(self, job: Job | None = None) -> None:
-        """Return when every deferred deletion is done and nothing orphaned is left.
+        """Wait until all pending deletions are done and no orphan is left.
 
         Raises:
-            FailedPrecondition: something is mounted in what is to be deleted, or protected.
+            FailedPrecondition: something in a directory is mounted on or protected.
             Unavailable: the service is stopping.
         """
         job = job or Job()
@@ -62,10 +62,10 @@ class Upkeep:
         job.conclude()
 
     def check(self, job: Job | None = None) -> Sequence[Finding]:
-        """Return all that is wrong, after the deletions that are under way are done.
+        """Return all findings, after the running deletions are done.
 
-        Nothing is changed. Changes by other calls meanwhile are no findings. One check runs
-        at a time; all that are asked for meanwhile share the next one.
+        Nothing is changed. Changes by other calls are not findings. One check runs at a time; calls
+        during a check share the result of the next one.
         """
         job = job or Job()
         job.begin(Operation.CHECK, "")
@@ -75,11 +75,11 @@ class Upkeep:
         return found
 
     def repair(self, job: Job | None = None) -> Sequence[Finding]:
-        """Mend what `check` finds, as far as nothing is lost or guessed; return what is mended.
+        """Repair what `check` finds without loss or guess; return what is repaired.
 
-        Files of the service are closed to others. Indexes of the database are made anew from its
-        tables. What no snapshot owns is deleted, as by `cleanup`. Mounts are made what the ledger
-        says.
+        Other users are denied the files of the service. Indexes of the database are rebuilt from
+        its tables. What no snapshot owns is deleted, as by `cleanup`. Mounts are made as the ledger
+        records them.
         """
         job = job or Job()
         job.begin(Operation.REPAIR, "")
@@ -101,15 +101,15 @@ class Upkeep:
         return [finding for finding in found if finding not in left]
 
     def verify(self, name: str, job: Job | None = None) -> str:
-        """Compare a committed snapshot's tree with the digest that Commit has recorded.
+        """Compare the tree of a committed snapshot with the recorded digest, and return that.
 
-        Return that. The whole tree is read, at idle priority of processors and disk.
+        The whole tree is read from the disk, at idle priority.
 
         Raises:
-            InvalidArgument: the name cannot be.
-            NotFound: there is no such snapshot.
+            InvalidArgument: the name is invalid.
+            NotFound: the snapshot does not exist.
             FailedPrecondition: it has no digest.
-            DataLoss: its tree is another than that which was committed, damaged or gone.
+            DataLoss: the tree has another digest, is damaged, or is gone.
         """
         record = self._store.get(check_name(name, "name"))
         expected = digests.of(record)
@@ -150,7 +150,7 @@ class Upkeep:
         """Yield the snapshots without a directory."""
         before = self._store.directories()
         there = {id_ for _, prefix, id_ in self._state.listing() if not prefix}
-        # An id is never given again: what was there before, and is after, was meanwhile.
+        # Ids are never reused, so a record that is seen before and after existed all the time.
         for id_, name in self._store.directories().items():
             if id_ in before and id_ not in there:
                 what = "its directory is gone: restore it from a backup, or remove the snapshot"
@@ -159,7 +159,7 @@ class Upkeep:
     def _left(self, report: trees.Report) -> Iterator[Finding]:
         """Yield the directories without a snapshot."""
         before = set(self._reaper.orphans())
-        # A Remove that was half-way between the record and its directory is over then.
+        # This waits for a Remove that has deleted the record but not yet renamed the directory.
         with self._mounter.unmounted():
             pass
         self._reaper.catch_up(report)

@@ -16,14 +16,14 @@ class Watch:
         self._stopping = stopping
 
     def check(self, *_: int) -> None:
-        """Raise Unavailable if the service is stopping; for work that is no job's."""
+        """Raise Unavailable if the service is stopping; for work without a job."""
         if self._stopping.is_set():
             raise Unavailable("the service is stopping: try again when it runs")
 
     def over(self, job: Job, *, count: bool = True) -> trees.Report:
-        """Return a function that takes progress, and raises when the work is to end.
+        """Return a function that adds progress to the job, and raises if the work must end.
 
-        Without ``count`` it does not add to the job's progress, as in a second pass over a tree.
+        Without ``count`` it only raises, for a second pass over a tree.
         """
 
         def report(inodes: int, size: int) -> None:

@@ -23,20 +23,20 @@ class WriteBack:
     """
 
     def __init__(self, state: StateDirectory, store: Metastore, note: Path) -> None:
-        """See in the file ``note`` what is in doubt since an earlier start."""
+        """Read from the file ``note`` which trees are in doubt since an earlier start."""
         self._state = state
         self._store = store
         self._note = note
         self._lock = threading.Lock()
         self._last = self._noted()
         self.failures = 0
-        """How often a write has failed since the start."""
+        """The number of failed writes since the start."""
 
     def sync(self) -> None:
-        """Put everything on the state's file system on disk.
+        """Write everything on the file system of the state to the disk.
 
         Raises:
-            OSError: it could not be, or something could not since this was last called.
+            OSError: a write has failed now or since the last call.
         """
         # Nobody may sync without an error before what another one has met is known.
         with self._lock:
@@ -49,7 +49,7 @@ class WriteBack:
                 raise
 
     def settle(self) -> None:
-        """Put the trees of new snapshots on disk, and record that they are there.
+        """Write the trees of new snapshots to the disk, and record that.
 
         Raises:
             OSError: as `sync`.
@@ -61,7 +61,7 @@ class WriteBack:
             self._store.settle(id_ for id_ in new if not self.doubts(id_))
 
     def doubts(self, id_: int) -> bool:
-        """Tell whether something of a snapshot's tree may not be on disk though it was synced."""
+        """Tell whether a tree that was synced is perhaps not on disk completely."""
         return id_ <= self._last
 
     def _noted(self) -> int:

@@ -185,7 +185,7 @@ def test_the_database_files_get_mode_0600(database: Path, umask: int) -> None:
 
 def test_a_database_that_is_a_symlink_is_refused(database: Path) -> None:
     database.symlink_to(database.parent / "elsewhere")
-    with pytest.raises(FailedPrecondition, match="is no file"):
+    with pytest.raises(FailedPrecondition, match="is not a file"):
         Metastore(database, lambda *_: None)
     assert not (database.parent / "elsewhere").exists()
 
