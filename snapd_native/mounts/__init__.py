@@ -1,4 +1,4 @@
-"""Mounts, on the kernel's new mount API: make them, find them, and tell who uses them."""
+"""Make mounts with the kernel's new mount API, find them, and tell which processes use them."""
 
 from snapd_native.mounts.attach import MOVED, attach, detach, detached, make_read_only, restore
 from snapd_native.mounts.elsewhere import Elsewhere, NotFrozen

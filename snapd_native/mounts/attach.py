@@ -1,6 +1,7 @@
-"""Making mounts and taking them away.
+"""Mount and unmount.
 
-A mount is made detached, gets its attributes before any process can see it, and is then attached.
+A mount is created detached and gets its attributes before it is attached, so that no process can
+see it without them.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from snapd_native.mounts.bounded import bounded, open_path, open_path_here
 from snapd_native.mounts.table import Entry
 
 MOVED = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL}
-"""Errors that mean that the path of a mount leads elsewhere by now."""
+"""Errors which mean that the path of a mount leads to something else now."""
 
 _RECURSIVE = linux.AT_EMPTY_PATH | linux.AT_RECURSIVE
 
 
 def detached(directory: int, *, read_only: bool) -> int:
-    """Return a mount of an open directory, with all that is mounted in it, that is nowhere yet.
+    """Return a detached mount of an open directory, with copies of the mounts inside.
 
-    Its mounts tell others nothing of what is mounted in them, and nobody tells them; they are
-    read-only, all of them, if ``read_only``. It is gone when its fd is closed.
+    The propagation of all these mounts is private, and with ``read_only`` all are read-only. The
+    mount ends when its fd is closed.
     """
     fd = linux.open_tree(
         directory,
@@ -48,26 +49,26 @@ def attach(mount: int, target: int) -> None:
         OSError: ENOENT if the directory was deleted, ENOSPC if there are too many mounts.
     """
     linux.move_mount(mount, target)
-    # On a shared mount it has become shared.
+    # The target's mount is shared, and has made this one shared.
     linux.mount_setattr(mount, 0, 0, linux.MS_PRIVATE, _RECURSIVE)
 
 
 def detach(entry: Entry, *, lazy: bool = False) -> None:
-    """Take a mount away, with what stands on it if ``lazy``.
+    """Unmount; with ``lazy`` also the mounts on it, and even if it is in use.
 
     Raises:
-        OSError: EBUSY if it is in use, ESTALE if another one has come over it, one of `MOVED` if
-            its directory was moved; TimeoutError if its file system does not answer; it may
-            still be unmounted when that answers.
+        OSError: EBUSY if it is in use, ESTALE if another mount covers it, one of `MOVED` if its
+            directory was moved; TimeoutError if its file system does not answer. It can still be
+            unmounted when that answers later.
     """
-    # Where a file system on the way does not answer, this sees it before anything is changed.
+    # If a file system on the path does not answer, this fails before anything is changed.
     with _opened(entry):
         pass
     bounded(partial(_detach, entry, linux.MNT_DETACH if lazy else 0), of=_key(entry))
 
 
 def _key(entry: Entry) -> tuple[int, str]:
-    """Return what a mount is for `bounded`: its number alone may be given to another one."""
+    """Return what identifies a mount for `bounded`; the kernel can reuse the id alone."""
     return entry.id, entry.target
 
 
@@ -75,7 +76,7 @@ def _detach(entry: Entry, flags: int) -> None:
     parent, name = os.path.split(entry.target)
     directory = open_path_here(parent)
     try:
-        # Nothing may hold the mount itself, so it is opened just to see that it is the right one.
+        # An open fd would keep the mount busy, so it is opened only to check its identity.
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
         found = linux.mount_id(fd)
         os.close(fd)
@@ -87,13 +88,13 @@ def _detach(entry: Entry, flags: int) -> None:
 
 
 def make_read_only(entry: Entry, read_only: bool = True, proc: int | None = None) -> None:
-    """Make a mount read-only, or writable again, without those on it.
+    """Make a mount read-only or writable, without the mounts on it.
 
-    A thread in another mount namespace gives its open ``proc``.
+    A thread in another mount namespace passes its open ``proc``.
 
     Raises:
-        OSError: EBUSY if a file is open for writing, ESTALE if another mount has come over it, one
-            of `MOVED` if its directory was moved; TimeoutError if its file system does not answer.
+        OSError: EBUSY if a file is open for writing, ESTALE if another mount covers it, one of
+            `MOVED` if its directory was moved; TimeoutError if its file system does not answer.
     """
     with _opened(entry, proc) as fd:
         attribute = linux.MOUNT_ATTR_RDONLY
@@ -101,7 +102,7 @@ def make_read_only(entry: Entry, read_only: bool = True, proc: int | None = None
 
 
 def restore(entry: Entry, *, read_only: bool) -> None:
-    """Give a mount the attributes again that `detached` and `attach` gave it."""
+    """Restore the attributes that `detached` and `attach` have set."""
     if entry.read_only != read_only:
         make_read_only(entry, read_only)
     with _opened(entry) as fd:

@@ -1,7 +1,7 @@
-"""System calls whose path leads over other people's file systems, which may never answer.
+"""System calls on paths that lead over file systems of others, with a limit of time.
 
-A FUSE file system answers when its process does, and NFS when its server does. Until then, a
-thread that looks up a path there cannot go on.
+A FUSE file system answers when its process does, and NFS when its server does. Until then a thread
+that looks up a path there hangs.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import TypeVar
 from snapd_native import linux
 
 SECONDS = 10.0
-"""How long to wait for an answer."""
+"""Seconds to wait for an answer."""
 
 MOST = 64
-"""Threads that may be left waiting for the targets of one kind of caller."""
+"""Threads at most that hang on the targets of one kind of caller."""
 
 _NO_LINKS = linux.RESOLVE_NO_SYMLINKS | linux.RESOLVE_NO_MAGICLINKS
 
@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 _ended = threading.Condition()
 _running: Counter[Hashable] = Counter()
-"""The threads for each thing that is asked for."""
+"""The threads that run, by what they work on."""
 
 
 def bounded(
@@ -39,14 +39,14 @@ def bounded(
     of: Hashable,
     most: int = 1,
 ) -> _T:
-    """Return what ``work`` returns, or raise what it raises; it runs in a thread of its own.
+    """Run ``work`` in a thread of its own; return its result, or raise its error.
 
-    At most ``most`` threads run for the same ``of``, so that a file system that does not answer is
-    not asked again and again, and calls that do not ask it are not refused.
+    At most ``most`` threads run for the same ``of``. So a file system that does not answer blocks a
+    bounded number of threads, and calls on other file systems are not refused.
 
     Raises:
-        TimeoutError: it takes longer than `SECONDS`, or none of ``most`` threads ends in that time.
-            If ``work`` ends later, ``undo`` is called with its result.
+        TimeoutError: ``work`` takes longer than `SECONDS`, or ``most`` threads are still running
+            after that time. If ``work`` ends later, ``undo`` is called with its result.
     """
     outcome: Future[_T] = Future()
 
@@ -64,7 +64,7 @@ def bounded(
         finally:
             _release(of)
 
-    # A daemon thread: the end of the process does not wait for it.
+    # The end of the process does not wait for a daemon thread.
     thread = threading.Thread(target=run, name="bounded", daemon=True)
     with _ended:
         if not _ended.wait_for(lambda: _running[of] < most, SECONDS):
@@ -78,7 +78,7 @@ def bounded(
     thread.join(SECONDS)
     if outcome.cancel():
         raise _no_answer()
-    # The next call may come at once, and the thread must not count for it any more.
+    # A call that comes now must not count this thread.
     thread.join()
     return outcome.result()
 
@@ -92,7 +92,7 @@ def _release(of: Hashable) -> None:
 
 
 def open_path(path: str, flags: int = 0, *, of: Hashable, most: int = 1) -> int:
-    """Open what is at a path without a symbolic link, with O_PATH; for ``of`` see `bounded`.
+    """Open a path without symbolic links, with O_PATH; for ``of`` see `bounded`.
 
     Raises:
         OSError: the kernel's; TimeoutError if a file system does not answer.
@@ -101,7 +101,7 @@ def open_path(path: str, flags: int = 0, *, of: Hashable, most: int = 1) -> int:
 
 
 def open_path_here(path: str, flags: int = 0) -> int:
-    """Do the same in the thread of the caller, however long it takes."""
+    """Open as `open_path`, in this thread and without a limit of time."""
     return linux.openat2(linux.AT_FDCWD, path, flags | os.O_PATH | os.O_CLOEXEC, _NO_LINKS)
 
 

@@ -1,8 +1,8 @@
 """Mounts of a tree in the mount namespaces of other processes; see mount_namespaces(7).
 
-A service with PrivateTmp= or the like has a mount namespace of its own, with a copy of each mount
-that there was when it started, and of many that came later. What is done to a mount is not done to
-its copies.
+A service with PrivateTmp= or a similar setting has a mount namespace of its own. It contains a copy
+of each mount that existed when the service started, and of many later ones. A change of a mount
+does not change its copies.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from snapd_native.mounts.bounded import bounded
 from snapd_native.mounts.table import Entry, Place, Table
 
 _ROUNDS = 10
-"""How often to look again for namespaces that were made while others were looked at."""
+"""How often to look again for new namespaces."""
 
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """A mount namespace, and a process that was found in it."""
+    """A mount namespace, and a process in it."""
 
     fd: int
     pid: int
@@ -44,13 +44,13 @@ class NotFrozen(Exception):
 
 
 class Elsewhere:
-    """Makes the mounts read-only that other namespaces have of a tree."""
+    """Makes the mounts of a tree in other namespaces read-only."""
 
     def __init__(self) -> None:
         self.known: set[int] = set()
-        """The numbers of all mounts that namespaces have."""
+        """The ids of all mounts in all namespaces."""
         self._over = False
-        """Whether the result of a thread that still runs is no longer wanted."""
+        """Whether a thread that still runs must stop."""
         self._stack = ExitStack()
         self._done: list[tuple[Namespace, Entry]] = []
 
@@ -63,9 +63,9 @@ class Elsewhere:
         """Make all writable mounts of the tree read-only; `thaw` undoes that.
 
         Raises:
-            NotFrozen: one cannot be.
-            OSError: namespaces are made faster than they can be looked at, or a file system in one
-                does not answer.
+            NotFrozen: a mount cannot be made read-only.
+            OSError: new namespaces are created faster than they can be examined, or a file system
+                in one does not answer.
         """
         for _ in range(_ROUNDS):
             with _namespaces() as (found, closed):
@@ -76,22 +76,22 @@ class Elsewhere:
         raise OSError(errno.EAGAIN, "mount namespaces are made all the time")
 
     def thaw(self) -> None:
-        """Make writable again what `freeze` has made read-only."""
+        """Undo `freeze`."""
         if self._done:
             with suppress(TimeoutError):
                 _entering(self._thaw, self)
 
     def _freeze(self, found: list[Namespace], place: Place, proc: int) -> bool:
-        """Tell whether there was something to do."""
+        """Make mounts read-only; return whether there were any."""
         before = len(self._done)
         for namespace in found:
             if self._over:
-                # Its descriptor is closed, and may be another file by now.
+                # The descriptor is closed, and its number can be that of another file.
                 return False
             try:
                 linux.enter_mount_namespace(namespace.fd)
             except OSError:
-                # A container may forbid that.
+                # A container can forbid that.
                 self._check_closed([namespace.pid], place)
                 continue
             table = _table(proc)
@@ -114,7 +114,7 @@ class Elsewhere:
         return len(self._done) > before
 
     def _check_closed(self, closed: list[int], place: Place) -> None:
-        """Check what can be seen of namespaces that cannot be entered."""
+        """Check the tables of namespaces that cannot be entered."""
         for pid in closed:
             with suppress(FileNotFoundError, ProcessLookupError):
                 table = Table.read(Path(f"/proc/{pid}/mountinfo"))
@@ -142,16 +142,16 @@ def _check_overlays(pid: int, table: Table, place: Place) -> None:
 
 @contextmanager
 def _namespaces() -> Iterator[tuple[list[Namespace], list[int]]]:
-    """Open each mount namespace that a process is in, but for this process's own.
+    """Open the mount namespaces of all processes, except for this one's.
 
-    Yield also the processes whose namespaces even root may not open.
+    Yield also the processes whose namespaces root is not permitted to open.
     """
     with ExitStack() as stack:
         seen = {os.stat("/proc/self/ns/mnt").st_ino}
         found: list[Namespace] = []
         closed: list[int] = []
         for process in Path("/proc").glob("[0-9]*"):
-            # A process may end meanwhile.
+            # A process can end meanwhile.
             with suppress(FileNotFoundError, ProcessLookupError):
                 try:
                     if os.stat(process / "ns" / "mnt").st_ino in seen:
@@ -167,7 +167,7 @@ def _namespaces() -> Iterator[tuple[list[Namespace], list[int]]]:
 
 
 def _entering(work: Callable[[int], bool], of: Hashable) -> bool:
-    """Run ``work`` in a thread that may enter namespaces, with this one's /proc open.
+    """Run ``work`` in a thread that can enter namespaces; pass an fd of this namespace's /proc.
 
     For ``of`` see `bounded`.
 
@@ -179,7 +179,7 @@ def _entering(work: Callable[[int], bool], of: Hashable) -> bool:
         with _directory("/proc") as proc:
             return work(proc)
 
-    # Nothing else ever runs in the thread.
+    # The thread ends afterwards, so that nothing else runs in another namespace.
     return bounded(run, of=of)
 
 

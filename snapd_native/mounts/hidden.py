@@ -1,7 +1,7 @@
-"""Mounts of a tree that no mount namespace has, but a process: detached ones.
+"""Detached mounts of a tree: processes hold them, and no mount namespace contains them.
 
-A mount from OpenTree is one until its caller attaches it, and so is one that was unmounted lazily,
-until nobody uses it any more.
+They come from OpenTree, until the caller attaches them, and from lazy unmounts, until no process
+uses them any more.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _RULES = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_SYMLINKS | linux.RESOLVE_NO_XD
 
 
 class Hidden:
-    """Makes the detached mounts of a tree read-only that processes hold."""
+    """Makes the detached mounts of a tree read-only."""
 
     def __init__(self) -> None:
         self._done: list[int] = []
@@ -29,10 +29,10 @@ class Hidden:
             os.close(self._done.pop())
 
     def freeze(self, tree: int, known: Collection[int]) -> list[tuple[int, str]]:
-        """Make the writable ones of the open directory ``tree`` read-only; `thaw` undoes that.
+        """Make the writable mounts of the open directory ``tree`` read-only; `thaw` undoes that.
 
-        ``known`` are the numbers of the mounts that namespaces have. Return number and name of the
-        processes that hold one which cannot be made read-only.
+        ``known`` are the ids of the mounts in namespaces. Return the pid and the name of each
+        process that holds a mount which cannot be made read-only.
         """
         writers = []
         for process in Path("/proc").glob("[0-9]*"):
@@ -40,7 +40,7 @@ class Hidden:
                 try:
                     linux.mount_setattr(fd, linux.MOUNT_ATTR_RDONLY, 0)
                 except OSError:
-                    # If it stayed open, this process would be found to hold the mount too.
+                    # With the fd open, this process would hold the mount too.
                     os.close(fd)
                     with suppress(OSError):
                         name = (process / "comm").read_text(errors="replace").strip()
@@ -50,17 +50,16 @@ class Hidden:
         return writers
 
     def thaw(self) -> None:
-        """Make writable again what `freeze` has made read-only."""
+        """Undo `freeze`."""
         for fd in self._done:
             with suppress(OSError):
                 linux.mount_setattr(fd, 0, linux.MOUNT_ATTR_RDONLY)
 
 
 def _held(process: Path, tree: int, known: Collection[int]) -> Iterator[int]:
-    """Open what a process has of a tree through a writable mount that is not ``known``.
+    """Open the files of a tree that a process holds through a writable mount not in ``known``.
 
-    What the service has open itself of a tree that is committed is read-only. No other file system
-    than the tree's is asked anything: it might not answer.
+    Other file systems than that of the tree are not accessed: they may not answer.
     """
     with suppress(OSError):
         links = [process / "cwd", process / "root", *(process / "fd").iterdir()]
@@ -71,7 +70,7 @@ def _held(process: Path, tree: int, known: Collection[int]) -> Iterator[int]:
 
 
 def _opened(link: Path, tree: int, known: Collection[int]) -> int | None:
-    # The kernel knows the path from the mount's root only, and that is the tree's.
+    # For a detached mount the path begins at the root of the mount, which is the tree.
     path = os.readlink(link).lstrip("/") or "."
     there = linux.openat2(tree, path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, _RULES)
     try:

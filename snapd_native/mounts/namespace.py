@@ -1,4 +1,4 @@
-"""Whether what is mounted here can be seen by the host."""
+"""Find out whether the host can see the mounts of this process."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from pathlib import Path
 from snapd_native.mounts.table import Table
 
 _SYSTEMD = Path("/run/systemd/system")
-"""There where systemd manages the host; see sd_booted(3)."""
+"""Exists if systemd manages the host; see sd_booted(3)."""
 
 _HOST = Path("/proc/1/mountinfo")
 
 
 def hidden_from_host() -> bool:
-    """Tell whether systemd runs the host, in another mount namespace than this process is in."""
+    """Tell whether systemd runs in another mount namespace than this process."""
     if not _SYSTEMD.is_dir():
         return False
     try:
         host = Table.read(_HOST)
     except OSError:
         return False
-    # A mount is in one namespace only, and its number is its own.
+    # The id of a mount is unique, and a mount is in one namespace only.
     return {entry.id for entry in host}.isdisjoint(entry.id for entry in Table.read())

@@ -18,19 +18,19 @@ _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A directory or file as the kernel knows it, wherever it is mounted."""
+    """A directory or file of a file system, independent of mounts."""
 
     device: str
-    """Major and minor number of its file system."""
+    """The major and minor number of its file system."""
     path: str
-    """From the file system's root."""
+    """The path from the root of the file system."""
 
     def __truediv__(self, name: str) -> Place:
-        """Return what is called ``name`` in this directory."""
+        """Return the place of the entry ``name`` in this directory."""
         return Place(self.device, _joined(self.path, name))
 
     def holds(self, other: Place) -> bool:
-        """Tell whether ``other`` is the same or lies within."""
+        """Tell whether ``other`` is this place or below it."""
         return self.device == other.device and _is_within(other.path, self.path)
 
 
@@ -39,47 +39,47 @@ class Entry:
     """One mount."""
 
     id: int
-    """Its number among all mounts that there are; it is given again when the mount is gone."""
+    """The id of the mount. The kernel reuses it when the mount is gone."""
     parent: int
     root: Place
-    """The directory or file of its file system that it shows."""
+    """The directory or file that is mounted."""
     target: str
-    """Where it is."""
+    """The path on which it is mounted."""
     read_only: bool
     propagates: bool = False
-    """Whether mounts on it appear on its peers, or those on its peers on it."""
+    """Whether it has peers, so that mounts on one also appear on the other."""
     layers: tuple[str, ...] = ()
-    """The layers of an overlay, as they were given when it was mounted."""
+    """The layers of an overlay, as given when it was mounted."""
     written: tuple[str, ...] = ()
     """The layers that the overlay writes to."""
 
 
 class Table:
-    """All mounts at one moment."""
+    """All mounts of a namespace at one moment."""
 
     def __init__(self, entries: dict[int, Entry]) -> None:
         self._entries = entries
 
     @classmethod
     def read(cls, path: Path = _MOUNTINFO) -> Self:
-        """Read the table of this process, or another one's."""
+        """Read the table of this process, or of another."""
         return cls.parse(path.read_bytes())
 
     @classmethod
     def parse(cls, text: bytes) -> Self:
-        """Return the table that a mountinfo file has as ``text``."""
+        """Parse the contents of a mountinfo file."""
         return cls({entry.id: entry for entry in map(_entry, text.splitlines())})
 
     def __iter__(self) -> Iterator[Entry]:
-        """Iterate over all mounts, those on others after them."""
+        """Iterate over all mounts; a mount comes after the one that it is on."""
         return iter(self._entries.values())
 
     def get(self, id_: int) -> Entry | None:
-        """Return the mount with a number; None if it is gone."""
+        """Return the mount with an id; None if it is gone."""
         return self._entries.get(id_)
 
     def place(self, fd: int) -> Place | None:
-        """Return what the open directory ``fd`` is; None if its mount is not listed."""
+        """Return the place of the open directory ``fd``; None if its mount is not in the table."""
         entry = self._entries.get(linux.mount_id(fd))
         if entry is None:
             return None
@@ -87,12 +87,12 @@ class Table:
         return Place(entry.root.device, _joined(entry.root.path, _relative(path, entry.target)))
 
     def overlays(self, place: Place, *, writing: bool = False) -> list[Entry]:
-        """Return the overlays that show something of ``place``, or write to it.
+        """Return the overlays with a layer in ``place``; with ``writing``, those that write there.
 
-        What they show is not a mount of ``place``; see mount(8) on overlay. One that was mounted
-        with relative paths is not found, nor are layers whose own mount is gone.
+        An overlay that was mounted with relative paths is not found, nor is a layer whose own mount
+        is gone.
         """
-        # Of those on the same directory the last hides the others.
+        # Of several mounts on one directory the last hides the others.
         mounts = {entry.target: entry for entry in self}
 
         def is_within(path: str) -> bool:
@@ -109,7 +109,7 @@ class Table:
         ]
 
     def showing(self, place: Place) -> list[Entry]:
-        """Return the mounts that show ``place`` or something within it, and nothing else."""
+        """Return the mounts of ``place`` and of places below it."""
         return [entry for entry in self if place.holds(entry.root)]
 
     def within(self, path: str) -> list[Entry]:
@@ -117,7 +117,7 @@ class Table:
         return [entry for entry in self if _is_within(entry.target, path)]
 
     def covering(self, path: str) -> list[Entry]:
-        """Return the mounts that hide the first one on ``path``: over it, or over its way there."""
+        """Return the mounts that hide the first mount on ``path``, or a part of that path."""
         entry = next((entry for entry in self if entry.target == path), None)
         way: set[int] = set()
         while entry and entry.id not in way:
@@ -130,7 +130,7 @@ class Table:
         ]
 
     def on(self, parent: Entry) -> list[Entry]:
-        """Return the mounts that stand on a mount."""
+        """Return the mounts on a mount."""
         return [entry for entry in self if entry.parent == parent.id]
 
 
@@ -151,7 +151,7 @@ def _entry(line: bytes) -> Entry:
 
 
 def _layers(file_system: bytes) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the directories of an overlay, and those that it writes to."""
+    """Return the layers of an overlay, and those that it writes to."""
     kind, _, options = file_system.split(b" ", 2)
     if kind != b"overlay":
         return (), ()

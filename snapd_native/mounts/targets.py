@@ -1,4 +1,4 @@
-"""Where something is to be mounted: looked up once, and never by its path again."""
+"""Targets of mounts: a path is looked up once, and used as an open directory then."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from snapd_native.mounts.bounded import MOST, open_path
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A directory that is open, wherever its path leads by now."""
+    """An open directory; its path may lead to something else by now."""
 
     fd: int
     path: str
-    """As the kernel writes it."""
+    """The path, as the kernel writes it."""
 
 
 def plain(path: str) -> str:
-    """Return the same absolute path without ``.``, ``..`` and doubled or closing slashes.
+    """Remove ``.``, ``..`` and needless slashes from an absolute path.
 
-    It leads to the same directory, because `open_target` refuses symbolic links.
+    The result leads to the same directory, because `open_target` refuses symbolic links.
     """
-    # POSIX lets two slashes at the beginning mean something; Linux does not.
+    # POSIX permits a meaning for two slashes at the beginning; Linux has none.
     return "/" + posixpath.normpath(path).lstrip("/")
 
 
 @contextmanager
 def open_target(path: str, uid: int = 0) -> Iterator[Target]:
-    """Open a directory for something to be mounted on it, for the user ``uid``.
+    """Open the target of a mount for the user ``uid``.
 
-    Targets of other users that do not answer never take a thread from root.
+    Targets of other users that do not answer do not use up the threads for root.
 
     Raises:
-        InvalidArgument: the path is relative, leads over a symbolic link, or to no directory.
-        FailedPrecondition: a file system on the way does not answer.
+        InvalidArgument: the path is relative, contains a symbolic link, or is not a directory.
+        FailedPrecondition: a file system on the path does not answer.
     """
     if not path.startswith("/"):
         raise InvalidArgument(f"the target {quote_path(path)} is relative: give its whole path")

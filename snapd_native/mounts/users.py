@@ -1,4 +1,4 @@
-"""Which processes use a mount."""
+"""Find the processes that use a mount."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _LINKS = ("cwd", "root", "exe")
 
 
 def users(entry: Entry, *, writing: bool = False) -> list[tuple[int, str]]:
-    """Return number and name of the processes that use a mount, or write to files on it.
+    """Return the pid and name of each process that uses a mount; with ``writing``, writes to it.
 
-    It is what they had a moment ago: those that end meanwhile are left out.
+    Processes that end meanwhile are left out.
     """
     found = []
     for process in Path("/proc").iterdir():
@@ -30,7 +30,7 @@ def users(entry: Entry, *, writing: bool = False) -> list[tuple[int, str]]:
 
 
 def _uses(process: Path, mount: int) -> bool:
-    """Tell whether a process is in a mount, runs from it, or has something of it open or mapped."""
+    """Tell whether a process has a file of a mount open or mapped, runs from it, or is in it."""
     if any(f"mnt_id:\t{mount}\n" in text for text in _descriptors(process)):
         return True
     return any(_is_on(link, mount) for link in _links(process))
@@ -46,7 +46,7 @@ def _writes(process: Path, mount: int) -> bool:
 
 
 def _descriptors(process: Path) -> Iterator[str]:
-    """Iterate over what the kernel says of each file that a process has open."""
+    """Iterate over the fdinfo of each open file of a process; see proc_pid_fdinfo(5)."""
     for path in (process / "fdinfo").iterdir():
         with suppress(OSError):
             yield path.read_text(errors="replace")
@@ -58,11 +58,11 @@ def _links(process: Path) -> Iterator[Path]:
 
 
 def mapped(process: Path, *, writable: bool) -> Iterator[Path]:
-    """Iterate over the links to the files that a process has mapped, perhaps only for writing."""
+    """Iterate over links to the files that a process has mapped; with ``writable``, for writing."""
     for line in (process / "maps").read_text(errors="replace").splitlines():
         addresses, rights, _, _, inode, *_ = line.split(maxsplit=5)
         if inode != "0" and (not writable or (rights[1] == "w" and rights[3] == "s")):
-            # The link has no zeros in front; see proc_pid_map_files(5).
+            # The name of the link has no leading zeros; see proc_pid_map_files(5).
             start, end = (f"{int(number, 16):x}" for number in addresses.split("-"))
             yield process / "map_files" / f"{start}-{end}"
 

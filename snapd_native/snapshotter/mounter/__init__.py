@@ -1,4 +1,4 @@
-"""Snapshots in the host's directory tree: their mounts, and the ledger that records those."""
+"""Mount snapshots on the host, and keep a ledger of the mounts."""
 
 from snapd_native.snapshotter.mounter.mounter import Mounter
 

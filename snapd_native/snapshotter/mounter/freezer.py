@@ -1,4 +1,4 @@
-"""Make the mounts of a tree read-only for Commit, wherever they are."""
+"""Make all mounts of a tree read-only for Commit."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ log = logging.getLogger(__name__)
 
 
 class Freezer:
-    """Makes the mounts of trees read-only, and writable again when their Commit fails."""
+    """Makes the mounts of trees read-only, and writable again when Commit fails."""
 
     def __init__(self, state: StateDirectory, reconciler: Reconciler) -> None:
         self._state = state
         self._reconciler = reconciler
         self.trees: set[int] = set()
-        """Trees that are being committed."""
+        """The trees that are being committed."""
 
     @contextmanager
     def frozen(self, key: str, tree: int) -> Iterator[None]:
-        """Make the mounts of an active snapshot's tree read-only; undo that if the block fails.
+        """Make all mounts of an active snapshot's tree read-only; undo that if the block raises.
 
-        This includes the mounts in the mount namespaces of other processes, and detached ones.
+        All mounts are those of the host, of other mount namespaces, and detached ones.
 
         Raises:
             FailedPrecondition: a file is open for writing on one of them, a mount that was
@@ -64,7 +64,7 @@ class Freezer:
                 self.trees.discard(tree)
 
     def _freeze_on_host(self, key: str, tree: int, done: list[Entry]) -> None:
-        """Make the host's mounts of a tree read-only, and add them to those that are ``done``."""
+        """Make the host's mounts of a tree read-only, and append them to ``done``."""
         tried: dict[Entry, OSError] = {}
         while writable := [
             entry for entry in self._reconciler.showing(Table.read(), tree) if not entry.read_only
@@ -76,13 +76,13 @@ class Freezer:
                     with self._reconciler.turn(entry):
                         mounts.make_read_only(entry)
                 except OSError as error:
-                    # It may have gone meanwhile, or have been moved.
+                    # It was perhaps unmounted or moved.
                     tried[entry] = error
                 else:
                     done.append(entry)
 
     def _freeze_elsewhere(self, key: str, tree: int, elsewhere: Elsewhere, hidden: Hidden) -> None:
-        """Make all other mounts of a tree read-only, and refuse what cannot be made so."""
+        """Make all other mounts of a tree read-only, or raise."""
         place = self._state.place(tree)
         if not place:
             return
@@ -100,7 +100,7 @@ class Freezer:
 
 
 def thaw(entry: Entry) -> None:
-    """Make a mount writable again that was for a moment not, wherever it is by now."""
+    """Make a mount writable again, even if it was moved."""
     now = Table.read().get(entry.id)
     if now is None or now.root != entry.root or not now.read_only:
         return

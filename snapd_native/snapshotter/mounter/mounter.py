@@ -42,17 +42,17 @@ log = logging.getLogger(__name__)
 
 
 class Mounter:
-    """Mounts snapshots, and knows which of them the host has mounted.
+    """Mounts and unmounts snapshots on the host.
 
-    What it has mounted is in the ledger before it can be seen, and until it is gone; the kernel's
-    table says what of that still stands. One call at a time looks at both, and none waits then for
-    a file system that is not the service's.
+    The ledger has a record of a mount before the mount is attached, and until it is gone. The
+    kernel's table tells which of these mounts exist. One call at a time compares the two, and does
+    not access file systems of others meanwhile.
     """
 
     def __init__(
         self, state: StateDirectory, store: Metastore, runtime: Path, stopping: Event, boot: str
     ) -> None:
-        """Bring the ledger and the kernel's table together; see `Reconciler`."""
+        """Make the ledger and the kernel's table agree; see `Reconciler`."""
         self._state = state
         self._store = store
         self._ledger = store.ledger
@@ -64,7 +64,7 @@ class Mounter:
         self._releaser = Background("releaser", "what a client has left stays mounted")
 
     def close(self) -> None:
-        """Finish the releases that were begun; all mounts stay."""
+        """Finish the releases that have begun. All mounts stay."""
         self._releaser.close()
 
     def mount(
@@ -76,18 +76,20 @@ class Mounter:
         uid: int = 0,
         owner: str = "",
     ) -> str:
-        """Mount an active snapshot or a view on the directory ``target``, and return that.
+        """Mount an active snapshot or a view on the directory ``target``, and return the target.
 
-        Without a target a directory is made for it. A view is read-only, with all that is mounted
-        in it. A mount with the lifetime ``client`` stands until `release` is called for ``owner``,
-        a persistent one until `unmount`, also over a restart of the service or of the machine.
+        If the target is empty, a directory is created for the mount. A view is mounted read-only,
+        with the mounts inside it. A mount with the lifetime ``client`` lasts until `release` is
+        called for ``owner``. A persistent mount lasts until `unmount`: it is made again after a
+        restart of the machine.
 
         Raises:
-            InvalidArgument: the key cannot be; the target is relative, leads over a symbolic link,
-                is no directory, or is in or above the state directory; or a view is to be writable.
-            NotFound: there is no such key.
-            FailedPrecondition: it is committed or being committed, nobody would see the mount, or
-                the target's file system does not answer.
+            InvalidArgument: the key is invalid; the target is relative, has a symbolic link in its
+                path, is not a directory, or is in or above the state directory; or a view is
+                wanted writable.
+            NotFound: the key does not exist.
+            FailedPrecondition: it is committed or being committed, the host would not see the
+                mount, or the target's file system does not answer.
             AlreadyExists: a snapshot is mounted there.
             ResourceExhausted: there are too many mounts.
             DataLoss: its directory is gone.
@@ -104,15 +106,15 @@ class Mounter:
             return opened.path
 
     def unmount(self, target: str, lazy: bool = False, uid: int | None = None) -> None:
-        """Take away what `mount` has mounted on ``target``, if ``lazy`` also while it is in use.
+        """Unmount what `mount` has mounted on ``target``; with ``lazy`` also if it is in use.
 
-        With ``uid`` only what was mounted for that one. A mount that is gone already is not made
-        again then.
+        With ``uid``, the mount must be that user's. A persistent mount that is gone already is not
+        made again.
 
         Raises:
-            AccessDenied: it was mounted for another.
+            AccessDenied: the mount is another user's.
             InvalidArgument: the target is relative.
-            NotFound: nothing of the service is mounted there.
+            NotFound: no snapshot is mounted there.
             FailedPrecondition: it is in use, something else is mounted over it, or the target's
                 file system does not answer.
         """
@@ -127,11 +129,11 @@ class Mounter:
             )
 
     def list_mounts(self, key: str = "") -> list[Mounted]:
-        """Return what is mounted, in the order in which it was, of one snapshot or of all.
+        """Return the mounts of one snapshot or of all, in the order of their making.
 
         Raises:
-            InvalidArgument: the key cannot be.
-            NotFound: there is no such snapshot.
+            InvalidArgument: the key is invalid.
+            NotFound: it does not exist.
         """
         snapshot = self._store.get(check_name(key)).id if key else None
         with self._lock:
@@ -141,63 +143,63 @@ class Mounter:
             ]
 
     def user(self, target: str) -> int | None:
-        """Return the uid that asked for what is mounted on ``target``; None if nothing is."""
+        """Return the uid of the caller that has mounted ``target``; None if nothing is mounted."""
         with self._lock, suppress(SnapdError):
             line, _ = self._reconciler.find(target)
             return line.uid
         return None
 
     def open_tree(self, key: str, read_only: bool | None = None) -> int:
-        """Return a mount of an active snapshot or a view that is attached nowhere yet.
+        """Return a detached mount of an active snapshot or a view; raises as `mount`.
 
-        The fd is the caller's, for move_mount(2) in any mount namespace. Raises as `mount`.
+        The caller closes the fd, and can attach it in any mount namespace with move_mount(2).
         """
         check_name(key)
         with self._lock:
             return self._detached_tree(self._mountable(key, read_only), read_only)
 
     def owners(self) -> Collection[str]:
-        """Return all for whom something with the lifetime ``client`` may be mounted."""
+        """Return the owners of all mounts with the lifetime ``client``."""
         return frozenset(self._owners)
 
     def release(self, owner: str) -> None:
-        """Take away soon all that was mounted for ``owner``, who is gone.
+        """Unmount soon what was mounted for ``owner``, a client that has left.
 
-        What somebody else still uses then is detached, and stays theirs until they are done.
+        A mount that another process uses is unmounted lazily.
         """
         self._releaser.submit(partial(self._release_all, owner))
 
     def findings(self) -> Sequence[Finding]:
-        """Return where the ledger and the kernel's table differ, but for what is unmounted."""
+        """Return the differences between the ledger and the kernel's table."""
         if not self._reconciler.findings():
             return []
-        # A call may have been between the two.
+        # A running call can have changed one of the two only.
         with self._lock:
             return self._reconciler.findings()
 
     def mend(self) -> None:
-        """Make mounts what the ledger says of them."""
+        """Make the mounts as the ledger records them."""
         self._reconciler.mend(self._freezer.trees)
 
     @contextmanager
     def unmounted(self) -> Iterator[Callable[[Record], None]]:
-        """Keep all from being mounted, and yield what raises if a snapshot is."""
+        """Prevent mounts in the block; yield a function that raises if a snapshot is mounted."""
         with self._lock:
             yield self._check_unmounted
 
     def frozen(self, key: str, tree: int) -> AbstractContextManager[None]:
-        """Make every mount of an active snapshot's tree read-only; see `Freezer.frozen`."""
+        """Make all mounts of an active snapshot's tree read-only; see `Freezer.frozen`."""
         return self._freezer.frozen(key, tree)
 
     def _of(self, target: str, uid: int | None) -> tuple[Line, Entry | None]:
-        """Return what was mounted on ``target``, for ``uid`` if that is not None."""
+        """Return the mount on ``target``, which must be that of ``uid`` if that is not None."""
         line, entry = self._reconciler.find(target)
         if uid not in (None, line.uid):
             raise AccessDenied(f"{quote_path(target)} is mounted for another: leave it alone")
         return line, entry
 
     def _take_away(self, find: Callable[[], tuple[Line, Entry | None]], lazy: bool) -> Entry | None:
-        """Unmount what ``find`` returns, and strike it out; return it if it is in use.
+        """Unmount what ``find`` returns and delete its record; if it is in use, return it.
 
         Raises:
             OSError: as `mounts.detach`.
@@ -211,7 +213,7 @@ class Mounter:
             with self._reconciler.turn(entry, leaving=line):
                 with self._lock:
                     if find() != (line, entry):
-                        # Another call had its turn before.
+                        # Another call was first.
                         continue
                 if not _detached(entry, lazy):
                     return entry
@@ -325,7 +327,7 @@ class Mounter:
 
     def _release(self, line: Line) -> None:
         failure: Exception | None = None
-        # The files of a client that has ended are closed a moment later.
+        # The kernel closes the files of an ended process a moment later.
         for lazy in (False,) * _TRIES + (True,):
             try:
                 busy = self._take_away(
@@ -363,10 +365,10 @@ class Mounter:
 
 
 def _detached(entry: Entry, lazy: bool) -> bool:
-    """Take a mount away; False if it is in use."""
+    """Unmount; return False if the mount is in use."""
     try:
         if lazy and not entry.read_only:
-            # Where a file is open for writing it stays writable; Commit looks for that.
+            # With a file open for writing the mount stays writable; Commit finds it then.
             with suppress(OSError):
                 mounts.make_read_only(entry)
         mounts.detach(entry, lazy=lazy)
@@ -390,7 +392,7 @@ def _tell_released(line: Line, lazy: bool) -> None:
 
 _TRIES = 10
 _PAUSE = 0.1
-"""How often, and after how many seconds, what a client left is tried to be unmounted."""
+"""Seconds after each attempt to unmount what a client has left."""
 
 
 def _is_read_only(record: Record, read_only: bool | None) -> bool:

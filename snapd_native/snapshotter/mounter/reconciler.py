@@ -20,46 +20,46 @@ log = logging.getLogger(__name__)
 
 
 class Reconciler:
-    """Knows which mounts of the ledger stand in the kernel's table; ``lock`` guards both."""
+    """Compares the ledger with the kernel's table of mounts; ``lock`` guards both."""
 
     def __init__(self, state: StateDirectory, ledger: Ledger, own: Path, boot: str) -> None:
-        """Bring them together.
+        """Make the two agree.
 
-        After a restart of the machine, persistent mounts are made again; one that cannot be stays
-        in the ledger for the next time. In ``own`` are the directories that are made for mounts.
-        ``boot`` names the time since the machine, or its user space, was last started.
+        After a restart of the machine, persistent mounts are made again. One that fails stays in
+        the ledger for the next start. ``own`` contains the directories that the service creates
+        for mounts. For ``boot`` see `linux.boot`.
         """
         self._state = state
         self._ledger = ledger
         self.lock = Lock()
         """Never held during calls on file systems that may not answer; see `bounded`."""
         self._opened: set[tuple[int, Place]] = set()
-        """The mounts that have their `turn`; the number alone may be given to another one."""
+        """The mounts that have their `turn`. The kernel can give an id to another mount later."""
         self._leaving: set[int] = set()
-        """The ids of lines whose mounts are being unmounted: those are gone before the lines."""
+        """The ids of records whose mounts are being unmounted."""
         self._closed = Condition(self.lock)
         self.own = own
         self.boot = boot
         self.blind = ""
-        """Why the table says nothing of what the host has mounted; empty if it does."""
+        """Why the table does not show the mounts of the host; empty if it does."""
         if mounts.hidden_from_host():
             self.blind = _HIDDEN
         elif state.place(0) is None:
             self.blind = _CHROOT
         if self.blind:
             log.warning("%s", self.blind)
-        # A Commit that was going on when the service ended has left its mounts read-only.
+        # A Commit that was interrupted by the end of the service has left mounts read-only.
         self.mend(starting=True)
 
     def of(self, lines: Sequence[Line]) -> list[tuple[Line, Entry]]:
-        """Return what still stands."""
+        """Return the records whose mounts exist, each with its entry in the table."""
         if not lines:
             return []
         table = Table.read()
         return [(line, entry) for line in lines if (entry := self.entry(line, table))]
 
     def absent(self, lines: Sequence[Line]) -> list[Line]:
-        """Return the persistent mounts that are gone although Unmount was not called.
+        """Return the records of persistent mounts that others have unmounted.
 
         systemd unmounts them when the machine shuts down, before or after it stops the service.
         """
@@ -75,17 +75,17 @@ class Reconciler:
         ]
 
     def entry(self, line: Line, table: Table) -> Entry | None:
-        """Return what stands of a mount; None if it is gone."""
+        """Return the entry of a mount in the table; None if the mount is gone."""
         if line.boot != self.boot:
             return None
         entry = table.get(line.mount)
-        # Another mount may have got the number.
+        # The kernel can have given the id to another mount.
         if entry is None or entry.root != self._state.place(line.tree):
             return None
         return entry
 
     def find(self, target: str) -> tuple[Line, Entry | None]:
-        """Return what was mounted on ``target``; without an entry if it is `absent`."""
+        """Return the record of the mount on ``target``; without an entry if it is `absent`."""
         if not target.startswith("/"):
             raise InvalidArgument(
                 f"the target {quote_path(target)} is relative: give its whole path"
@@ -104,9 +104,9 @@ class Reconciler:
 
     @contextmanager
     def turn(self, entry: Entry, leaving: Line | None = None) -> Iterator[None]:
-        """Let no other call open a mount during the block: one that is open cannot be unmounted.
+        """Let no other call open a mount during the block: an open mount cannot be unmounted.
 
-        The block unmounts what the line ``leaving`` is of, and strikes that out.
+        ``leaving`` is the record of the mount, if the block unmounts it.
         """
         mount = (entry.id, entry.root)
         with self.lock:
@@ -124,19 +124,19 @@ class Reconciler:
                 self._closed.notify_all()
 
     def showing(self, table: Table, tree: int) -> list[Entry]:
-        """Return all mounts of a tree, the service's and anybody's."""
+        """Return all mounts of a tree, also those of others."""
         place = self._state.place(tree)
         return table.showing(place) if place else []
 
     def forget(self, line: Line) -> None:
-        """Strike out what is gone, and remove the directory that was made for it."""
+        """Delete the record of a mount that is gone, and the directory that was created for it."""
         self._ledger.forget([line.id])
         if Path(line.target).parent == self.own:
             with suppress(OSError):
                 os.rmdir(line.target)
 
     def findings(self) -> Sequence[Finding]:
-        """Return where the ledger and the kernel's table differ, but for what is unmounted."""
+        """Return the differences between the ledger and the kernel's table."""
         if self.blind:
             return [Finding(Trouble.MOUNT, "", self.blind)]
         found = []
@@ -159,18 +159,18 @@ class Reconciler:
         return [Finding(Trouble.MOUNT, key, what) for key, what in found]
 
     def make_own(self, path: Path) -> None:
-        """Make a directory for a mount without a target."""
+        """Create the directory for a mount without a target."""
         for directory in (self.own.parent, self.own, path):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def mend(self, frozen: Collection[int] = (), *, starting: bool = False) -> None:
-        """Make what stands what the ledger says, and again what is `absent`.
+        """Make the mounts as the ledger records them, and those again that are `absent`.
 
-        Mounts of trees that are ``frozen`` are left alone: they are being committed. What else is
-        read-only stays so: a person has made it so. The start of the service makes it writable
-        again. It forgets what is absent since this boot: that was unmounted meanwhile, or an end of
-        the service has interrupted Mount or Unmount. A mount that needs nothing is not opened, for
-        its file system may not answer.
+        The mounts of ``frozen`` trees, which are being committed, are not changed. Other read-only
+        mounts stay read-only, because a person has made them so; only a start of the service makes
+        them writable. A start also deletes the records of mounts that are absent since this boot:
+        they were unmounted while the service was down, or its end has interrupted Mount or
+        Unmount. A mount that is correct is not opened, because its file system may not answer.
         """
         if self.blind:
             return
@@ -198,13 +198,13 @@ class Reconciler:
         for line in absent:
             self._make_again(line, frozen)
         with self.lock, suppress(FileNotFoundError):
-            # A directory without a mount was made for a mount that is gone.
+            # A directory without a mount is left over from one that is gone.
             for name in os.listdir(self.own):
                 with suppress(OSError):
                     os.rmdir(self.own / name)
 
     def _make_again(self, line: Line, frozen: Collection[int]) -> None:
-        """Mount again what is still `absent`, and not ``frozen``."""
+        """Make a mount again if it is still `absent` and its tree is not ``frozen``."""
         try:
             if Path(line.target).parent == self.own:
                 self.make_own(Path(line.target))
@@ -225,7 +225,7 @@ class Reconciler:
         entry = Table.read().get(linux.mount_id(target.fd))
         place = self._state.place(line.tree)
         if entry and entry.target == target.path and entry.root == place:
-            # The service was killed when it had just made it again.
+            # The service was killed after it had attached the mount.
             self._ledger.made_again(line.id, self.boot, entry.id)
             return
         with self._state.open_with_mounts(line.tree) as directory:

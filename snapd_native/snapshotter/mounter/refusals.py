@@ -1,4 +1,4 @@
-"""The reasons why an Unmount, a Commit or a Remove is refused, in words for the caller."""
+"""Messages that say why an Unmount, a Commit or a Remove is refused."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from snapd_native.model import quote, quote_path
 from snapd_native.mounts import Entry, NotFrozen, Table
 
 _NAMED = 5
-"""Processes or paths that a sentence names at most."""
+"""Processes or paths that a message names at most."""
 
 
 def not_frozen(key: str, entry: Entry, error: OSError) -> SnapdError:
-    """Return what a Commit fails with whose mount cannot be made read-only."""
+    """Return the error of a Commit, if a mount cannot be made read-only."""
     target = quote_path(entry.target)
     if error.errno == errno.EBUSY:
         writers = named(mounts.users(entry, writing=True)) or "somebody"
@@ -30,16 +30,16 @@ def not_frozen(key: str, entry: Entry, error: OSError) -> SnapdError:
 
 
 def not_unmounted(target: str, error: OSError) -> SnapdError | OSError:
-    """Return what an Unmount fails with whose mount cannot be taken away."""
+    """Return the error of an Unmount, if the kernel refuses it."""
     if why := _out_of_reach(target, error):
         return FailedPrecondition(f"cannot unmount {quote_path(target)}: {why}")
     return error
 
 
 def in_the_way(targets: Sequence[str], overlays: Sequence[str], inside: Sequence[str]) -> str:
-    """Say what keeps a snapshot from being removed, and what to do; nothing if nothing does.
+    """Say why a snapshot cannot be removed, and what to do; empty if it can.
 
-    It is mounted on ``targets``, ``overlays`` show it, and something is mounted ``inside`` of it.
+    It is mounted on ``targets``, ``overlays`` show it, and ``inside`` are mounts in its tree.
     """
     if targets:
         return f"it is mounted, unmount {enumerated(targets)} first"
@@ -51,7 +51,7 @@ def in_the_way(targets: Sequence[str], overlays: Sequence[str], inside: Sequence
 
 
 def _out_of_reach(target: str, error: OSError) -> str:
-    """Say why a mount cannot be reached by its path, and what to do; nothing if it was reached."""
+    """Say why the path does not lead to the mount, and what to do; empty if it does."""
     if error.errno == errno.ETIMEDOUT:
         return "its file system does not answer, try again when it does"
     if error.errno not in {errno.ESTALE, *mounts.MOVED}:
@@ -65,7 +65,7 @@ def _out_of_reach(target: str, error: OSError) -> str:
 
 @contextmanager
 def frozen_elsewhere(key: str) -> Iterator[None]:
-    """Turn what says that a mount in another namespace stays writable into a Commit's error."""
+    """Translate `NotFrozen`, of a mount in another namespace, to the error of a Commit."""
     try:
         yield
     except NotFrozen as failure:
@@ -84,7 +84,7 @@ def frozen_elsewhere(key: str) -> Iterator[None]:
 
 
 def can_write(key: str, processes: Sequence[tuple[int, str]]) -> FailedPrecondition:
-    """Return what a Commit fails with that processes could still write to."""
+    """Return the error of a Commit, if processes can still write to the tree."""
     return FailedPrecondition(
         f"cannot commit {quote(key)}: {named(processes)} can still write to it through a mount that"
         " was unmounted lazily, or is attached nowhere: end that first"
@@ -92,7 +92,7 @@ def can_write(key: str, processes: Sequence[tuple[int, str]]) -> FailedPrecondit
 
 
 def in_use(entry: Entry) -> str:
-    """Say who uses a mount, and what to do."""
+    """Say what uses a mount, and what to do."""
     if inside := Table.read().on(entry):
         return f"unmount {enumerated([other.target for other in inside])} first"
     processes = named(mounts.users(entry))
