@@ -1,4 +1,4 @@
-"""Long work as others see it: how far it is, and a way to cancel it."""
+"""Jobs: the progress of long work, and its cancellation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from snapd_native.errors import Cancelled
 from snapd_native.model import Usage, quote
 
 _POLL_SECONDS = 0.05
-"""How often work that waits for its turn looks whether it is cancelled."""
+"""Seconds after which waiting work checks again whether it is cancelled."""
 
 
 class Operation(StrEnum):
-    """What a job does; the value is its name on the wire."""
+    """The kind of work of a job; the value is its name on the wire."""
 
     PREPARE = "prepare"
     COMMIT = "commit"
@@ -27,23 +27,23 @@ class Operation(StrEnum):
 
 
 class Job:
-    """One piece of work: its thread begins it, reports and concludes; any thread may watch it."""
+    """A piece of work, run by one thread. Any thread can watch and cancel it."""
 
     def __init__(
         self,
         begun: Callable[[], object] = lambda: None,
         places: threading.Semaphore | None = None,
     ) -> None:
-        """Have ``begun`` called when the work begins: what is refused at once never does.
+        """``begun`` is called when the work begins, but not for a call that is refused at once.
 
-        All jobs with the same ``places`` take turns: only so many of them work at a time.
+        Jobs with the same ``places`` take turns: the semaphore limits how many work at a time.
         """
         self.operation: Operation | None = None
-        """What is done; None before it has begun."""
+        """The operation; None before the work has begun."""
         self.key = ""
-        """What it is done to."""
+        """The key or name that the work is on."""
         self.total = Usage(0, 0)
-        """What will be done in all; zeros while that is unknown."""
+        """The work in all; zeros while it is unknown."""
         self._begun = begun
         self._places = places
         self._inodes = 0
@@ -54,11 +54,11 @@ class Job:
 
     @property
     def done(self) -> Usage:
-        """What is done so far."""
+        """The work so far."""
         return Usage(inodes=self._inodes, size=self._size)
 
     def begin(self, operation: Operation, key: str, total: Usage | None = None) -> None:
-        """Say that the work goes ahead."""
+        """Note that the work begins."""
         self.operation = operation
         self.key = key
         if total is not None:
@@ -67,9 +67,9 @@ class Job:
 
     @contextmanager
     def turn(self, report: Callable[[int, int], None]) -> Iterator[None]:
-        """Wait for one of the job's places, and keep it for the block.
+        """Wait for one of the places, and keep it during the block.
 
-        ``report`` is called meanwhile; it may raise to end the wait.
+        ``report`` is called while this waits; it can raise to end that.
         """
         if self._places is None:
             yield
@@ -85,7 +85,7 @@ class Job:
         """Count inodes and bytes that were done since the last report.
 
         Raises:
-            Cancelled: the work is to be undone.
+            Cancelled: the job was cancelled, and the work must be undone.
         """
         self._inodes += inodes
         self._size += size
@@ -93,10 +93,10 @@ class Job:
             raise self._cancellation()
 
     def conclude(self) -> None:
-        """Say that the work takes effect now, and can no longer be cancelled.
+        """Note that the work takes effect now and can no longer be cancelled.
 
         Raises:
-            Cancelled: somebody has, and it is to be undone.
+            Cancelled: the job was cancelled, and the work must be undone.
         """
         with self._lock:
             if self._cancelled:
@@ -104,7 +104,7 @@ class Job:
             self._concluded = True
 
     def cancel(self) -> bool:
-        """Have the work undone; False if it is too late for that."""
+        """Cancel the job; return False if it is too late."""
         with self._lock:
             self._cancelled = not self._concluded
             return self._cancelled

@@ -1,6 +1,6 @@
-"""The few system calls that Python lacks.
+"""System calls that Python lacks.
 
-Constants are named as in the kernel's headers. Every function raises `OSError` on failure.
+Constants are named as in the kernel's headers. All functions raise `OSError` on failure.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ FS_IOC_FSSETXATTR = 0x401C5820
 FS_APPEND_FL = 0x00000020
 FS_IMMUTABLE_FL = 0x00000010
 
-# The numbers are the same on every architecture: the calls are younger than the
-# unified system call table (Linux 5.1).
+# The numbers are the same on every architecture, because the calls are newer than the unified
+# system call table (Linux 5.1).
 _SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429
 _SYS_OPENAT2 = 437
@@ -59,7 +59,7 @@ def _checked(result: int, what: str) -> int:
 
 
 def open_tree(dirfd: int, path: str, flags: int) -> int:
-    """Pick up a mount, or with OPEN_TREE_CLONE a detached copy of it; Linux 5.2."""
+    """Open a mount, or with OPEN_TREE_CLONE a detached copy of it; Linux 5.2."""
     return _checked(
         _libc.syscall(
             ctypes.c_long(_SYS_OPEN_TREE),
@@ -74,9 +74,9 @@ def open_tree(dirfd: int, path: str, flags: int) -> int:
 def mount_setattr(
     fd: int, attr_set: int, attr_clr: int, propagation: int = 0, flags: int = AT_EMPTY_PATH
 ) -> None:
-    """Set and clear MOUNT_ATTR_* of the mount that ``fd`` stands for; Linux 5.12.
+    """Set and clear MOUNT_ATTR_* of the mount ``fd``; Linux 5.12.
 
-    With AT_RECURSIVE in ``flags`` also of all mounts on it: of all, or of none.
+    With AT_RECURSIVE in ``flags`` this includes the mounts on it, either all or none.
     """
     attr = struct.pack("=QQQQ", attr_set, attr_clr, propagation, 0)
     _checked(
@@ -93,7 +93,7 @@ def mount_setattr(
 
 
 def has_mount_setattr() -> bool:
-    """Tell whether the kernel knows `mount_setattr`, the youngest of the calls needed."""
+    """Tell whether the kernel has `mount_setattr`, the newest of the calls that are needed."""
     try:
         mount_setattr(-1, 0, 0)
     except OSError as error:
@@ -118,7 +118,7 @@ def move_mount(source: int, target: int) -> None:
 
 
 def openat2(dirfd: int, path: str, flags: int, resolve: int) -> int:
-    """Open ``path`` by the rules RESOLVE_*; Linux 5.6."""
+    """Open ``path`` with the flags RESOLVE_*; Linux 5.6."""
     how = struct.pack("=QQQ", flags, 0, resolve)
     return _checked(
         _libc.syscall(
@@ -138,15 +138,15 @@ def umount2(path: str, flags: int) -> None:
 
 
 def enter_mount_namespace(fd: int) -> None:
-    """Bring this thread, and no other one, into the mount namespace ``fd``; see setns(2)."""
+    """Move this thread, and no other, to the mount namespace ``fd``; see setns(2)."""
     _checked(_libc.unshare(ctypes.c_int(CLONE_FS)), "unshare")
     _checked(_libc.setns(ctypes.c_int(fd), ctypes.c_int(CLONE_NEWNS)), "setns")
 
 
 def mount_id(fd: int, proc: int | None = None) -> int:
-    """Return the number that /proc/self/mountinfo has for the mount behind ``fd``.
+    """Return the id of the mount of ``fd``, as in /proc/self/mountinfo.
 
-    ``proc`` is the open directory /proc, where the thread cannot reach that by its path.
+    ``proc`` is the open directory /proc, for a thread that cannot use the path.
     """
     path = f"self/fdinfo/{fd}" if proc is not None else f"/proc/self/fdinfo/{fd}"
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)) as fdinfo:
@@ -163,14 +163,14 @@ def is_uninterruptible(thread: int) -> bool:
 
 
 def syncfs(fd: int) -> None:
-    """Write the whole file system behind ``fd`` to disk; reports write-back errors since 5.8."""
+    """Write the whole file system of ``fd`` to disk; reports write-back errors since 5.8."""
     _checked(_libc.syncfs(ctypes.c_int(fd)), "syncfs")
 
 
 def ficlone(source: int, target: int) -> bool:
-    """Share all data of the open file ``source`` with ``target``; False where that cannot be.
+    """Share all data of the open file ``source`` with ``target``; False if that is impossible.
 
-    See ioctl_ficlone(2). Errors that copying the data would meet as well are raised.
+    See ioctl_ficlone(2). Errors that a copy of the data would meet too are raised.
     """
     try:
         fcntl.ioctl(target, FICLONE, source)
@@ -184,12 +184,12 @@ def ficlone(source: int, target: int) -> bool:
 
 
 def join_project(fd: int, directory: int) -> None:
-    """Give an open directory the quota project of another one; see quotactl(2).
+    """Give an open directory the quota project of another; see quotactl(2).
 
-    Where new files inherit the project of ``directory``, nothing of another project can be renamed
+    If new files inherit the project of ``directory``, a file of another project cannot be renamed
     into it (EXDEV).
     """
-    # struct fsxattr: the project is the fourth of its numbers.
+    # struct fsxattr: the project is the fourth number.
     project, attributes = bytearray(28), bytearray(28)
     fcntl.ioctl(directory, FS_IOC_FSGETXATTR, project)
     fcntl.ioctl(fd, FS_IOC_FSGETXATTR, attributes)
@@ -198,7 +198,7 @@ def join_project(fd: int, directory: int) -> None:
 
 
 def clear_protection(fd: int) -> bool:
-    """Take the immutable and append-only flags off an open file; False if it had neither."""
+    """Clear the flags immutable and append-only of an open file; False if neither was set."""
     buffer = bytearray(8)
     fcntl.ioctl(fd, FS_IOC_GETFLAGS, buffer)
     (flags,) = struct.unpack_from("=I", buffer)
@@ -210,21 +210,21 @@ def clear_protection(fd: int) -> bool:
 
 
 def boot_id() -> str:
-    """Return what tells this boot of the machine from all others; see random(4)."""
+    """Return the id of this boot of the kernel; see random(4)."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         return file.read().strip()
 
 
 def boot(soft_reboots: int) -> str:
-    """Return what tells the time since the last start of user space from all others."""
+    """Return an id of the time since the last start of user space."""
     return f"{boot_id()} {soft_reboots}" if soft_reboots else boot_id()
 
 
 def mounting_id(fd: int) -> str:
-    """Return what tells this mounting of the file system behind ``fd`` from all others.
+    """Return an id of the time since the file system of ``fd`` was mounted first.
 
-    While ext4 and xfs are mounted they have a directory in /sys, with a number that no other one
-    has during a boot. Of other file systems it is the boot that is told.
+    A mounted ext4 or xfs has a directory in /sys, with an inode number that is unique during a
+    boot. For other file systems the id is that of the boot.
     """
     device = os.fstat(fd).st_dev
     try:
@@ -236,7 +236,7 @@ def mounting_id(fd: int) -> str:
 
 
 def filesystem_type(fd: int) -> str:
-    """Return the type of the file system behind ``fd``, as /proc/self/mountinfo names it."""
+    """Return the type of the file system of ``fd``, as in /proc/self/mountinfo."""
     mount = str(mount_id(fd))
     with open("/proc/self/mountinfo", errors="surrogateescape") as mountinfo:
         for line in mountinfo:

@@ -1,4 +1,4 @@
-"""The words of the contract as plain values, and the rules for what a caller may name."""
+"""The values of the contract, and the rules for names and labels."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ MAX_LABEL = 4096
 """Bytes of UTF-8 in a label's key and value together, as in containerd's ``labels.Validate``."""
 
 STANDBY_LABEL = "snapd-native.standby"
-"""The label that says how many clones of a committed snapshot are kept ready."""
+"""The label with the number of standby clones of a committed snapshot."""
 
 DIGEST_LABEL = "snapd-native.digest"
-"""The label that asks Commit for a digest of the tree, and holds it from then on."""
+"""The label with the digest of the tree. A Commit with this label records the digest."""
 
 MAX_STANDBY = 64
-"""Clones of one snapshot that may be kept ready."""
+"""Standby clones of one snapshot at most."""
 
 MAX_LABELS = 1 << 20
-"""Bytes of UTF-8 in all labels of one snapshot, so that every answer fits a bus message."""
+"""Bytes of UTF-8 in all labels of one snapshot, so that every reply fits a message."""
 
 
 class Lifetime(StrEnum):
-    """How long a mount stands; the value is its name on the wire."""
+    """How long a mount lasts; the value is its name on the wire."""
 
     PERSISTENT = "persistent"
     """Until it is unmounted, also over a restart of the machine."""
@@ -57,27 +57,27 @@ class Trouble(StrEnum):
     LEFTOVER = "leftover"
     """The directory of a removed snapshot could not be deleted."""
     FOREIGN = "foreign"
-    """Something lies among the directories that the service did not make."""
+    """Something in ``snapshots`` is not the service's."""
     MOUNT = "mount"
-    """A mount and what the ledger says of it differ."""
+    """The mounts and the ledger differ."""
     MODE = "mode"
-    """Somebody else may reach the state."""
+    """Other users can access the state."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is not as it should be."""
+    """A fault that Check has found."""
 
     kind: Trouble
     key: str
-    """The snapshot's; nothing where it is not about one."""
+    """The key or name of the snapshot; empty if the finding is not about one."""
     what: str
     """One sentence that says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mounted:
-    """A snapshot that the service has mounted."""
+    """A mount that the service has made."""
 
     target: str
     key: str
@@ -89,7 +89,7 @@ class Mounted:
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """A snapshot's record. Times are microseconds since the Unix epoch, UTC."""
+    """The record of a snapshot. Times are microseconds since the Unix epoch, UTC."""
 
     name: str
     kind: Kind
@@ -101,7 +101,7 @@ class Info:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A mount that makes a snapshot usable, as mount(8) would take it."""
+    """A mount of a snapshot, in the terms of mount(8)."""
 
     type: str
     source: str
@@ -118,7 +118,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """A key came to be by Prepare or View."""
+    """Prepare or View has created a snapshot."""
 
     key: str
     kind: Kind
@@ -135,26 +135,26 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Updated:
-    """A snapshot's labels were set."""
+    """The labels of a snapshot were changed."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """A key or name is gone."""
+    """A snapshot was removed."""
 
     key: str
 
 
 Change = Added | Committed | Updated | Removed
-"""Something that happened, and is durable."""
+"""A change that is durable."""
 
 
 def shown(text: str) -> str:
-    """Make text safe for a terminal, a log or a message: what is not printable is escaped.
+    """Escape what is not printable, for a terminal, a log or a message.
 
-    A backslash stays as it is: the text is for reading, not for parsing.
+    A backslash is not escaped: the text is for reading, not for parsing.
     """
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
@@ -163,20 +163,20 @@ def shown(text: str) -> str:
 
 
 def quote(text: str, most: int = 80) -> str:
-    """Show a caller's text inside a one-line message: escaped, and cut at the end."""
+    """Quote a text of a caller for a message: escaped, and cut if it is long."""
     return f'"{shown(text if len(text) <= most else text[:most] + "…")}"'
 
 
 def quote_path(path: str) -> str:
-    """Show a path inside a one-line message: escaped, and whole."""
+    """Quote a path for a message: escaped, and complete."""
     return quote(path, most=4096)
 
 
 def check_name(name: str, what: str = "key") -> str:
-    """Return ``name`` if it can name a snapshot.
+    """Return ``name`` if it is a valid key or name.
 
     Raises:
-        InvalidArgument: it is empty, over `MAX_NAME` bytes, or no text that UTF-8 can carry.
+        InvalidArgument: it is empty, over `MAX_NAME` bytes, or cannot be sent in a message.
     """
     if not name:
         raise InvalidArgument(f"the {what} is empty: give it 1 to {MAX_NAME} bytes")
@@ -196,7 +196,7 @@ def check_name(name: str, what: str = "key") -> str:
 
 
 def is_text(text: object, most: int | None = None) -> bool:
-    """Tell whether this is a text of at most ``most`` bytes that a message may carry."""
+    """Tell whether this is a text of at most ``most`` bytes that a message can contain."""
     if not isinstance(text, str) or "\0" in text:
         return False
     try:
@@ -207,19 +207,18 @@ def is_text(text: object, most: int | None = None) -> bool:
 
 
 def is_name(name: object) -> bool:
-    """Tell whether this can name a snapshot; see `check_name`."""
+    """Tell whether this is a valid key or name; see `check_name`."""
     return bool(name) and is_text(name, MAX_NAME)
 
 
 def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
-    """Return the labels that would be stored: a label with an empty value is as good as none.
+    """Return the labels without those whose values are empty, as containerd stores them.
 
-    That rule is containerd's ``boltutil.WriteLabels``.
+    See containerd's ``boltutil.WriteLabels``.
 
     Raises:
-        InvalidArgument: a label's key is empty, a label is no text that a message may carry, a size
-            is over `MAX_LABEL` or `MAX_LABELS`, or `STANDBY_LABEL` is no number up to
-            `MAX_STANDBY`.
+        InvalidArgument: a key is empty, a label cannot be sent in a message, a size is over
+            `MAX_LABEL` or `MAX_LABELS`, or `STANDBY_LABEL` is not a number up to `MAX_STANDBY`.
     """
     total = 0
     for key, value in labels.items():
@@ -250,9 +249,9 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
 
 
 def standby_number(labels: Mapping[str, str]) -> int:
-    """Return how many standby clones labels ask for.
+    """Return how many standby clones the labels want.
 
-    None are where the label says anything else, as it could before it had a meaning.
+    The number is 0 if the label is not a number: it can be older than the feature.
     """
     return _standby(labels) or 0
 

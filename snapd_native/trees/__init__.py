@@ -1,8 +1,8 @@
 """Directory trees: clone, measure and delete them.
 
-A tree is walked by directory file descriptors only, so names are never joined to paths, links
-are never followed, and depth has no limit. A tree is opened by `open_tree`, which shows it without
-anything that is mounted inside it.
+All functions work on file descriptors of directories. They never join names to paths and never
+follow links, and the depth of a tree has no limit. `open_tree` opens a tree without the mounts
+inside it.
 """
 
 from snapd_native.trees.crew import Crew

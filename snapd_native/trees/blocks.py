@@ -1,4 +1,4 @@
-"""Reading files from the disk itself, past the page cache; see O_DIRECT in open(2)."""
+"""Read files from the disk, past the page cache; see O_DIRECT in open(2)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import os
 from snapd_native.trees.walk import open_file
 
 _ALIGNMENT = 4096
-"""Bytes to which offsets and lengths are rounded: the largest sector of a disk that Linux knows."""
+"""Bytes to which offsets and lengths are rounded: the largest sector that Linux supports."""
 
 
 def open_blocks(directory: int, name: str, *, from_disk: bool) -> int:
-    """Open a file for `Blocks`, which read it from the disk itself if ``from_disk``."""
+    """Open a file for `Blocks`; with ``from_disk`` it is read from the disk."""
     if from_disk:
         try:
             return open_file(directory, name, os.O_DIRECT)
@@ -28,17 +28,17 @@ def open_blocks(directory: int, name: str, *, from_disk: bool) -> int:
 
 
 class Blocks:
-    """Reads blocks of an open file, which belongs to it.
+    """Reads blocks of an open file, and closes it.
 
-    With O_DIRECT they come from the disk, even if the kernel has them in memory. Where the file
-    system cannot read a file like that, its pages are dropped from memory before they are read;
-    those that a process has mapped stay, and are read from memory.
+    With O_DIRECT the blocks come from the disk, even if they are in the page cache. If the file
+    system does not support that, the pages of the file are dropped from the cache first. Pages that
+    a process has mapped stay, and are read from memory.
     """
 
     def __init__(self, fd: int, most: int) -> None:
         """Read blocks of up to ``most`` bytes."""
         self._fd = fd
-        # O_DIRECT wants memory that begins at a page.
+        # O_DIRECT needs a buffer that begins at a page.
         self._room = mmap.mmap(-1, max(_rounded(most), _ALIGNMENT))
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class Blocks:
                 with room[found:asked] as rest:
                     count = os.preadv(self._fd, [rest], offset + found)
                 found += count
-                # A count that is no multiple of a sector is the end of the file.
+                # A number of bytes that is not a multiple of a sector means the end of the file.
                 if count == 0 or (asked != most and count % _ALIGNMENT):
                     break
             return bytes(room[: min(found, most)])

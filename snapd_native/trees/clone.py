@@ -1,4 +1,4 @@
-"""A faithful copy of a whole tree."""
+"""Copy a whole tree."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from snapd_native.trees.peers import Peers
 from snapd_native.trees.walk import Report, Step, Walk, allocated
 
 WORTH_SHARING = 64
-"""Entries that a peer is handed at once to copy."""
+"""Entries that a peer gets at once."""
 
 
 @contextmanager
 def cloning(source: int, target: int) -> Iterator[int]:
-    """Prepare the empty directory ``target`` to be filled by a `Cloner`, and finish it afterwards.
+    """Prepare the empty directory ``target`` for a `Cloner`, and finish it after the block.
 
-    Yields the link table. After a failure ``target`` holds part of the tree.
+    Yield the link table. After a failure ``target`` contains a part of the tree.
     """
     _forget_inherited(target)
     with link_table(source, target) as table:
@@ -32,23 +32,23 @@ def cloning(source: int, target: int) -> Iterator[int]:
 
 
 class Cloner:
-    """Copies what is in directories, with the help of peers.
+    """Copies the contents of directories, with the help of peers.
 
-    A directory here is two: the source and its copy. Kept are contents, holes, modes with special
-    bits, owners, hard links, symbolic links, devices with whiteouts, FIFOs, sockets, times to the
-    nanosecond, and extended attributes with ACLs and file capabilities. The fds must not show what
-    is mounted in the tree; see `open_tree`.
+    A directory here is a pair, the source and its copy. The copy has the same contents, holes,
+    modes with special bits, owners, hard links, symbolic links, devices with whiteouts, FIFOs,
+    sockets, times in nanoseconds, and extended attributes with ACLs and file capabilities. The fds
+    must not show mounts inside the tree; see `open_tree`.
     """
 
     def __init__(self, report: Report, links: Links, peers: Peers, *, reflink: bool) -> None:
-        """Share data where ``reflink`` says that the file system can."""
+        """Share the data if ``reflink``, that is, if the file system can."""
         self._report = report
         self._copier = Copier(report, reflink=reflink)
         self._links = links
         self._peers = peers
 
     def directory(self, source: int, target: int) -> None:
-        """Copy everything below ``source`` but what peers take, and its attributes."""
+        """Copy the attributes of ``source``, and everything below it that no peer takes."""
         with Descent(target) as there:
             visits = Walk(source)
             for visit in visits:
@@ -69,7 +69,7 @@ class Cloner:
         self._finish(source, target, os.fstat(source))
 
     def names(self, names: Sequence[str], source: int, target: int) -> None:
-        """Copy entries of ``source`` that are no directories."""
+        """Copy entries of ``source`` that are not directories."""
         for name in names:
             status = os.stat(name, dir_fd=source, follow_symlinks=False)
             self._copy(source, target, name, status)
@@ -90,13 +90,13 @@ class Cloner:
         self._report(1, rest)
 
     def _finish(self, source: int, target: int, status: os.stat_result) -> None:
-        # A peer that still makes entries would change the times, and they would inherit the ACL.
+        # If a peer still created entries, the times would change and the entries inherit the ACL.
         self._peers.finish()
         self._copier.finish_directory(source, target, status)
 
 
 def _forget_inherited(target: int) -> None:
-    """Take from an empty directory what it may have from its parent, and would hand down."""
+    """Remove what an empty directory has inherited and would pass on to its entries."""
     os.fchown(target, 0, 0)
     os.fchmod(target, 0o700)
     for attribute in os.listxattr(target):

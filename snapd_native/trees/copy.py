@@ -1,4 +1,4 @@
-"""Copying one thing that is not a directory, and the attributes of anything."""
+"""Copy a single entry that is not a directory, and the attributes of any entry."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from snapd_native import linux
 from snapd_native.trees.walk import Report, allocated, changed, link_target, open_file
 
 CHUNK = 16 << 20
-"""Bytes copied by one call at most, so that a copy can be stopped soon inside a large file."""
+"""Bytes that one call copies at most, so that the copy of a large file can be stopped soon."""
 
 _BUFFER = 1 << 20
-"""Bytes copied by one call where the data goes through this process."""
+"""Bytes that one call copies if the data passes through this process."""
 
 _NOT_IN_KERNEL = {
     errno.EINVAL,
@@ -31,14 +31,17 @@ _SPECIAL = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
 
 
 class Copier:
-    """Copies entries from one directory to another of the same file system.
+    """Copies entries from one directory to another on the same file system.
 
-    What is made belongs to 0:0 at first, so the directories it is made in must not hand down
-    another group or an ACL. No system call is made that would change nothing.
+    A new entry belongs to 0:0 at first, so the target directory must not pass on another group or
+    an ACL. Calls that would change nothing are left out.
     """
 
     def __init__(self, report: Report, *, reflink: bool) -> None:
-        """Share data where ``reflink`` says so; ``report`` is told of all large files but ends."""
+        """Share the data if ``reflink``. For a large file ``report`` is called during the copy.
+
+        It is called for all chunks but the last, which the caller reports.
+        """
         self._report = report
         self._reflink = reflink
         self._umask = _umask()
@@ -46,7 +49,7 @@ class Copier:
     def copy(self, source: int, target: int, name: str, status: os.stat_result) -> int:
         """Copy ``name`` from the directory ``source`` to ``target``, with all its attributes.
 
-        Return how many of its bytes are still to be reported.
+        Return the number of bytes that the caller has to report.
         """
         kind = stat.S_IFMT(status.st_mode)
         if kind == stat.S_IFREG:
@@ -60,12 +63,12 @@ class Copier:
         return allocated(status)
 
     def make_directory(self, parent: int, name: str, status: os.stat_result) -> None:
-        """Make a directory for the copy of one; its attributes come when its entries are there."""
-        # Without the setgid bit, which would give its group to what is made inside.
+        """Create the copy of a directory; `finish_directory` sets its attributes."""
+        # Without the setgid bit, with which new entries would inherit the group.
         os.mkdir(name, stat.S_IMODE(status.st_mode) & ~_SPECIAL, dir_fd=parent)
 
     def finish_directory(self, source: int, target: int, status: os.stat_result) -> None:
-        """Give the open directory ``target``, made by `make_directory`, all other attributes."""
+        """Set the attributes of the open directory ``target`` from `make_directory`."""
         self._copy_attributes(source, target, status)
 
     def _copy_file(self, source: int, target: int, name: str, status: os.stat_result) -> int:
@@ -101,9 +104,9 @@ class Copier:
         os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
     def _copy_data(self, reader: int, writer: int, status: os.stat_result) -> int:
-        """Copy what is allocated and leave out what is not: a hole stays a hole.
+        """Copy the allocated parts of a file; a hole stays a hole.
 
-        Return the bytes of it that are reported already.
+        Return the number of bytes that were reported already.
         """
         size = status.st_size
         end = reported = 0
@@ -122,12 +125,12 @@ class Copier:
         return reported
 
     def _copy_range(self, reader: int, writer: int, start: int, end: int, most: int) -> int:
-        """Copy a range, and report all but its last chunk, though not over ``most`` bytes."""
+        """Copy a range, and report all chunks but the last, in all at most ``most`` bytes."""
         reported = 0
         while start < end:
             copied = _copy(reader, writer, start, min(end - start, CHUNK))
             if copied == 0:
-                raise changed()  # It has become shorter.
+                raise changed()  # The file has become shorter.
             start += copied
             if start < end:
                 more = min(copied, most - reported)
@@ -137,7 +140,7 @@ class Copier:
 
 
 def _copy(reader: int, writer: int, offset: int, size: int) -> int:
-    """Copy at most ``size`` bytes, inside the kernel where that can; return how many."""
+    """Copy at most ``size`` bytes, inside the kernel if possible; return the number."""
     try:
         return os.copy_file_range(reader, writer, size, offset, offset)
     except OSError as error:
@@ -147,7 +150,7 @@ def _copy(reader: int, writer: int, offset: int, size: int) -> int:
 
 
 def _copy_unopened(source: int, target: int, name: str, status: os.stat_result) -> None:
-    """Give what cannot be opened for its attributes all of them."""
+    """Set the attributes of an entry that cannot be opened."""
     if status.st_uid or status.st_gid:
         os.chown(name, status.st_uid, status.st_gid, dir_fd=target, follow_symlinks=False)
     if not stat.S_ISLNK(status.st_mode):
@@ -166,6 +169,6 @@ def _copy_unopened(source: int, target: int, name: str, status: os.stat_result) 
 
 
 def _umask() -> int:
-    # umask(2) cannot be read without being changed, which other threads would notice.
+    # umask(2) cannot be read without a change that other threads would see.
     status = Path("/proc/self/status").read_text()
     return int(status.split("Umask:", 1)[1].split(maxsplit=1)[0], 8)

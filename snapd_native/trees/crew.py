@@ -1,7 +1,7 @@
 """Worker processes that share the walk through one tree.
 
-Threads would contend for the interpreter's lock and delay all other calls. Most of the time is
-spent in system calls, so processes share it well.
+Threads would compete for the GIL and delay all other calls. Processes do not, and they spend most
+of their time in system calls.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from snapd_native.trees.relay import (
 from snapd_native.trees.walk import Report, allocated
 
 POLL_SECONDS = 0.05
-"""How often a job looks whether it is to stop."""
+"""Seconds after which a job checks again whether it must stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +55,10 @@ class _Worker:
 
 
 class Crew:
-    """Worker processes, kept for the next job; any number of jobs may go on at once."""
+    """Worker processes that are kept for the next job. Any number of jobs can run at once."""
 
     def __init__(self, hands: int | None = None, *, idle: bool = False) -> None:
-        """Use ``hands`` workers a job: as many as there are processors, if not said.
+        """Use ``hands`` workers for a job; the default is the number of processors.
 
         An ``idle`` crew works at idle priority of processor and disk.
         """
@@ -69,29 +69,29 @@ class Crew:
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """End all workers; no job may be going on."""
+        """End all workers; no job may be running."""
         while self._idle:
             self._idle.pop().close()
 
     def clone(self, source: int, target: int, report: Report, *, reflink: bool) -> None:
-        """Make the empty directory ``target`` a faithful copy of the tree ``source``.
+        """Copy the tree ``source`` to the empty directory ``target``.
 
-        See `Cloner` for what is kept. Data is shared where ``reflink`` says that the file system
-        can. What is reported adds up to what `measure` finds. After a failure ``target`` holds part
-        of the tree.
+        See `Cloner` for what is copied. With ``reflink``, which the file system must support, the
+        data is shared. The sum of all reports is what `measure` returns. After a failure ``target``
+        contains a part of the tree.
 
         Raises:
-            OSError: the kernel's, from wherever in the tree; ECHILD if a worker was killed.
+            OSError: an error of the kernel; ECHILD if a worker was killed.
         """
         with cloning(source, target) as table:
             self._run(Operation.CLONE, [source, target], report, [table], reflink=reflink)
         report(1, allocated(os.fstat(source)))
 
     def measure(self, root: int, report: Report) -> Usage:
-        """Add up the allocated bytes and the inodes of the tree at ``root``, the root included.
+        """Add up the allocated bytes and the inodes of the tree ``root``, with the root itself.
 
-        A file with several names counts once, as in containerd's ``fs.DiskUsage``; data shared by
-        reflink counts fully.
+        A file with several names counts once, as in containerd's ``fs.DiskUsage``. Shared data
+        counts fully.
 
         Raises:
             OSError: as `clone`; ESTALE if directories are moved meanwhile.
@@ -103,11 +103,11 @@ class Crew:
         return total.usage
 
     def digest(self, root: int, report: Report, *, from_disk: bool = False) -> str:
-        """Return the SHA-256, in hexadecimal, of a canonical listing of the tree at ``root``.
+        """Return the SHA-256, in hexadecimal, of a canonical listing of the tree ``root``.
 
-        See `Digester` for what that is made of. One worker goes through the tree; files are hashed
-        by as many threads as there are processors, if ``from_disk`` past what the kernel has in
-        memory. What is reported adds up to what `measure` finds.
+        `Digester` defines the listing. One worker walks the tree, and as many threads as there are
+        processors hash files. With ``from_disk`` they are read past the page cache. The sum of all
+        reports is what `measure` returns.
 
         Raises:
             OSError: as `clone`; ESTALE if directories are moved meanwhile.
@@ -126,7 +126,7 @@ class Crew:
         reflink: bool = False,
         most: int = MAX_WORKERS,
     ) -> list[bytes]:
-        """Have a job done that begins with ``task``; return what each worker found out."""
+        """Run a job that begins with ``task``; return the finding of each worker."""
         with ExitStack() as stack:
             workers = stack.enter_context(self._workers(most))
             page_fd = Page.create()
@@ -144,22 +144,22 @@ class Crew:
                     order = ORDER.pack(operation, number, reflink)
                     socket.send_fds(worker.channel, [order], fds)
                 _watch(page, reports, workers, report)
-                # Workers that wait for a task wake up, and see that no more will come.
+                # Waiting workers wake up and learn that no more tasks come.
                 for channel in (directories, names):
                     channel.shutdown(socket.SHUT_RDWR)
                 return [receive_finding(worker.channel) for worker in workers]
             except BaseException:
-                # No worker may go on with a job that the caller is about to undo.
+                # No worker may continue a job that the caller is about to undo.
                 for worker in workers:
                     worker.kill()
                 raise
 
     @contextmanager
     def _workers(self, most: int) -> Iterator[list[_Worker]]:
-        """Lend up to ``most`` workers to one job; one that has died is not kept."""
+        """Lend up to ``most`` workers to a job; a dead one is not kept."""
         with self._lock:
             self._jobs += 1
-            # Where many jobs go on, their number keeps the processors busy.
+            # When many jobs run, one worker each keeps the processors busy.
             wanted = min(most, max(1, self._hands // self._jobs))
             workers: list[_Worker] = []
             while self._idle and len(workers) < wanted:
@@ -186,7 +186,7 @@ class Crew:
 def _hire(priority: str) -> _Worker:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        # -P: the directory that the daemon was started in is no place to take code from.
+        # -P: no code is loaded from the working directory.
         process = subprocess.Popen(
             [
                 *(sys.executable, "-P", "-m", "snapd_native.trees.worker"),
@@ -223,7 +223,7 @@ def _watch(
             selector.register(worker.channel, selectors.EVENT_READ)
         while outstanding:
             if selector.select(POLL_SECONDS):
-                # A worker reports a failure before it is done with the job: reports come first.
+                # A worker reports a failure before it ends its part, so reports are read first.
                 try:
                     what, code = REPORT.unpack(receive(reports, socket.MSG_DONTWAIT)[0])
                 except BlockingIOError:

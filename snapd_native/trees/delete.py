@@ -1,4 +1,4 @@
-"""Deleting a tree."""
+"""Delete a tree."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from snapd_native.trees.opened import open_tree
 from snapd_native.trees.walk import Report, changed
 
 _ROUNDS = 100
-"""How often a directory that fills again while it is emptied is read anew."""
+"""How often a directory that gets new entries while it is emptied is read again."""
 
 
 def delete(parent: int, name: str, report: Report = lambda *_: None) -> None:
-    """Delete the directory ``name`` in ``parent`` with everything below it.
+    """Delete the directory ``name`` in ``parent`` and everything below it.
 
-    Nothing is followed, and no mount point is crossed: what is mounted inside the tree is not even
-    seen. Immutable and append-only files are deleted too by who has CAP_LINUX_IMMUTABLE. ``report``
-    is called for every entry.
+    No link is followed and no mount is entered. A process with CAP_LINUX_IMMUTABLE also deletes
+    immutable and append-only files. ``report`` is called for every entry.
 
     Raises:
-        OSError: with EBUSY where something is mounted inside the tree, with EPERM where something
-            is immutable or append-only, with ESTALE where it is filled faster than it is emptied;
-            everything that could be deleted is gone then.
+        OSError: EBUSY if something is mounted inside the tree, EPERM if something is immutable or
+            append-only, ESTALE if entries are created faster than they are deleted. Everything that
+            can be deleted is deleted then.
     """
     for rounds in range(_ROUNDS + 1):
         with open_tree(parent, name, writable=True) as root:
@@ -43,7 +42,7 @@ def delete(parent: int, name: str, report: Report = lambda *_: None) -> None:
 
 
 def _empty(root: int, report: Report) -> OSError | None:
-    """Delete all that is in ``root``; return the last error of what has to stay."""
+    """Delete everything below ``root``; return the last error, if there was one."""
     stuck: OSError | None = None
     with Descent(root) as here:
         levels: list[tuple[str, int, Scan]] = []
@@ -104,10 +103,10 @@ def _unlink(parent: int, name: str, *, directory: bool) -> None:
 
 
 def _unprotect(parent: int, name: str) -> bool:
-    """Take the immutable and append-only flags off a file or directory; False if it had none."""
+    """Clear the flags immutable and append-only; return False if neither was set."""
     mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        # Nothing else can have them, and to open a device may do anything.
+        # No other type has these flags, and opening a device can have side effects.
         return False
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     fd = os.open(name, flags, dir_fd=parent)

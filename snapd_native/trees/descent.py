@@ -1,4 +1,4 @@
-"""Moving through a tree of any depth with a bounded number of open directories."""
+"""Move through a tree of any depth with a bounded number of open directories."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 from itertools import islice
 
 MAX_OPEN = 64
-"""Directories that a descent, or a scan along it, keeps open at once."""
+"""Directories that a descent keeps open at once, and as many for its scans."""
 
 AT_ONCE = 1024
-"""Entries of a directory that are read, and put in order, at once."""
+"""Entries of a directory that are read and sorted at once."""
 
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 """The errors of system calls on a directory that was removed or replaced."""
@@ -19,11 +19,11 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Descent:
-    """A position in a tree: the directory ``fd``, from which one can go `down` and `up` again.
+    """A position in a tree, the directory ``fd``, that moves `down` and `up`.
 
-    Only the innermost `MAX_OPEN` directories stay open. One further up is opened again through
-    ``..`` on the way back, and must be the one that was left: else somebody moved it meanwhile,
-    and `up` raises `OSError` with ESTALE.
+    Only the innermost `MAX_OPEN` directories stay open. On the way back the others are opened again
+    through ``..``. If that is another directory than before, because one was moved, `up` raises
+    `OSError` with ESTALE.
     """
 
     def __init__(self, root: int) -> None:
@@ -48,7 +48,7 @@ class Descent:
         return self._open[-1] if self._open else self._root
 
     def down(self, name: str) -> None:
-        """Enter the subdirectory ``name``; never through a symbolic link."""
+        """Enter the subdirectory ``name``, but not through a symbolic link."""
         child = os.open(name, _DIRECTORY, dir_fd=self.fd)
         self._open.append(child)
         self._depth += 1
@@ -59,7 +59,7 @@ class Descent:
             os.close(outermost)
 
     def enter(self, name: str) -> bool:
-        """Enter the subdirectory ``name``; False if there is none by now."""
+        """Enter the subdirectory ``name``; return False if it is gone."""
         try:
             self.down(name)
         except OSError as error:
@@ -69,7 +69,7 @@ class Descent:
         return True
 
     def up(self) -> None:
-        """Go back to the directory above."""
+        """Return to the directory above."""
         if len(self._open) == 1 and self._above:
             above = os.open("..", _DIRECTORY, dir_fd=self._open[0])
             self._open.insert(0, above)
@@ -80,11 +80,11 @@ class Descent:
         self._depth -= 1
 
     def scan(self) -> Scan:
-        """Iterate over the names in the directory at this position, until it is left for good.
+        """Iterate over the names in the directory at this position.
 
-        The directory is read as the iteration goes on, so memory does not grow with its width;
-        only `MAX_OPEN` levels down is it read at once and closed, so open files do not grow with
-        depth.
+        The directory is read in blocks during the iteration, so that memory does not grow with its
+        size. More than `MAX_OPEN` levels down it is read completely and closed, so that the number
+        of open files does not grow with the depth.
         """
         scan = Scan(self.fd)
         if self._depth >= MAX_OPEN:
@@ -96,10 +96,11 @@ class Descent:
 
 
 class Scan:
-    """An iteration over the names in a directory, in order of inodes.
+    """An iteration over the names in a directory, in the order of inodes.
 
-    That is the order in which the disk holds them: ext4 lists names by their hashes, which would
-    send the heads of a cold disk to and fro.
+    That is about the order of the inodes on the disk. ext4 lists names in the order of their
+    hashes,
+    with which a disk would have to seek for each inode.
     """
 
     def __init__(self, directory: int) -> None:
@@ -118,12 +119,12 @@ class Scan:
         return self._next.pop().name
 
     def read(self, most: int | None) -> None:
-        """Read the next ``most`` entries, or all; those read before must have been iterated."""
+        """Read the next ``most`` entries, or all, after the iteration of those before."""
         self._next = list(islice(self._entries, most))
         self._next.sort(key=os.DirEntry.inode, reverse=True)
 
     def take(self, most: int) -> list[str]:
-        """Take away the names of up to ``most`` non-directories, half of what is read at most."""
+        """Remove up to ``most`` names of non-directories, at most half of those that were read."""
         kept: list[os.DirEntry[str]] = []
         taken: list[os.DirEntry[str]] = []
         last = self._next[: min(most, (len(self._next) + 1) // 2)]
@@ -133,5 +134,5 @@ class Scan:
         return [entry.name for entry in taken]
 
     def close(self) -> None:
-        """Read no more."""
+        """End the iteration."""
         self._entries.close()

@@ -1,4 +1,4 @@
-"""One number for all that a tree holds."""
+"""Compute the digest of a tree."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from snapd_native.trees.descent import Descent
 from snapd_native.trees.walk import Report, allocated, changed, link_target
 
 ALONE = 1 << 16
-"""Bytes of a file that are hashed at once: to hand it to another thread would take longer."""
+"""Bytes of a file up to which this thread hashes it; another thread would take longer."""
 
 AHEAD = 64
-"""Files that may be open while their hashes are waited for."""
+"""Files at most that are open because their hashes are not ready."""
 
 MOST_COMING = 4096
-"""Entries that may be kept while the hash of one before them is waited for."""
+"""Entries at most that are kept because the hash of one before them is not ready."""
 
 _Hashing: TypeAlias = tuple[list[bytes], Future[bytes]]
-"""An entry whose last field is to come."""
+"""An entry whose last field is missing."""
 
 BLOCK = 1 << 20
-"""Bytes of a file that are hashed on their own, or left out where all of them are zero."""
+"""Bytes of a block. Each block of a file has a hash; a block of zeros is left out."""
 
 _ZEROS = bytes(BLOCK)
 _PATIENCE = 0.1
@@ -45,27 +45,28 @@ _LETTERS = {
 
 
 class _EndOfData(Exception):
-    """There is nothing but a hole from here on."""
+    """The rest of the file is a hole."""
 
 
 class Digester:
-    r"""Hashes a canonical listing of a tree, while threads hash the contents of its large files.
+    r"""Hashes a canonical listing of a tree, while threads hash the contents of large files.
 
-    The listing goes depth first, and in a directory by the bytes of names. Every part of it is a
-    netstring, ``LENGTH:BYTES,``. An entry is a netstring of netstrings: the name, empty for the
-    root; a letter for the type; the permissions in octal; uid; gid; the time of modification in
-    nanoseconds; the extended attributes, as netstrings of names and values by turns, by name; and
-    for a file its size and the SHA-256 of a list of its blocks, for a symbolic link its target, for
-    a device ``MAJOR:MINOR``. One more name of a file that was listed before is the name, ``h``, and
-    that file's number among those with several names. An empty netstring ends a directory.
+    The listing is depth first, and the entries of a directory are in byte order of names. Every
+    part is a netstring, ``LENGTH:BYTES,``. An entry is a netstring of netstrings: the name, empty
+    for the root; a letter for the type; the permissions in octal; uid; gid; the time of
+    modification in nanoseconds; the extended attributes in order of names, as netstrings of names
+    and values by turns; and for a file its size and the SHA-256 of a list of its blocks, for a
+    symbolic link its target, for a device ``MAJOR:MINOR``. A further name of a file that was listed
+    before is the name, ``h``, and the number of that file among those with several names. An empty
+    netstring ends a directory.
 
-    The list of blocks has a line, with ``\n`` at its end, for each `BLOCK` of the file that is not
-    all zeros: the offset, a space, and the block's SHA-256. So a hole takes no time, and
-    a hole and zeros that are written give the same digest. Numbers are decimal, hashes hexadecimal.
+    The list of blocks has a line, which ends with ``\n``, for each `BLOCK` of the file that is not
+    all zeros: the offset, a space, and the SHA-256 of the block. So a hole takes no time, and holes
+    and written zeros give the same digest. Numbers are decimal, hashes hexadecimal.
     """
 
     def __init__(self, report: Report, *, from_disk: bool = False) -> None:
-        """Read the contents of files from the disk itself, if ``from_disk``; see `Blocks`."""
+        """With ``from_disk``, read files from the disk; see `Blocks`."""
         self._report = report
         self._from_disk = from_disk
         self._listing = hashlib.sha256()
@@ -77,11 +78,11 @@ class Digester:
 
     @property
     def digest(self) -> bytes:
-        """Return the hash in hexadecimal."""
+        """Return the digest in hexadecimal."""
         return self._listing.hexdigest().encode()
 
     def directory(self, root: int) -> None:
-        """Take in the whole tree."""
+        """List the whole tree."""
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, Descent(root) as here:
             self._add_directory("", root)
             levels = [_names(root)]
@@ -109,7 +110,7 @@ class Digester:
             self._drain(0)
 
     def names(self, names: Sequence[str], directory: int) -> None:
-        """Never asked for: the listing has one order, so no part of it is given away."""
+        """Never called: the listing has one order, so that no peer can take a part."""
         raise NotImplementedError
 
     def _add_directory(self, name: str, directory: int) -> None:
@@ -147,14 +148,14 @@ class Digester:
         self._report(1, self._progress())
 
     def _hash(self, fd: int, status: os.stat_result) -> bytes:
-        """Hash what is in a file, as long as ``status`` says, and close it."""
+        """Hash a file, up to the size in ``status``, and close it."""
         blocks = hashlib.sha256()
         size = allocated(status)
         offset = 0
         with closing(Blocks(fd, min(BLOCK, status.st_size))) as file, suppress(_EndOfData):
             while offset < status.st_size:
                 offset = _data(fd, offset) // BLOCK * BLOCK
-                # The kernel refuses to read on where no file can go on.
+                # The kernel refuses to read behind the largest possible offset.
                 block = file.read(offset, min(BLOCK, status.st_size - offset))
                 if block != _ZEROS[: len(block)]:
                     blocks.update(b"%d %b\n" % (offset, hashlib.sha256(block).hexdigest().encode()))
@@ -165,7 +166,7 @@ class Digester:
         return blocks.hexdigest().encode()
 
     def _number(self, status: os.stat_result) -> int | None:
-        """Return the number of a file that was listed by another name; None if it was not."""
+        """Return the number of a file that was listed under another name; None if it was not."""
         if status.st_nlink == 1 or stat.S_ISDIR(status.st_mode):
             return None
         # Subvolumes of btrfs have devices of their own, and inode numbers in common.
@@ -175,7 +176,7 @@ class Digester:
             self._linked[file] = (self._numbers, status.st_nlink - 1)
             return None
         number, left = self._linked.pop(file)
-        # A file leaves with its last name, so that not all files are kept in mind.
+        # A file is forgotten with its last name, to save memory.
         if left > 1:
             self._linked[file] = (number, left - 1)
         return number
@@ -185,7 +186,7 @@ class Digester:
         self._drain(MOST_COMING)
 
     def _drain(self, most: int) -> None:
-        """Hash of the listing what is complete, and wait where too much is not."""
+        """Hash the complete entries of the listing; wait if too many are incomplete."""
         while self._coming:
             part = self._coming[0]
             if not isinstance(part, bytes):
@@ -202,7 +203,7 @@ class Digester:
             self._coming.popleft()
 
     def _progress(self) -> int:
-        """Return how many bytes were hashed since this was last asked."""
+        """Return the number of bytes that were hashed since the last call."""
         size = 0
         while self._hashed:
             size += self._hashed.popleft()
@@ -210,7 +211,7 @@ class Digester:
 
 
 def _data(fd: int, offset: int) -> int:
-    """Return where the next data of a file is."""
+    """Return the offset of the next data of a file."""
     try:
         return os.lseek(fd, offset, os.SEEK_DATA)
     except OSError as error:
@@ -231,7 +232,7 @@ def _listed(fields: Sequence[bytes]) -> bytes:
 
 
 def _head(name: str, status: os.stat_result, target: int | str) -> list[bytes]:
-    """Return what is listed of everything; ``target`` is an fd or a path that leads to it."""
+    """Return the fields of every entry; ``target`` is an fd or a path of it."""
     attributes = b""
     follow = isinstance(target, int)
     for attribute in sorted(os.listxattr(target, follow_symlinks=follow)):
@@ -249,5 +250,5 @@ def _head(name: str, status: os.stat_result, target: int | str) -> list[bytes]:
 
 
 def _names(directory: int) -> list[str]:
-    """Return the names in a directory, the first one last."""
+    """Return the names in a directory, in reverse order."""
     return sorted(os.listdir(directory), key=os.fsencode, reverse=True)

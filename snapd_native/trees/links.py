@@ -1,4 +1,4 @@
-"""Hard links across a copy, without a table in memory."""
+"""Keep hard links in a copy, without a table in memory."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from contextlib import contextmanager
 
 
 class Links:
-    """Remembers the copy of each file with several names, as one more name in a directory.
+    """Remembers the copy of each file with several names, by a further name in a directory.
 
-    The file system is the table: memory does not grow with the number of linked files, and any
-    number of processes can use it at once.
+    The directory is the table. So memory does not grow with the number of these files, and several
+    processes can use the table at once.
     """
 
     def __init__(self, table: int) -> None:
-        """Use the directory ``table``, made by `link_table`."""
+        """Use the directory ``table`` of `link_table`."""
         self._table = table
 
     def place(self, status: os.stat_result, directory: int, name: str) -> bool:
-        """Make ``name`` in ``directory`` one more name of the copy; False if there is none yet."""
+        """Make ``name`` in ``directory`` a further name of the copy; False if there is none yet."""
         known = _key(status)
         try:
             copy = os.stat(known, dir_fd=self._table, follow_symlinks=False)
@@ -41,9 +41,10 @@ class Links:
         return True
 
     def remember(self, status: os.stat_result, directory: int, name: str) -> bool:
-        """Keep the copy just made as ``name`` in ``directory`` for names to come.
+        """Remember the copy ``name`` in ``directory`` for further names of the file.
 
-        False if another process has copied the file meanwhile: ``name`` is a name of that then.
+        Return False if another process has copied the file first: then ``name`` is replaced by a
+        name of that copy.
         """
         try:
             self._link(directory, name, self._table, _key(status))
@@ -60,9 +61,9 @@ class Links:
 
 @contextmanager
 def link_table(source: int, target: int) -> Iterator[int]:
-    """Make the directory for `Links` in ``target``, yield it open, and remove it in the end.
+    """Create the directory for `Links` in ``target``, yield it open, and delete it afterwards.
 
-    Its name is one that the tree ``source``, whose copy ``target`` becomes, does not have.
+    Its name is one that ``source``, of which ``target`` becomes a copy, does not contain.
     """
     names = (f".links-{number}" for number in itertools.count())
     name = next(name for name in names if not _exists(source, name))
@@ -71,7 +72,7 @@ def link_table(source: int, target: int) -> Iterator[int]:
     table = os.open(name, flags, dir_fd=target)
     try:
         yield table
-        # Files that also have names outside the tree are still listed.
+        # Files with names outside the tree are still in the table.
         with os.scandir(table) as left:
             for entry in left:
                 os.unlink(entry.name, dir_fd=table)

@@ -1,4 +1,4 @@
-"""How much of the disk a tree takes."""
+"""Measure the usage of a tree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from snapd_native.trees.peers import Peers
 from snapd_native.trees.walk import Report, Step, Walk, allocated
 
 WORTH_SHARING = 256
-"""Entries that a peer is handed at once, who only looks at them."""
+"""Entries that a peer gets at once."""
 
 _HEAD = struct.Struct("=QQ")
 _FILE = struct.Struct("=QQQQ")
@@ -22,7 +22,7 @@ _FILE = struct.Struct("=QQQQ")
 
 @dataclass
 class Tally:
-    """Bytes and inodes counted so far, and the files of which not all names were met yet."""
+    """The bytes and inodes so far, and the files of which not all names were seen."""
 
     size: int = 0
     inodes: int = 0
@@ -31,7 +31,7 @@ class Tally:
     that this holds only files whose names lie apart."""
 
     def add(self, status: os.stat_result) -> bool:
-        """Count an entry; False if it is one more name of a file that was counted before."""
+        """Count an entry; return False if it is a further name of a counted file."""
         if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
             file = (status.st_dev, status.st_ino)
             left, _ = self.partly.pop(file, (0, 0))
@@ -44,7 +44,7 @@ class Tally:
         return True
 
     def merge(self, other: Tally) -> None:
-        """Add what another walk counted in other directories of the same tree."""
+        """Add the result of a walk through other directories of the same tree."""
         self.size += other.size
         self.inodes += other.inodes
         for file, (left, size) in other.partly.items():
@@ -54,13 +54,13 @@ class Tally:
             self.partly[file] = (left, size)
 
     def pack(self) -> bytes:
-        """Return all of it as bytes, for another process."""
+        """Return this as bytes, for another process."""
         records = [(*file, *rest) for file, rest in self.partly.items()]
         return _HEAD.pack(self.size, self.inodes) + b"".join(_FILE.pack(*r) for r in records)
 
     @classmethod
     def unpack(cls, packed: bytes) -> Tally:
-        """Return what `pack` packed."""
+        """Undo `pack`."""
         size, inodes = _HEAD.unpack_from(packed)
         records = _FILE.iter_unpack(packed[_HEAD.size :])
         partly = {(dev, ino): (left, taken) for dev, ino, left, taken in records}
@@ -73,7 +73,7 @@ class Tally:
 
 
 class Counter:
-    """Counts what is in directories, with the help of peers."""
+    """Counts the contents of directories, with the help of peers."""
 
     def __init__(self, report: Report, peers: Peers) -> None:
         self.tally = Tally()
@@ -81,7 +81,7 @@ class Counter:
         self._peers = peers
 
     def directory(self, root: int) -> None:
-        """Count everything below ``root`` but what peers take."""
+        """Count everything below ``root`` that no peer takes."""
         visits = Walk(root)
         for visit in visits:
             if visit.step is Step.LEAVE:
@@ -96,7 +96,7 @@ class Counter:
                     self.names(names, visit.directory)
 
     def names(self, names: Sequence[str], directory: int) -> None:
-        """Count entries of ``directory`` that are no directories."""
+        """Count entries of ``directory`` that are not directories."""
         for name in names:
             with suppress(FileNotFoundError):
                 self._add(os.stat(name, dir_fd=directory, follow_symlinks=False))

@@ -1,4 +1,4 @@
-"""Trees as they lie on their own file system."""
+"""Open trees without the mounts inside them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 def open_tree(parent: int, name: str, *, writable: bool = False) -> Iterator[int]:
     """Open the directory ``name`` in the directory ``parent`` and yield its fd.
 
-    The fd shows the file system of ``parent`` alone: it belongs to a detached, non-recursive clone
-    of its mount. Mounts inside the tree or on it (tmpfs, bind mounts, also of single files) are not
-    there, but the files that they hide are. Unless ``writable``, the clone is read-only. Reading
-    changes no access times, and a device in the place of a file cannot be opened.
+    The fd belongs to a detached, non-recursive clone of the mount of ``parent``. So it shows the
+    file system of ``parent`` only: not the mounts inside the tree or on it (tmpfs, bind mounts,
+    also of single files), but the files that they hide. The clone is read-only unless ``writable``.
+    Reading changes no access times, and devices cannot be opened.
     """
     mount = linux.open_tree(
         parent,
@@ -41,14 +41,14 @@ def open_tree(parent: int, name: str, *, writable: bool = False) -> Iterator[int
 
 
 def reflink_works(directory: int) -> bool:
-    """Tell whether files in ``directory`` can share data, by trying it on two unnamed files."""
+    """Tell whether files in ``directory`` can share data, by a try with two unnamed files."""
     flags = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC
     with ExitStack() as stack:
         try:
             source = os.open(".", flags, 0o600, dir_fd=directory)
         except OSError as error:
             if error.errno in (errno.EOPNOTSUPP, errno.EISDIR):
-                return False  # no file system with reflink lacks unnamed files
+                return False  # every file system with reflink has unnamed files
             raise
         stack.callback(os.close, source)
         target = os.open(".", flags, 0o600, dir_fd=directory)

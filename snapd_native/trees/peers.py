@@ -1,4 +1,4 @@
-"""How the workers of one tree share the work."""
+"""The interface by which the workers of one tree share the work."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from typing import Protocol
 
 
 class Peers(Protocol):
-    """The others who work on the same tree.
+    """The other workers of the same tree.
 
     A directory is a tuple of the fds that the work needs. A worker does itself what no peer takes.
     """
 
     def are_idle(self) -> bool:
-        """Tell whether any of them has nothing to do."""
+        """Tell whether a peer has nothing to do."""
 
     def take_directory(self, *directory: int) -> bool:
-        """Offer everything in a directory; tell whether somebody does it."""
+        """Offer everything below a directory; return whether a peer takes it."""
 
     def take_names(self, names: Sequence[str], *directory: int) -> bool:
-        """Offer entries of a directory, none of which is one; tell whether somebody does them."""
+        """Offer non-directories of a directory; return whether a peer takes them."""
 
     def finish(self) -> None:
-        """Return when all names that they have taken are done."""
+        """Wait until peers have done all names that they have taken."""
 
 
 class Work(Protocol):
-    """The work on a tree; its methods take the arguments that `Peers` takes."""
+    """The work on a tree. Its methods take the arguments of the methods of `Peers`."""
 
     @property
     def directory(self) -> Callable[..., None]:
-        """Does everything in a directory but what peers take."""
+        """Do everything below a directory that no peer takes."""
 
     @property
     def names(self) -> Callable[..., None]:
-        """Does entries of a directory."""
+        """Do entries of a directory."""

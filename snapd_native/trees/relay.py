@@ -1,10 +1,10 @@
 """The protocol between a crew and its workers.
 
-A job has a page of shared memory and three sockets. The page holds a flag of each worker that is
-idle, and each worker's progress; every byte has one writer. Tasks are open directories. Whole
-directories travel over one socket to a worker that is idle, some names of a directory over
-another. Reports go to the crew over the third, in one order for all workers: a task is announced
-before it is offered, so the crew never believes too early that all is done.
+A job has a page of shared memory and three sockets. The page contains for each worker whether it is
+idle, and its progress; every byte has one writer. Tasks are open directories. One socket passes
+whole directories to an idle worker, another passes some names of a directory. The third passes
+reports of all workers to the crew in one order. A task is announced before it is offered, so that
+the crew does not believe too early that all tasks are done.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from enum import IntEnum
 from typing import NamedTuple
 
 MAX_WORKERS = 8
-"""Workers in one job: more would only wait for each other in the file system."""
+"""Workers in a job at most; more would only wait for each other in the file system."""
 
 NORMAL, IDLE = "normal", "idle"
-"""The priorities that a worker may be started with."""
+"""The priority of a worker."""
 
 _PROGRESS = slice(64, 64 + MAX_WORKERS * 16)
 _MOST_FDS = 8
 _LONGEST = 1 << 17
 
 ORDER = struct.Struct("=BBB")
-"""The first message of a job: operation, the worker's number in the job, whether to share data."""
+"""The first message of a job: operation, number of the worker, whether to share data."""
 
 REPORT = struct.Struct("=cI")
-"""A worker's message about a task: one of the following, and the errno of a failure."""
+"""A report on a task: one of the following, and the errno of a failure."""
 ANNOUNCED = b"+"
 """A task is about to be offered."""
 DONE = b"-"
@@ -45,17 +45,17 @@ class Operation(IntEnum):
     """The work that a job does with its tasks."""
 
     CLONE = 1
-    """Fill the second directory with a copy of the first."""
+    """Copy the first directory to the second."""
     MEASURE = 2
-    """Count what is in the directory."""
+    """Measure the directory."""
     DIGEST = 3
-    """Hash the directory and what is in it."""
+    """Hash the directory."""
     VERIFY = 4
-    """The same, with the contents of files read from the disk itself."""
+    """Hash the directory, and read files from the disk."""
 
 
 class Channels(NamedTuple):
-    """A worker's ends of a job's sockets; every worker has the same."""
+    """The workers' ends of the sockets of a job."""
 
     give_directories: socket.socket
     directories: socket.socket
@@ -70,12 +70,12 @@ class Page:
     def __init__(self, fd: int) -> None:
         """Map the page behind ``fd``."""
         self._memory = mmap.mmap(fd, mmap.PAGESIZE)
-        # Two numbers a worker. Each is read and written in one go, never by halves.
+        # Two numbers for each worker. Each is read and written atomically.
         self._progress = memoryview(self._memory)[_PROGRESS].cast("Q")
 
     @staticmethod
     def create() -> int:
-        """Return the fd of a new page, all zero."""
+        """Return the fd of a new page of zeros."""
         fd = os.memfd_create("snapd-native-job", os.MFD_CLOEXEC)
         os.ftruncate(fd, mmap.PAGESIZE)
         return fd
@@ -86,15 +86,15 @@ class Page:
         self._memory.close()
 
     def set_idle(self, worker: int, idle: bool) -> None:
-        """Say whether a worker waits for a task."""
+        """Set whether a worker waits for a task."""
         self._memory[worker] = idle
 
     def somebody_idle(self) -> bool:
-        """Tell whether any worker waits for a task."""
+        """Tell whether a worker waits for a task."""
         return self._memory.find(b"\1", 0, MAX_WORKERS) >= 0
 
     def report(self, worker: int, inodes: int, size: int) -> None:
-        """Say how many inodes and bytes a worker has done."""
+        """Set how many inodes and bytes a worker has done."""
         self._progress[2 * worker] = inodes
         self._progress[2 * worker + 1] = size
 
@@ -104,8 +104,8 @@ class Page:
 
 
 def receive(channel: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
-    """Return the next message with its fds; an empty one when the other side has closed."""
-    # socket.recv_fds of Python 3.11 forgets its flags.
+    """Return the next message with its fds; empty if the other side has closed the socket."""
+    # socket.recv_fds of Python 3.11 ignores its flags.
     fds = array.array("i")
     room = socket.CMSG_SPACE(_MOST_FDS * fds.itemsize)
     payload, ancillary, _, _ = channel.recvmsg(_LONGEST, room, flags | socket.MSG_CMSG_CLOEXEC)
@@ -116,7 +116,7 @@ def receive(channel: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
 
 
 def send_finding(channel: socket.socket, finding: bytes) -> None:
-    """Send what a worker has found out, of any length."""
+    """Send the finding of a worker, of any length."""
     memory = os.memfd_create("snapd-native-finding", os.MFD_CLOEXEC)
     try:
         with open(memory, "wb", closefd=False) as file:
@@ -127,10 +127,10 @@ def send_finding(channel: socket.socket, finding: bytes) -> None:
 
 
 def receive_finding(channel: socket.socket) -> bytes:
-    """Return what a worker has found out.
+    """Return the finding of a worker.
 
     Raises:
-        ChildProcessError: it has ended instead.
+        ChildProcessError: the worker has ended.
     """
     try:
         payload, fds = receive(channel)

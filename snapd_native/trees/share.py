@@ -1,4 +1,4 @@
-"""One worker's end of a job."""
+"""The part of one worker in a job."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from snapd_native.trees.peers import Work
 from snapd_native.trees.relay import ANNOUNCED, DONE, FAILED, REPORT, Channels, Page, receive
 
 _WATCH = 256
-"""Reports of progress after which a worker looks whether its crew is still there."""
+"""Reports of progress after which a worker checks whether its crew still exists."""
 
 _CHANGED = {
     errno.EACCES,  # a device, which cannot be opened here
@@ -26,11 +26,11 @@ _CHANGED = {
     errno.ENXIO,
     errno.ESPIPE,
 }
-"""Errors that mean that another process has changed the tree a moment ago."""
+"""Errors which mean that another process has changed the tree."""
 
 
 class Share:
-    """The part of one worker in a job, which is also its view of its `Peers`."""
+    """The part of one worker in a job. For the worker it is also its `Peers`."""
 
     def __init__(
         self, worker: int, parent: int, crew: socket.socket, page: Page, channels: Channels
@@ -49,11 +49,11 @@ class Share:
         self._over = False
 
     def close(self) -> None:
-        """Take no more part."""
+        """Close the sockets of the job."""
         os.close(self._returned)
 
     def progress(self, inodes: int, size: int) -> None:
-        """Say what is done; end the process if its crew was killed."""
+        """Report progress; end the process if the crew was killed."""
         self._inodes += inodes
         self._size += size
         self._page.report(self._worker, self._inodes, self._size)
@@ -62,22 +62,22 @@ class Share:
             raise SystemExit
 
     def are_idle(self) -> bool:
-        """Tell whether any worker waits for a task."""
+        """Tell whether a worker waits for a task."""
         return self._page.somebody_idle()
 
     def take_directory(self, *directory: int) -> bool:
-        """Give a directory to a worker that is idle; False if there is none."""
+        """Offer a directory to an idle worker; return False if there is none."""
         return self.are_idle() and self._give(self._channels.give_directories, b"d", directory)
 
     def take_names(self, names: Sequence[str], *directory: int) -> bool:
-        """Give entries of a directory to an idle worker; False if they cannot be given."""
+        """Offer entries of a directory to an idle worker; return False if that is impossible."""
         message = b"\0".join(os.fsencode(name) for name in names)
         given = self._give(self._channels.give_names, message, (*directory, self._returned))
         self._given += given
         return given
 
     def finish(self) -> None:
-        """Return when all names that were given are done, doing names of anybody meanwhile."""
+        """Wait until all offered names are done, and do names of other workers meanwhile."""
         while self._given:
             if self._returned in self._await(self._returned, self._channels.names.fileno()):
                 self._given -= os.eventfd_read(self._returned)
@@ -85,10 +85,10 @@ class Share:
                 self._take_names()
 
     def perform(self, work: Work) -> None:
-        """Do tasks until the crew says that there are no more, reporting each.
+        """Do tasks, and report each, until the crew ends the job.
 
-        The first that fails is reported by its errno, or by ESTALE if that was because the tree has
-        changed meanwhile, and ends the job.
+        The first failure ends the job. It is reported by its errno, or by ESTALE if the cause is a
+        change of the tree.
         """
         self._work = work
         try:
@@ -124,7 +124,7 @@ class Share:
 
     @contextmanager
     def _taken(self, channel: socket.socket) -> Iterator[tuple[bytes, list[int]]]:
-        """Take a task, if there is one, and report when it is done."""
+        """Take a task, if there is one, and report it after the block."""
         try:
             message, fds = receive(channel, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -140,14 +140,14 @@ class Share:
             self._report(DONE)
 
     def _idle(self) -> None:
-        """Wait for a task, or for the end."""
+        """Wait for a task, or for the end of the job."""
         self._page.set_idle(self._worker, True)
         self._await(self._channels.directories.fileno(), self._channels.names.fileno())
         self._page.set_idle(self._worker, False)
 
     def _await(self, *fds: int) -> list[int]:
-        # The other workers hold the job's sockets too: only the crew's own tells when it has ended
-        # without a word. That may have a number that select(2) does not take.
+        # The other workers hold the sockets of the job too; only the socket to the crew shows its
+        # end without a word. That may have a number that select(2) does not take.
         waiting = select.poll()
         for fd in (*fds, self._crew.fileno()):
             waiting.register(fd, select.POLLIN)

@@ -1,4 +1,4 @@
-"""One walk for all who read trees."""
+"""The walk through a tree that clone, measure and digest share."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import NamedTuple
 from snapd_native.trees.descent import Descent, Scan
 
 Report = Callable[[int, int], None]
-"""Is told of inodes and allocated bytes that are done since it was last called.
+"""A function that gets the inodes and allocated bytes that were done since its last call.
 
-It is called many times a second, perhaps with zeros, and may raise to stop.
+It is called many times a second, also with zeros, and can raise to end the work.
 """
 
 
 def allocated(status: os.stat_result) -> int:
-    """Return the bytes that a file takes: ``st_blocks`` counts in units of 512; see stat(3type)."""
+    """Return the allocated bytes of a file. The unit of ``st_blocks`` is 512; see stat(3type)."""
     return status.st_blocks * 512
 
 
 def link_target(directory: int, name: str) -> str:
-    """Return where a symbolic link leads; raises `OSError` with ESTALE if it is none by now."""
+    """Return the target of a symbolic link; raise `OSError` with ESTALE if it is none now."""
     try:
         return os.readlink(name, dir_fd=directory)
     except OSError as error:
@@ -34,13 +34,13 @@ def link_target(directory: int, name: str) -> str:
 
 
 def open_file(directory: int, name: str, flags: int = 0) -> int:
-    """Open a regular file to read it; wait where somebody must give up a lease on it first.
+    """Open a regular file for reading; wait while another process gives up a lease on it.
 
-    See F_SETLEASE in fcntl(2): Samba and NFS servers hold leases. Opening never waits for the
-    other end of a FIFO.
+    Samba and NFS servers hold leases; see F_SETLEASE in fcntl(2). This never waits for the other
+    end of a FIFO.
 
     Raises:
-        OSError: the kernel's; ESTALE if it is no regular file by now.
+        OSError: an error of the kernel; ESTALE if it is not a regular file now.
     """
     flags |= os.O_RDONLY | os.O_CLOEXEC
     try:
@@ -57,7 +57,7 @@ def open_file(directory: int, name: str, flags: int = 0) -> int:
 
 
 def changed() -> OSError:
-    """Return the error that tells that a tree was changed while it was read."""
+    """Return the error for a tree that was changed while it was read."""
     return OSError(errno.ESTALE, "the tree was changed while it was read")
 
 
@@ -67,15 +67,15 @@ class Step(Enum):
     ENTRY = auto()
     """Anything but a directory."""
     ENTER = auto()
-    """A directory, before what it holds."""
+    """A directory, before its entries."""
     LEAVE = auto()
-    """The same directory, after what it holds."""
+    """The same directory, after its entries."""
 
 
 class Visit(NamedTuple):
     """A step of a walk.
 
-    ``directory`` is an fd, open until the next step: of the directory that holds the entry, or of
+    ``directory`` is an fd that stays open until the next step. It is the directory of the entry, or
     the directory that is entered or left.
     """
 
@@ -86,11 +86,10 @@ class Visit(NamedTuple):
 
 
 class Walk:
-    """A walk through everything below ``root``, depth first, the root itself excluded.
+    """A walk through everything below ``root``, depth first, without the root itself.
 
-    Entries that vanish between listing and visiting are left out. Memory and open files are bounded
-    for every tree. Iterating raises `OSError` where a directory cannot be read, or
-    was moved meanwhile (ESTALE).
+    An entry that was deleted since it was listed is left out. Memory and open files are bounded for
+    every tree. The iteration raises `OSError` if a directory cannot be read, or was moved (ESTALE).
     """
 
     def __init__(self, root: int) -> None:
@@ -99,11 +98,11 @@ class Walk:
         self._names: Scan | None = None
 
     def skip(self) -> None:
-        """Stay out of the directory just entered; there will be no leaving it."""
+        """Skip the directory that was just entered; it is not left either."""
         self._skipped = True
 
     def take(self, most: int) -> list[str]:
-        """Leave up to ``most`` entries beside the one just visited out; see `Scan.take`."""
+        """Remove up to ``most`` entries after the current one from the walk; see `Scan.take`."""
         return self._names.take(most) if self._names else []
 
     def __iter__(self) -> Iterator[Visit]:

@@ -1,8 +1,7 @@
-"""A worker process: does its share of one job after the other.
+"""A worker process: it takes part in one job after the other.
 
-Run as ``python -m snapd_native.trees.worker FD PID PRIORITY``: its socket to the crew, the process
-that the crew is in, and whether to stand back for everybody else. It ends when the crew has ended,
-also in the middle of a job.
+Run as ``python -m snapd_native.trees.worker FD PID PRIORITY``: the socket to the crew, the process
+of the crew, and the priority. It ends when the crew has ended, also during a job.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from snapd_native.trees.share import Share
 
 def main() -> None:
     """Serve the crew until it closes the socket."""
-    # Ctrl-C in a terminal is for the daemon, which stops its workers in order. And files are made
-    # with their final modes, which is one call less for each.
+    # Ctrl-C in a terminal is for the daemon, which stops its workers in order. With this umask,
+    # files are created with their final modes, which saves a call for each.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.umask(0)
     if sys.argv[3] == IDLE:
-        # The kernel derives the I/O class from it, which is idle too; see ioprio_set(2).
+        # The kernel derives the I/O class from it, here idle; see ioprio_set(2).
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    # A crew that was killed breaks the pipe.
+    # The socket is broken if the crew was killed.
     with suppress(ConnectionError), socket.socket(fileno=int(sys.argv[1])) as crew:
         while True:
             order, fds = receive(crew)
@@ -40,7 +39,7 @@ def main() -> None:
 
 
 def _serve(crew: socket.socket, parent: int, order: bytes, fds: list[int]) -> bytes:
-    """Do a job, and return what was found out."""
+    """Take part in a job, and return the finding."""
     number, worker, reflink = ORDER.unpack(order)
     with ExitStack() as stack:
         for fd in fds:
