@@ -1,4 +1,4 @@
-"""Who may call what."""
+"""Decide whether a caller may call a method."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from snapd_native.errors import (
 from snapd_native.wire.values import Body
 
 MAX_QUESTIONS = 16
-"""Questions to polkit about one uid that may be open at once; a person may take his time."""
+"""Open questions to polkit about one uid at most; a person can take long to answer."""
 
 
 MAX_UNKNOWN = 256
-"""Calls of one connection that may wait until the bus has said whose it is."""
+"""Calls of one connection at most that wait until the bus has told its uid."""
 
 
 class Action(StrEnum):
-    """What a caller must be allowed to do; the value is the polkit action's name."""
+    """What a caller needs permission for; the value is the name of the polkit action."""
 
     READ = "org.snapdnative1.read"
     MANAGE = "org.snapdnative1.manage"
@@ -36,14 +36,14 @@ class Action(StrEnum):
 
 
 class Driver(Bus, Protocol):
-    """The part of a connection that asks the bus itself, and others on it."""
+    """The part of a connection that calls the bus itself and other services."""
 
     def ask_driver(self, member: str, signature: str, body: Body) -> Coroutine[Any, Any, Body]:
         """Call a method of the bus."""
 
 
 class Authority:
-    """Judges callers: uid 0 may do everything, others what polkit says."""
+    """Authorises callers: uid 0 may do everything, others what polkit permits."""
 
     def __init__(self, bus: Driver) -> None:
         self._bus = bus
@@ -57,14 +57,14 @@ class Authority:
     async def check(
         self, call: Call, action: Action, details: Mapping[str, str] | None = None
     ) -> int:
-        """Return the uid of the caller of ``call``, if it may do ``action``.
+        """Return the uid of the caller of ``call``, if they may do ``action``.
 
-        A person who is asked is shown ``details``.
+        polkit shows ``details`` to the person whom it asks.
 
         Raises:
-            AccessDenied: it may not, or is gone.
-            InteractiveAuthorizationRequired: it may once a person has agreed, who can be asked only
-                if the call allows that.
+            AccessDenied: they may not, or have left the bus.
+            InteractiveAuthorizationRequired: a person would have to agree, but the call does not
+                permit to ask one.
             ResourceExhausted: too many questions about that uid are open.
             Unavailable: the service is stopping.
         """
@@ -83,20 +83,20 @@ class Authority:
         )
 
     def knows(self, sender: str) -> bool:
-        """Tell whether a connection whose uid was known is still on the bus."""
+        """Tell whether a connection with a known uid is still on the bus."""
         asked = self._uids.get(sender)
-        # A late call of a connection that has left asks about it again: that question is open, or
-        # it has failed, because the bus never gives a unique name twice.
+        # After a connection has left, a late call of it makes the service ask the bus again. That
+        # question is open or has failed, because the bus does not reuse unique names.
         return asked is not None and asked.done() and asked.exception() is None
 
     def forget(self, sender: str) -> None:
-        """Drop what is known of a connection that has left the bus, and what is asked about it."""
+        """Forget a connection that has left the bus, and cancel the questions about it."""
         self._uids.pop(sender, None)
         for question in self._questions.pop(sender, ()):
             question.cancel()
 
     def close(self) -> None:
-        """Cancel the open questions to polkit, and ask no more."""
+        """Cancel the open questions to polkit, and ask no new ones."""
         self._closed = True
         for sender in list(self._questions):
             self.forget(sender)
@@ -105,8 +105,8 @@ class Authority:
         """Return the uid of the connection ``sender``.
 
         Raises:
-            AccessDenied: it is gone.
-            ResourceExhausted: too many of its calls ask that at once.
+            AccessDenied: it has left the bus.
+            ResourceExhausted: too many of its calls wait for this.
         """
         # The pending question is kept, not only its answer: a second call waits for the same
         # answer, and a connection that leaves before the answer is forgotten too.

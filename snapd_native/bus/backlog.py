@@ -1,14 +1,14 @@
 """Limit the messages that wait at the bus for clients that do not read them.
 
-dbus-daemon takes nothing more from a connection while 127 MiB of its messages, or 64 descriptors,
-wait for others to read them (``max_incoming_bytes`` and ``max_incoming_unix_fds`` in
-dbus-daemon(1)): one client that reads nothing could hold up the answers to everybody. So as much
-may wait for each as is left free for all. A client that reads nothing gets half of the whole, two
-get a third each. Switches that share one memory among their ports do the same (Choudhury and Hahne,
-Dynamic Queue Length Thresholds, 1998), and keep a little for each that nobody else gets.
+dbus-daemon reads nothing more from a connection while 127 MiB of its messages, or 64 descriptors,
+wait for their receivers (``max_incoming_bytes`` and ``max_incoming_unix_fds`` in dbus-daemon(1)).
+Then one client that does not read could delay the replies to all others. So the bytes that may wait
+for one client are limited to the bytes that are still free. One client that does not read gets half
+of the whole, two get a third each. Switches that share one memory among their ports do the same
+(Choudhury and Hahne, Dynamic Queue Length Thresholds, 1998), and reserve a little for each port.
 
-Answers are counted as they are sent, as if nobody read any. When that comes near to what may wait,
-the bus is asked what does wait, which root may.
+Replies are counted when they are sent, as if no client read them. When the count comes near the
+limit, the service asks the bus how much really waits, which root may.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from snapd_native.wire.values import Body
 log = logging.getLogger(__name__)
 
 ROOM = 96 << 20
-"""Bytes that may wait in all, beside what each client has of its own."""
+"""Bytes that may wait for all clients together, in addition to `OWN`."""
 
 OWN = 64 << 10
-"""Bytes that may always wait for each client, however much waits for others."""
+"""Bytes that may always wait for a client, however much waits for others."""
 
 OWN_IN_ALL = 16 << 20
-"""Bytes that all clients together may have of `OWN`; the rest of the bus's limit is for signals."""
+"""Bytes of `OWN` for all clients together; the rest of the bus's limit is for signals."""
 
 DESCRIPTOR = ROOM // 48
-"""Bytes that a waiting file descriptor counts as."""
+"""Bytes for which a waiting file descriptor counts."""
 
 LARGE = 64 << 10
-"""Bytes beyond which an answer is better dropped than kept, unless it tells of a change."""
+"""Bytes from which a reply may be dropped, unless it is the result of a change."""
 
 READ_WITHIN = 0.5
-"""Seconds within which a client has to read so much that what waits here can be sent."""
+"""Seconds within which a client must read enough that a waiting reply can be sent."""
 
 PAUSE = 0.1
-"""Longest time, in seconds, between two questions to the bus while no client reads."""
+"""Seconds at most between two questions to the bus while no client reads."""
 
 
 class Bus(Protocol):
-    """The part of a connection that asks others on it."""
+    """The part of a connection that calls other services."""
 
     @property
     def unique_name(self) -> str | None:
@@ -80,48 +80,48 @@ class _Held(NamedTuple):
 class _Account:
     sent: int = 0
     read: int = 0
-    """At least."""
+    """A lower bound."""
 
     @property
     def waiting(self) -> int:
-        """Return what waits at the bus at most."""
+        """Return an upper bound of the bytes that wait at the bus."""
         return self.sent - self.read
 
 
 @dataclass(slots=True)
 class _Client(_Account):
     held: deque[_Held] = field(default_factory=deque)
-    """Answers that are sent when it has read others."""
+    """Replies that are sent when the client has read others."""
     kept: int = 0
-    """Bytes of those that cannot be dropped."""
+    """Bytes of the replies that must not be dropped."""
     since: float | None = None
-    """When the bus has first said that it has much to read, and no room for the first of them."""
+    """When the bus first said that the client has much to read and its first reply no room."""
     is_behind: bool = False
-    """Whether it has not read on in time."""
+    """Whether the client has not read enough in time."""
 
 
 class Backlog:
-    """Lets answers pass as long as there is room at the bus for them."""
+    """Admits replies while there is room for them at the bus."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._all = _Account()
         self._clients: dict[str, _Client] = {}
         self._suspects: set[str] = set()
-        """Those about whom the bus is asked again and again."""
+        """The clients about which the service asks the bus repeatedly."""
         self._asking: asyncio.Task[None] | None = None
         self._closed = False
 
     def meet(self, call: Call) -> None:
-        """Count what is sent to a client from its first call on, until it is forgotten."""
+        """Start to count what is sent to a client, at its first call."""
         if call.sender not in self._clients:
             self._clients[call.sender] = _Client()
 
     def check(self, call: Call) -> None:
-        """Refuse the call of a client that has to read first.
+        """Refuse the call of a client that must read its replies first.
 
         Raises:
-            ResourceExhausted: it has not read on in time, or too much waits here for it.
+            ResourceExhausted: it has not read enough in time, or too much waits for it here.
         """
         client = self._clients.get(call.sender)
         if call.wants_reply and client and (client.is_behind or client.kept > OWN):
@@ -135,9 +135,9 @@ class Backlog:
         self._all.sent += size
 
     async def admit(self, receiver: str, answer: Answer, *, may_drop: bool = False) -> bool:
-        """Wait until there is room for an answer, and return true.
+        """Wait until there is room for a reply, and return true.
 
-        With ``may_drop`` wait `READ_WITHIN` at most, and return false if there is none by then.
+        With ``may_drop`` wait at most `READ_WITHIN`, and return false if there is no room then.
         """
         client = self._clients.get(receiver)
         if self._closed or client is None:
@@ -157,14 +157,14 @@ class Backlog:
         return await held.is_sent
 
     def forget(self, receiver: str) -> None:
-        """Let pass what is held for a connection that has left: the bus throws it away."""
+        """Send what waits for a connection that has left; the bus discards it."""
         self._suspects.discard(receiver)
         if client := self._clients.pop(receiver, None):
             for held in client.held:
                 self._decide(client, held, is_sent=True)
 
     def close(self) -> None:
-        """Let everything pass from now on."""
+        """Admit every reply from now on."""
         self._closed = True
         for receiver in [*self._clients]:
             self.forget(receiver)
@@ -174,7 +174,7 @@ class Backlog:
         return client.waiting + cost <= max(left, OWN) and left > -OWN_IN_ALL
 
     def _has_much(self, client: _Client) -> bool:
-        """Tell whether more than half of what may wait for a client does."""
+        """Tell whether more than half of the client's limit waits at the bus."""
         return 2 * client.waiting > max(ROOM - self._all.waiting, OWN)
 
     def _add(self, client: _Client, cost: int) -> None:
@@ -193,7 +193,7 @@ class Backlog:
             self._asking = asyncio.get_running_loop().create_task(self._ask_on())
 
     async def _ask_on(self) -> None:
-        """Ask the bus how much waits, and admit answers as there is room, until all is sent."""
+        """Ask the bus repeatedly how much waits, and admit replies, until all are sent."""
         loop = asyncio.get_running_loop()
         try:
             while self._suspects:
@@ -201,7 +201,7 @@ class Backlog:
                 await self._update(self._all, self._bus.unique_name or "", "Incoming")
                 have_read = [await self._ask_about(receiver) for receiver in [*self._suspects]]
                 pause = 0 if any(have_read) else PAUSE
-                # Three quarters of the time it is not asked.
+                # The questions take at most a quarter of the time.
                 await asyncio.sleep(max(pause, 3 * (loop.time() - begin)))
         except SnapdError as error:
             if not self._closed:
@@ -211,12 +211,12 @@ class Backlog:
             self._asking = None
 
     async def _ask_about(self, receiver: str) -> bool:
-        """Ask what waits for a client, let pass what can, and return whether it has read on."""
+        """Ask how much waits for a client, admit replies, and return whether it has read."""
         client = self._clients.get(receiver)
         if client is None:
             return False
         read = client.read
-        # If it leaves meanwhile, the bus says so at once.
+        # If the client leaves meanwhile, the bus says so at once.
         with suppress(SnapdError):
             await self._update(client, receiver, "Outgoing")
         if self._clients.get(receiver) is client:
@@ -224,7 +224,7 @@ class Backlog:
         return client.read > read
 
     async def _update(self, account: _Account, name: str, direction: str) -> None:
-        # All that was sent before has reached the bus when it is asked.
+        # The question arrives at the bus after all replies that were sent before.
         sent = account.sent
         (stats,) = await self._bus.request(
             DRIVER, DRIVER_PATH, f"{DRIVER}.Debug.Stats", "GetConnectionStats", "s", [name]
@@ -233,7 +233,7 @@ class Backlog:
         account.read = sent - int(sizes["Bytes"] + DESCRIPTOR * sizes["FDs"])
 
     def _release(self, receiver: str, client: _Client) -> None:
-        """Decide about what is held, now that the bus has been asked."""
+        """Admit or drop waiting replies, after the bus has answered."""
         while client.held and self._fits(client, client.held[0].cost):
             self._decide(client, client.held.popleft(), is_sent=True)
             client.since = None
@@ -249,7 +249,7 @@ class Backlog:
         if not has_much:
             client.is_behind = False
         if client.is_behind or not has_much:
-            # If it has not much, others have left no room.
+            # If little waits for this client, the others use up the room.
             self._drop(client)
         if not client.held and not has_much:
             self._suspects.discard(receiver)

@@ -13,20 +13,20 @@ from snapd_native.bus.incoming import Call, Ignored, Reader
 from snapd_native.wire.connection import Connection
 
 AT_ONCE = 32
-"""Messages that are read before everything else has its turn."""
+"""Messages that are read before other work gets its turn."""
 
 MOST_WAITING = 8 << 20
-"""Bytes of answers that the bus has not taken, beyond which no more calls are read."""
+"""Bytes of replies that the bus has not read, beyond which no more calls are read."""
 
 MOST_PASSING = 256
-"""File descriptors that may go with them."""
+"""File descriptors of these replies at most."""
 
 
 class ServiceConnection(Connection):
-    """Hands every method call to ``on_call``, none to dbus-next's own dispatch.
+    """Passes every method call to ``on_call``, instead of dbus-next's own dispatch.
 
-    The bus takes nothing while too much of what it has taken waits for those who read nothing. No
-    calls are read then, and `has_room` is not set: memory does not grow with what they ask for.
+    The bus stops reading while too many messages wait for clients that do not read. Then no calls
+    are read and `has_room` is not set, so that memory does not grow.
     """
 
     def __init__(self, on_call: Callable[[Call], None]) -> None:
@@ -40,14 +40,14 @@ class ServiceConnection(Connection):
         self.has_room.set()
 
     def leave(self) -> None:
-        """Wait for room no more: calls are only refused from now on."""
+        """Do not wait for room any more, because calls are only refused from now on."""
         self._leaving = True
         self._on_written()
 
     def send_marshalled(self, message: bytearray, fds: Sequence[int] = ()) -> None:
-        """Send a message that was marshalled elsewhere; it is dropped when the bus is gone.
+        """Send a marshalled message with ``fds``, and close the fds.
 
-        It carries ``fds``, which are closed here in any case.
+        The message is dropped if the connection is lost.
         """
         if not self.connected:
             close(fds)
@@ -84,7 +84,7 @@ class ServiceConnection(Connection):
             self._read_on()
 
     def _read_on(self) -> None:
-        # dbus-next reads as long as anything comes: in a flood nothing else would ever be done.
+        # dbus-next reads while messages come: in a flood nothing else would be done.
         self._reading_on = False
         if self._disconnected:
             return
@@ -105,7 +105,7 @@ class ServiceConnection(Connection):
         self._loop.call_soon(self._read_on)
 
     def _create_unmarshaller(self) -> Reader:
-        # Without room for them, the kernel drops file descriptors that strangers send.
+        # Without a buffer for them, the kernel drops file descriptors that clients send.
         return Reader(self._stream, self._method_return_handlers.__contains__)
 
     def _on_message(self, message: Call | Message | Ignored) -> None:
@@ -117,6 +117,6 @@ class ServiceConnection(Connection):
 
 
 def close(fds: Sequence[int]) -> None:
-    """Close file descriptors that are not wanted any more."""
+    """Close file descriptors."""
     for fd in fds:
         os.close(fd)

@@ -1,7 +1,7 @@
-"""From a message to an answer: find the method, judge the caller, check, run, reply.
+"""Answer method calls: find the method, authorise the caller, check, run, reply.
 
-The order is the contract's: authorisation, arguments, state. Whatever happens, a caller that
-waits gets exactly one answer, and never more of an exception than its one sentence.
+The order is the contract's: authorisation, arguments, state. A caller that waits gets exactly one
+reply, whatever happens, and of an exception only its message.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Dispatcher:
         self.connection.add_message_handler(self._on_message)
 
     async def start(self) -> None:
-        """Connect to the bus, and watch it for callers that leave.
+        """Connect to the bus, and watch for callers that leave.
 
         Raises:
             Unavailable: there is no bus.
@@ -90,18 +90,18 @@ class Dispatcher:
         return bool(there)
 
     def announce(self, change: Change) -> None:
-        """Send the signal that tells of ``change``."""
+        """Send the signal of a change."""
         self._emit(OBJECT_PATH, MANAGER, *signal(change))
 
     def refuse(self) -> None:
-        """From now on, answer every call with Unavailable, and wait for no person."""
+        """From now on, refuse every call with Unavailable, and cancel questions to persons."""
         self._stopping = True
         self._authority.close()
         self._backlog.close()
         self.connection.leave()
 
     async def finish(self, seconds: float | None) -> bool:
-        """Wait until all calls are answered, or ``seconds`` are over; tell whether they are."""
+        """Wait at most ``seconds`` until all calls are answered; return whether they are."""
         if self._running:
             await asyncio.wait(self._running, timeout=seconds)
         return not self._running
@@ -130,7 +130,7 @@ class Dispatcher:
                 answer = await self._handle(call, serial, until_sent)
             except Exception as error:
                 answer = failure(call, error, serial)
-                # Frames whose variables lead back to the error keep the call, which may be large,
+                # Frames whose variables refer to the error keep the call, which can be large,
                 # until the garbage collector runs.
                 clear_frames(error.__traceback__)
             if call.wants_reply:
@@ -143,7 +143,7 @@ class Dispatcher:
     ) -> None:
         method = self._manager.methods.get(call.member)
         changes = method is not None and method.action is not Action.READ
-        # The caller can be told to call again.
+        # The caller can call again.
         can_be_dropped = bool(answer.fds) or (len(answer.data) > LARGE and not changes)
         if can_be_dropped and not await self._backlog.admit(call.sender, answer, may_drop=True):
             close(answer.fds)
@@ -154,7 +154,7 @@ class Dispatcher:
         self.connection.send_marshalled(*answer)
 
     async def _handle(self, call: Call, serial: int, until_sent: AsyncExitStack) -> Answer:
-        """Return the marshalled reply to ``call``, and keep what is to be kept until it is sent."""
+        """Return the marshalled reply to ``call``; ``until_sent`` is closed when it is sent."""
         match self._interface(call):
             case names.PEER | names.INTROSPECTABLE:
                 return result(call, *self._standard(call), serial)
@@ -185,7 +185,7 @@ class Dispatcher:
             return result(call, returns, await self._work(call, method, caller), serial)
         extra = [caller] if method.lane in (Lane.MOUNT, Lane.LIST) else []
 
-        # Pages are, and descriptors are few. The next is not made before such a one is sent.
+        # List pages are large and descriptors scarce: the next is made after this one is sent.
         is_large = method.lane is Lane.LIST or "h" in returns
 
         def run() -> Answer:
@@ -199,19 +199,19 @@ class Dispatcher:
         turn = self._lanes.turn(method.lane, caller.uid)
         async with AsyncExitStack() as until_done:
             pool = await (until_sent if is_large else until_done).enter_async_context(turn)
-            # The caller may have fallen behind while it waited for its turn.
+            # The caller can have stopped reading while the call waited for its turn.
             self._backlog.check(call)
             answer = await asyncio.get_running_loop().run_in_executor(pool, run)
         if method.lane is Lane.MOUNT and not caller.is_there():
-            # It has left since, and its mounts would stay.
+            # The caller has left, so that nothing would unmount its mounts.
             self._mounter.release(caller.owner)
         return answer
 
     async def _authorised(self, call: Call, method: Method) -> Caller:
-        """Return who calls, if he may call the method.
+        """Return the caller, if they may call the method.
 
         Raises:
-            AccessDenied: he may not.
+            AccessDenied: they may not.
         """
         uid, owner = await self._authority.uid(call.sender), self._owner(call.sender)
         is_there = partial(self._authority.knows, call.sender)
@@ -224,14 +224,14 @@ class Dispatcher:
             if uid == user:
                 return Caller(uid, owner, is_there, only_own=True)
         if (target := texts.get("target", "")).startswith("/"):
-            # A rule for directories below one must not be led out of it.
+            # With ".." a path could lead out of the directory that a polkit rule permits.
             texts["target"] = plain(target)
         details = {name: text[:MAX_TEXT] for name, text in texts.items()}
         await self._authority.check(call, method.action, details)
         return Caller(uid, owner, is_there)
 
     async def _canceller(self, call: Call) -> int:
-        """Return the uid of who calls a job's Cancel, if he may; who has begun it always may.
+        """Return the uid of the caller of Cancel, if they may; the job's own user always may.
 
         Raises as `Authority.check`.
         """
@@ -241,24 +241,24 @@ class Dispatcher:
         return await self._authority.check(call, Action.MANAGE)
 
     def _texts(self, call: Call) -> dict[str, str]:
-        """Return the texts that a call's arguments begin with, by their names in the contract."""
+        """Return the leading text arguments of a call, by their names in the contract."""
         if call.signature != self._shape.methods[call.member][0]:
             return {}
         return dict(zip(self._shape.arguments[call.member], call.texts(), strict=False))
 
     def _owner(self, sender: str) -> str:
-        # Unique names begin anew when the bus does.
+        # A new bus uses the same unique names again.
         return f"{self._bus} {sender}"
 
     def _perform(self, call: Call, method: Method, caller: Caller, *extra: Job | Caller) -> Body:
-        """Do what a method does, in a worker thread."""
+        """Run a method in a worker thread."""
         changes = method.action is not Action.READ
         with logged(call, caller.uid, self._texts(call), changes=changes):
             check_signature(call, {call.member: self._shape.methods[call.member][0]})
             return method.run(*extra, *call.arguments())
 
     async def _work(self, call: Call, method: Method, caller: Caller) -> Body:
-        """Call a method that may take long, and show it as a job when it does."""
+        """Run a method that can take long; if it does, show it as a job."""
         loop = asyncio.get_running_loop()
         begun: asyncio.Future[None] = loop.create_future()
         places = self._lanes.places(method.lane, caller.uid)
@@ -276,7 +276,7 @@ class Dispatcher:
         return await work
 
     def _interface(self, call: Call) -> str:
-        """Return the interface that is called; a call need not name it, the member tells then."""
+        """Return the interface of a call; if the call names none, the member determines it."""
         if call.interface == PEER:
             return PEER
         interfaces: dict[str, Collection[str]] = {PEER: _PEER, INTROSPECTABLE: _INTROSPECTABLE}

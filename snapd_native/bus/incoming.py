@@ -1,8 +1,8 @@
-"""Messages as they arrive, read without trusting who sent them.
+"""Read incoming messages without trust in their senders.
 
-dbus-next would parse every body on the event loop before anybody asked who sent it, and end the
-connection at the first surprise. Here only the header is read at once. A call's body is parsed
-where it is needed: after the caller is known, and in a worker thread.
+dbus-next parses every body on the event loop, before the sender is authorised, and closes the
+connection after an error. This module reads only the header at once. The body of a call is parsed
+later, after the authorisation and in a worker thread.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from snapd_native.wire.values import Body
 log = logging.getLogger(__name__)
 
 MAX_CALL = 4 << 20
-"""Bytes in a call's body; the largest that can be accepted, all labels, has about half of it."""
+"""Bytes of the body of a call at most. The largest valid one has about half of that."""
 
 MAX_SIGNATURES = 1000
-"""Signatures that are remembered."""
+"""Signatures that are kept in a cache."""
 
 MAX_TEXT = 4096
-"""Characters of a text that a person or a rule is shown."""
+"""Characters of a text that a person or a polkit rule gets at most."""
 
 _END = io.BytesIO()
 _TEXT = SignatureTree("s").types[0]
@@ -42,7 +42,7 @@ _PATH, _INTERFACE, _MEMBER, _REPLY_SERIAL, _SENDER, _SIGNATURE = 1, 2, 3, 5, 7, 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A method call. ``sender`` is the caller's unique name, vouched for by the bus."""
+    """A method call. ``sender`` is the unique name of the caller, guaranteed by the bus."""
 
     serial: int
     flags: int
@@ -53,21 +53,21 @@ class Call:
     signature: str
     size: int
     payload: bytes
-    """The body; nothing if its ``size`` is over `MAX_CALL`."""
+    """The body; empty if its ``size`` is over `MAX_CALL`."""
     endian: int
 
     @property
     def wants_reply(self) -> bool:
-        """Whether the caller waits for an answer."""
+        """Whether the caller waits for a reply."""
         return not self.flags & MessageFlag.NO_REPLY_EXPECTED
 
     @property
     def may_ask(self) -> bool:
-        """Whether a person may be asked for the caller's authorisation."""
+        """Whether polkit may ask a person."""
         return bool(self.flags & MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION)
 
     def texts(self) -> list[str]:
-        """Parse no more than the texts that the body begins with; of a body too large none."""
+        """Parse only the texts at the beginning of the body; none if the body is too large."""
         if self.size > MAX_CALL:
             return []
         parser = self._parser()
@@ -96,14 +96,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Ignored:
-    """A message that is nothing to the service."""
+    """A message that the service does not need."""
 
 
 class Reader(Unmarshaller):
-    """Reads one message: a `Call`, the bus's own signals and replies as `Message`, or `Ignored`."""
+    """Reads one message: a `Call`, a signal or reply as `Message`, or `Ignored`."""
 
     def __init__(self, stream: io.BufferedIOBase, awaits: Callable[[int], bool]) -> None:
-        """Let replies pass to those calls, by their serials, of which ``awaits`` is true."""
+        """Read the replies to those calls for whose serials ``awaits`` returns true."""
         super().__init__(stream)
         self._awaits = awaits
 
@@ -116,7 +116,7 @@ class Reader(Unmarshaller):
         header_end = 16 + header_length + self._padding(header_length, 8)
         self.offset = 16
         self.read(header_end - 16 + body_length, prefetch=True)
-        # The message has been read as a whole, so the next one can be read even if this one is
+        # The whole message is in the buffer, so the next one can be read even if this one is
         # malformed. A wrong length inside must not read into the next one.
         self.stream = _END
         try:
@@ -129,7 +129,7 @@ class Reader(Unmarshaller):
         endian, type_, flags, version = self.buf[:4]
         if version != PROTOCOL_VERSION:
             return Ignored()
-        # dbus-next keeps every signature it ever met, also those that callers put into variants.
+        # dbus-next keeps every signature for ever, also those in variants of callers.
         if len(SignatureTree._cache) > MAX_SIGNATURES:
             SignatureTree._cache.clear()
         self.offset = 8
@@ -150,7 +150,7 @@ class Reader(Unmarshaller):
                 payload=bytes(self.buf[body:]) if body_length <= MAX_CALL else b"",
                 endian=endian,
             )
-        # Signals are accepted from the bus only, and replies from anybody who was asked: the bus
+        # Signals are accepted from the bus only. Replies are accepted from every service: the bus
         # delivers no other replies.
         is_reply = type_ in (MessageType.METHOD_RETURN.value, MessageType.ERROR.value)
         if sender != DRIVER and not (is_reply and self._awaits(fields.get(_REPLY_SERIAL, 0))):

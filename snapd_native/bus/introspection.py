@@ -1,4 +1,4 @@
-"""The introspection XML: the contract's shape, and what the bus shows of it."""
+"""The introspection XML: the definition of the interfaces, and what Introspect returns."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ class Shape:
     """The types of an interface's members, as signatures."""
 
     methods: dict[str, tuple[str, str]]
-    """In and out."""
+    """Signatures of input and output."""
     arguments: dict[str, list[str]]
-    """The names of what goes in."""
+    """Names of the input arguments."""
     signals: dict[str, str]
     properties: dict[str, str]
 
@@ -77,15 +77,15 @@ def contract() -> str:
 
 def shapes(xml: str) -> dict[str, Shape]:
     """Return the interfaces that an introspection document describes."""
-    # The documents are the package's own, so they need no hardened parser.
+    # The documents are part of the package, so a hardened parser is not needed.
     node = ElementTree.fromstring(xml)  # noqa: S314
     return {interface.attrib["name"]: _shape(interface) for interface in node.iter("interface")}
 
 
 def document(path: str, jobs: Sequence[str]) -> str | None:
-    """Return what Introspect answers at ``path``, or None where there is no object.
+    """Return the result of Introspect at ``path``, or None if there is no object.
 
-    ``jobs`` are the last parts of the paths of the jobs that there are.
+    ``jobs`` are the last parts of the paths of all jobs.
     """
     if path == OBJECT_PATH:
         return _document(_interface(MANAGER), _STANDARD, _children(["job"] if jobs else []))

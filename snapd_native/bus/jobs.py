@@ -1,4 +1,4 @@
-"""Jobs on the bus: objects with progress that can be cancelled, while their work goes on."""
+"""Jobs on the bus: objects that show progress and can be cancelled, while the work runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from snapd_native.wire.names import JOB, JOB_PATH, MANAGER, OBJECT_PATH, PROPERT
 from snapd_native.wire.values import Body
 
 PERIOD = 0.2
-"""Seconds between two signals about one job's progress."""
+"""Seconds between two signals about the progress of a job."""
 
 Emit = Callable[[str, str, str, Body], None]
 """Sends a signal: object, interface, member, arguments."""
@@ -57,10 +57,10 @@ class Shown:
         }
 
     async def cancel(self) -> None:
-        """Have its work undone, and return when it is.
+        """Cancel the job, and wait until its work is undone.
 
         Raises:
-            FailedPrecondition: it is too late for that.
+            FailedPrecondition: it is too late.
         """
         if not self.job.cancel():
             raise FailedPrecondition(f"job {self.id} cannot be cancelled: it is done already")
@@ -68,7 +68,7 @@ class Shown:
 
 
 class Jobs:
-    """All jobs that have objects. Everything happens on the event loop, but for `listing`."""
+    """All jobs that have objects. Only `listing` may be called outside of the event loop."""
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
@@ -79,7 +79,7 @@ class Jobs:
         """Return the job at ``path``, for which `may_be_at` is true.
 
         Raises:
-            NotFound: the job has ended, or there never was one.
+            NotFound: the job has ended or never existed.
         """
         if path not in self._shown:
             number = path.rpartition("/")[2][:20]
@@ -87,12 +87,12 @@ class Jobs:
         return self._shown[path]
 
     def is_of(self, path: str, uid: int) -> bool:
-        """Tell whether there is a job at ``path`` that ``uid`` has asked for."""
+        """Tell whether there is a job of ``uid`` at ``path``."""
         return path in self._shown and self._shown[path].uid == uid
 
     @staticmethod
     def may_be_at(path: str) -> bool:
-        """Tell whether ``path`` is one that jobs have."""
+        """Tell whether ``path`` has the form of a job's path."""
         return path.rpartition("/")[0] == JOB_PATH
 
     def listing(self) -> Body:
@@ -103,11 +103,11 @@ class Jobs:
         ]
 
     def ids(self) -> list[str]:
-        """Return the last parts of all objects' paths."""
+        """Return the last parts of the paths of all objects."""
         return [str(shown.id) for shown in self._shown.values()]
 
     def show(self, job: Job, uid: int, work: asyncio.Task[Body]) -> Shown:
-        """Give a job an object until ``work`` is done."""
+        """Show a job as an object until ``work`` is done."""
         shown = Shown(next(self._ids), job, uid, asyncio.get_running_loop().create_future())
         self._shown[shown.path] = shown
         self._emit(OBJECT_PATH, MANAGER, "JobNew", [shown.id, shown.path])
@@ -137,7 +137,7 @@ class Jobs:
 
 
 def _outcome(error: BaseException | None) -> tuple[str, str, str]:
-    """Return a job's result, with the name and the message of its error."""
+    """Return the result of a job, and the name and message of its error."""
     if error is None:
         return "done", "", ""
     name, text = described(error)

@@ -17,39 +17,39 @@ _T = TypeVar("_T")
 
 
 class Lane(Enum):
-    """A kind of work: its worker threads, and how many of its calls may be under way."""
+    """A kind of work: the number of its worker threads, and of its calls at once."""
 
     READ = (4, 1024)
-    """Answered from the metastore."""
+    """Reads one record."""
     LIST = (2, 256)
-    """Answered from the metastore too, but perhaps from all of it."""
+    """Reads many records."""
     CHANGE = (4, 512)
     """One short transaction."""
     USER = (1, 64)
-    """Looks up the owner of a mount, to decide whether the caller may call."""
+    """Looks up the owner of a mount for the authorisation."""
     MOUNT = (8, 256)
-    """One change of the host's mounts, or an answer from them."""
+    """Changes or reads the mounts of the host."""
     TREE = (64, 64)
-    """Copies, commits or deletes: each may take minutes, so each has a thread of its own."""
+    """Copies, commits or deletes. Each call can take minutes, so each has a thread."""
     SURVEY = (64, 64, 8)
-    """Measures or compares for callers who may only read, who never take a place of a change."""
+    """Measures or compares, for callers who may only read, apart from changes."""
     VERIFY = (64, 64, 2)
-    """Reads whole trees at idle priority, so a call may take very long."""
+    """Reads whole trees at idle priority; a call can take hours."""
 
     def __init__(self, threads: int, bound: int, places: int = 0) -> None:
         self.threads = threads
         self.bound = bound
         self.places = places
-        """How many of the calls work at a time, each with workers; 0 if all do."""
+        """How many of the calls work at a time; 0 if all do."""
 
     @property
     def may_take_long(self) -> bool:
-        """Whether what is in it can be a job."""
+        """Whether its calls can be jobs."""
         return self in (Lane.TREE, Lane.SURVEY, Lane.VERIFY)
 
 
 class Lanes:
-    """The worker threads of all lanes: each is there for root, and once more for all others."""
+    """The worker threads of all lanes. Each lane exists twice: for root, and for all others."""
 
     def __init__(self) -> None:
         self._threads: list[int] = []
@@ -69,12 +69,12 @@ class Lanes:
         }
 
     def places(self, lane: Lane, uid: int) -> threading.Semaphore | None:
-        """Return what the jobs of ``lane`` for ``uid`` take turns by; None if they need not."""
+        """Return the semaphore for jobs of ``lane`` and ``uid``; None if they need none."""
         return self._places.get((lane, uid == 0))
 
     @asynccontextmanager
     async def turn(self, lane: Lane, uid: int) -> AsyncIterator[ThreadPoolExecutor]:
-        """Wait for a thread of ``lane`` to be free for ``uid``, and keep it free for the caller.
+        """Wait for a thread of ``lane`` that is free for ``uid``, and reserve it for the block.
 
         Raises:
             ResourceExhausted: the lane is full.
@@ -100,7 +100,7 @@ class Lanes:
             return await asyncio.get_running_loop().run_in_executor(pool, work)
 
     def waits_for_disk(self) -> bool:
-        """Tell whether a thread waits in the kernel, as it does for a slow or frozen disk."""
+        """Tell whether a thread waits uninterruptibly, as for a slow or frozen disk."""
         return any(linux.is_uninterruptible(thread) for thread in list(self._threads))
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""One line in the log for each operation: what, how long, for whom, and why not."""
+"""Log each operation: its arguments, duration, user and error."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def logged(call: Call, uid: int, texts: Mapping[str, str], *, changes: bool) -> Iterator[None]:
-    """Log what is done inside the block, which a caller with ``uid`` may do.
+    """Log the operation of the block, for the authorised caller with ``uid``.
 
-    ``texts`` are its arguments. A call that ``changes`` nothing is logged for debugging only. A
-    call without authorisation is not logged: its caller could fill the log.
+    ``texts`` are its arguments. A call that changes nothing is logged with the level debug. A call
+    without authorisation is not logged, because its caller could fill the log.
 
     Raises:
-        Internal: what is done has a bug, which is logged.
+        Internal: the block has a bug, which is logged.
     """
     begun = time.monotonic()
-    # PrepareJob and the like do the same, only that nobody waits.
+    # PrepareJob does the same as Prepare, but the caller does not wait.
     operation = call.member.removesuffix("Job")
     given = {name: text for name, text in texts.items() if text}
     outcome, level, error = "done", logging.INFO if changes else logging.DEBUG, []
@@ -42,7 +42,7 @@ def logged(call: Call, uid: int, texts: Mapping[str, str], *, changes: bool) -> 
             raise Internal(outcome) from failure
         raise
     finally:
-        # One number, so that the message and the field agree.
+        # The message and the field have the same number.
         microseconds = round((time.monotonic() - begun) * 1_000_000)
         log.log(
             level,
@@ -55,7 +55,7 @@ def logged(call: Call, uid: int, texts: Mapping[str, str], *, changes: bool) -> 
                 [
                     ("operation", operation),
                     *given.items(),
-                    # A snapshot is looked for by its key or its name, and is found by either.
+                    # An entry is found by the key and by the name of a snapshot.
                     *([("key", given["name"])] if "name" in given else []),
                     *error,
                     ("duration_usec", str(microseconds)),

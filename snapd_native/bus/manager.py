@@ -1,6 +1,6 @@
-"""The interface ``org.snapdnative1.Manager``: wire values in, the engine's calls, wire values out.
+"""The interface ``org.snapdnative1.Manager``: calls of the bus become calls of the engine.
 
-Members carry their D-Bus names; their types are in ``org.snapdnative1.xml``.
+Members have their D-Bus names; their types are in ``org.snapdnative1.xml``.
 """
 
 from __future__ import annotations
@@ -36,30 +36,30 @@ class Caller:
 
     uid: int
     owner: str
-    """Its connection, told from all that there were before on any bus."""
+    """An id of its connection that is unique, also for later buses."""
     is_there: Callable[[], bool]
-    """Tells whether it is still on the bus."""
+    """Tells whether the caller is still on the bus."""
     only_own: bool = False
-    """Whether it has no rights but on what is its own."""
+    """Whether the caller may change only what is its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How a method is called: who may, in which lane, and what it does."""
+    """A method: the permission that it needs, its lane, and its function."""
 
     action: Action
     lane: Lane
     run: Callable[..., Body]
-    """Takes the call's arguments; in a lane that may take long a job before them, in that of mounts
-    the caller."""
+    """Gets the arguments of the call; before them a job in a lane that can take long, and the
+    caller in that of mounts."""
     returns_job: bool = False
-    """Whether the caller gets the job's path as soon as that has begun."""
+    """Whether the reply is the path of the job, as soon as the work has begun."""
     user: Callable[..., int | None] | None = None
-    """Takes the texts that the arguments begin with, and returns whose that is: he may call it."""
+    """Gets the leading text arguments, and returns the uid of the owner, who may call."""
 
 
 class Manager:
-    """The contract's methods and properties on one engine."""
+    """The methods and properties of the contract, for one engine."""
 
     def __init__(self, snapshotter: Snapshotter, jobs: Jobs) -> None:
         self._snapshotter = snapshotter
@@ -189,7 +189,7 @@ def _lifetime(text: str) -> Lifetime:
 
 
 def signal(change: Change) -> tuple[str, Body]:
-    """Return the signal, with its arguments, that tells of a change."""
+    """Return the name and the arguments of the signal of a change."""
     match change:
         case Added(key, kind, parent):
             return "SnapshotAdded", [key, kind.value, parent]

@@ -12,9 +12,9 @@ from snapd_native.model import quote
 
 
 def unpack(options: Mapping[str, Variant], **signatures: str) -> dict[str, Any]:
-    """Return the values of ``options``; ``signatures`` says which there can be, and their types.
+    """Return the values of ``options``; ``signatures`` contains the valid ones with their types.
 
-    A hyphen in an option's name is an underscore here.
+    A hyphen in the name of an option becomes an underscore.
 
     Raises:
         InvalidArgument: an option is unknown, or has another type.

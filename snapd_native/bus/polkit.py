@@ -1,4 +1,4 @@
-"""polkit, which knows what users may do; see its interface org.freedesktop.PolicyKit1.Authority."""
+"""Ask polkit; see its interface org.freedesktop.PolicyKit1.Authority."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _ALLOW_USER_INTERACTION = 1
 
 
 class Verdict(Enum):
-    """The answer of polkit."""
+    """The decision of polkit."""
 
     ALLOWED = "allowed"
     DENIED = "denied"
     CHALLENGE = "challenge"
-    """It would be allowed after a person has agreed."""
+    """It would be allowed after the agreement of a person."""
 
 
 class Bus(Protocol):
@@ -40,7 +40,7 @@ class Bus(Protocol):
         signature: str = "",
         body: Body | None = None,
     ) -> Coroutine[Any, Any, Body]:
-        """Call a method, and return what it answers."""
+        """Call a method, and return the result."""
 
     def tell(
         self,
@@ -51,7 +51,7 @@ class Bus(Protocol):
         signature: str,
         body: Body,
     ) -> None:
-        """Call a method, and wait for nothing."""
+        """Call a method without waiting for the reply."""
 
 
 class Polkit:
@@ -66,8 +66,8 @@ class Polkit:
     ) -> Verdict:
         """Tell whether the connection ``sender`` may do ``action``.
 
-        Where a person is to be asked and ``may_ask``, that is waited for; who cancels this ends the
-        question. Without polkit, or without an answer, it is denied.
+        With ``may_ask`` polkit can ask a person, and this waits for the answer; a cancellation ends
+        the question. Without polkit, or without an answer, the action is denied.
         """
         subject = ["system-bus-name", {"name": Variant("s", sender)}]
         flags = _ALLOW_USER_INTERACTION if may_ask else 0
@@ -78,7 +78,7 @@ class Polkit:
                 NAME, _PATH, _INTERFACE, "CheckAuthorization", "(sa{sv})sa{ss}us", body
             )
         except asyncio.CancelledError:
-            # A polkit that does not answer would not answer this either.
+            # The reply is not awaited: polkit may not answer.
             self._bus.tell(NAME, _PATH, _INTERFACE, "CancelCheckAuthorization", "s", [question])
             raise
         except SnapdError:

@@ -1,4 +1,4 @@
-"""The replies to calls, and their errors."""
+"""Build replies to calls."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from snapd_native.wire.values import Body
 log = logging.getLogger(__name__)
 
 ERROR = "org.freedesktop.DBus.Error."
-"""The prefix of the names of D-Bus's own errors."""
+"""The prefix of the names of standard errors."""
 
 
 def check_signature(call: Call, members: dict[str, str]) -> None:
-    """Make sure that a call has the argument types that ``members`` says.
+    """Check the argument types of a call; ``members`` has the right ones.
 
     Raises:
-        DBusError: there is no such member.
-        InvalidArgument: it takes others.
+        DBusError: the member does not exist.
+        InvalidArgument: the types are wrong.
     """
     takes = members.get(call.member)
     if takes is None:
@@ -43,14 +43,14 @@ def check_signature(call: Call, members: dict[str, str]) -> None:
 
 
 class Answer(NamedTuple):
-    """A marshalled message, and the file descriptors that go with it."""
+    """A marshalled message with its file descriptors."""
 
     data: bytearray
     fds: Sequence[int] = ()
 
 
 def result(call: Call, signature: str, body: Body, serial: int) -> Answer:
-    """Return the message that answers a call; the body of ``h`` is the fd itself."""
+    """Return the reply to a call; in the body of the type ``h`` is the fd itself."""
     fds = body if signature == "h" else []
     message = Message(
         message_type=MessageType.METHOD_RETURN,
@@ -64,7 +64,7 @@ def result(call: Call, signature: str, body: Body, serial: int) -> Answer:
 
 
 def failure(call: Call, error: Exception, serial: int) -> Answer:
-    """Return the message that tells why a call failed."""
+    """Return the error message for a failed call."""
     name, text = described(error)
     message = marshalled(
         Message(
@@ -81,7 +81,7 @@ def failure(call: Call, error: Exception, serial: int) -> Answer:
 
 
 def described(error: BaseException) -> tuple[str, str]:
-    """Return an error's name on the bus and its sentence: never more of it than that."""
+    """Return the name on the bus of an error, and its message."""
     if isinstance(error, SnapdError):
         name, text = error_name(error), error.message
     elif isinstance(error, DBusError):
@@ -92,7 +92,7 @@ def described(error: BaseException) -> tuple[str, str]:
             error_name(Internal()),
             "the call failed because of a bug: see the service's log",
         )
-    # Text that no message may carry would have the bus hang up on the service.
+    # The bus would close the connection because of invalid text.
     return name, shown(text)
 
 
@@ -100,7 +100,7 @@ def marshalled(message: Message, serial: int) -> bytearray:
     """Return a message as bytes.
 
     Raises:
-        ValueError: a text of it has a NUL, for which the bus would hang up on the service.
+        ValueError: a text has a NUL, for which the bus would close the connection.
     """
     if _has_nul(message.body):
         raise ValueError(f"a NUL is in a message of the type ({message.signature})")

@@ -1,1 +1,1 @@
-"""Shared by the service and its clients: names on the bus, values on the wire, the connection."""
+"""Names, values and the connection, which the service and its clients share."""

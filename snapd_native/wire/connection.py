@@ -1,4 +1,4 @@
-"""A connection to the system bus that notices when the other side is gone."""
+"""A connection to the system bus that notices when the bus is gone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from snapd_native.wire.names import DRIVER, DRIVER_PATH, error_from
 from snapd_native.wire.values import Body
 
 CONNECT_SECONDS = 10.0
-"""How long the bus may take to greet us."""
+"""Seconds that the bus may take to answer the greeting."""
 
 
 class Connection(MessageBus):
@@ -45,7 +45,7 @@ class Connection(MessageBus):
         self._writer = _Writer(self)
 
     async def open(self) -> None:
-        """Say hello to the bus.
+        """Connect to the bus.
 
         Raises:
             Unavailable: it does not answer.
@@ -63,7 +63,7 @@ class Connection(MessageBus):
 
     @contextmanager
     def watched(self, on_loss: Callable[[], None]) -> Iterator[None]:
-        """Inside the block, call ``on_loss`` when the connection is closed by whomever."""
+        """Call ``on_loss`` when the connection is closed by either side during the block."""
 
         def closed(_: asyncio.Future[None]) -> None:
             on_loss()
@@ -83,11 +83,11 @@ class Connection(MessageBus):
         signature: str = "",
         body: Body | None = None,
     ) -> Body:
-        """Call a method and return what it answers.
+        """Call a method and return the result.
 
         Raises:
-            SnapdError: what the D-Bus error stands for; Unavailable if the connection is lost;
-                InvalidArgument if an argument is nothing that D-Bus can carry.
+            SnapdError: the D-Bus error, translated; Unavailable if the connection is lost;
+                InvalidArgument if D-Bus cannot carry an argument.
         """
         reply = await self._exchange(destination, path, interface, member, signature, body)
         return reply.body
@@ -101,9 +101,9 @@ class Connection(MessageBus):
         signature: str = "",
         body: Body | None = None,
     ) -> int:
-        """Call a method that answers with a file descriptor, and return that; raises as `request`.
+        """Call a method that returns a file descriptor; raises as `request`.
 
-        It is the caller's, and not inherited by other programs.
+        The caller closes the fd. Other programs do not inherit it.
         """
         reply = await self._exchange(destination, path, interface, member, signature, body)
         (index,) = reply.body
@@ -154,7 +154,7 @@ class Connection(MessageBus):
         signature: str,
         body: Body,
     ) -> None:
-        """Call a method without waiting for its answer; failures are ignored."""
+        """Call a method without waiting for the reply; errors are ignored."""
         if self.connected:
             self.send(
                 Message(
@@ -169,11 +169,11 @@ class Connection(MessageBus):
             )
 
     def tell_driver(self, member: str, signature: str, body: Body) -> None:
-        """Call a method of the bus itself without waiting for its answer."""
+        """Call a method of the bus itself without waiting for the reply."""
         self.tell(DRIVER, DRIVER_PATH, DRIVER, member, signature, body)
 
     def _on_message(self, message: Message) -> None:
-        # dbus-next would leave open what nobody asks for. Its reader refers to itself, and would
+        # dbus-next leaves fds open that are not taken. Its reader refers to itself, and would
         # keep the message until a garbage collection.
         message.unix_fds = [_Passed(fd) for fd in message.unix_fds]  # type: ignore[misc]
         self._unmarshaller.message = None
@@ -187,7 +187,7 @@ class Connection(MessageBus):
         if self._disconnected:
             return
         super()._finalize(err)
-        # Those of a message that has not come to its end.
+        # The fds of an incomplete message.
         for fd in self._unmarshaller.unix_fds:
             os.close(fd)
         self._unmarshaller.unix_fds = []
@@ -199,7 +199,7 @@ class Connection(MessageBus):
         self._sock.close()
 
     async def _auth_readline(self) -> str:
-        # dbus-next's own loops for ever when the bus closes the socket before it has answered.
+        # The method of dbus-next loops for ever if the bus closes the socket before it answers.
         line = b""
         while not line.endswith(b"\r\n"):
             byte = await self._loop.sock_recv(self._sock, 1)
@@ -210,7 +210,7 @@ class Connection(MessageBus):
 
 
 class _Passed:
-    """A file descriptor that came with a message, and is closed with it unless it is taken."""
+    """A file descriptor of a message. It is closed with the message unless it is taken."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -226,18 +226,18 @@ class _Passed:
 
 
 class _Writer(_MessageWriter):
-    """Sends what is queued, as fast as the bus takes it.
+    """Sends queued messages as fast as the bus reads them.
 
-    dbus-next's own ends the connection when the socket is full between two messages.
+    The writer of dbus-next ends the connection if the socket is full between two messages.
     """
 
     def __init__(self, bus: Connection) -> None:
         super().__init__(bus)
         self.waiting = 0
-        """Bytes of the messages that the bus has not begun to take."""
+        """Bytes of the messages that the bus has not begun to read."""
 
     def put(self, data: bytearray, fds: Sequence[int], sent: asyncio.Future[None] | None) -> None:
-        """Queue a message, and say when it is sent."""
+        """Queue a message; the future is done when it is sent."""
         self.waiting += len(data)
         self.messages.put_nowait((data, [*fds], sent))
 
@@ -252,7 +252,7 @@ class _Writer(_MessageWriter):
             self.loop.remove_writer(self.fd)
             self.bus._on_written()
         except BlockingIOError:
-            return  # The loop calls again when there is room.
+            return  # The event loop calls again when the socket has room.
         except Exception as error:
             if self.fut is not None and not self.fut.done():
                 self.fut.set_exception(error)
@@ -284,7 +284,7 @@ def _check_text(value: object) -> None:
     """Refuse text that D-Bus does not allow: the bus would close the connection.
 
     Raises:
-        InvalidArgument: some text in ``value`` is no UTF-8 or has a NUL character.
+        InvalidArgument: a text in ``value`` is not UTF-8 or has a NUL character.
     """
     if isinstance(value, str):
         if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):

@@ -1,4 +1,4 @@
-"""Names of the contract, and the table between exceptions and D-Bus errors, read both ways."""
+"""Names of the contract, and the table of exceptions and D-Bus errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from snapd_native import errors
 from snapd_native.model import quote
 
 BUS_NAME = "org.snapdnative1"
-"""The service's name on the bus; another instance's begins with it."""
+"""The name of the service on the bus; the names of instances begin with it."""
 
 OBJECT_PATH = "/org/snapdnative1"
 MANAGER = "org.snapdnative1.Manager"
@@ -45,7 +45,7 @@ _CLASSES: dict[str, type[errors.SnapdError]] = {
 }
 _NAMES = {kind: name for name, kind in _CLASSES.items()}
 
-# The errors of the bus itself when it cannot deliver a call or its answer.
+# Errors of the bus itself, if it cannot deliver a call or its reply.
 _FROM_THE_BUS: dict[str, tuple[type[errors.SnapdError], str]] = {
     _STANDARD + name: (errors.Unavailable, text)
     for name, text in {
@@ -67,10 +67,10 @@ _INSTANCE = re.compile("[A-Za-z_][A-Za-z0-9_]{0,63}", re.ASCII)
 
 
 def bus_name(instance: str) -> str:
-    """Return the name on the bus of an instance, or with ``""`` the service's.
+    """Return the name on the bus of an instance; ``""`` is the service itself.
 
     Raises:
-        InvalidArgument: it cannot be part of a name on the bus.
+        InvalidArgument: the instance cannot be part of a name on the bus.
     """
     if not instance:
         return BUS_NAME
@@ -83,7 +83,7 @@ def bus_name(instance: str) -> str:
 
 
 def unit_name(bus_name: str) -> str:
-    """Return what systemd calls the service that has a name on the bus, as its directories are."""
+    """Return the systemd unit of a name on the bus; its directories have the same name."""
     instance = bus_name.removeprefix(BUS_NAME).removeprefix(".")
     return f"snapd-native@{instance}" if instance else "snapd-native"
 
@@ -94,7 +94,7 @@ def error_name(error: errors.SnapdError) -> str:
 
 
 def error_from(name: str, message: str, sender: str = BUS_NAME) -> errors.SnapdError:
-    """Return the exception that a D-Bus error stands for, of a call to ``sender``."""
+    """Return the exception for a D-Bus error of a call to ``sender``."""
     if kind := _CLASSES.get(name):
         return kind(message)
     kind, text = _FROM_THE_BUS.get(name, (errors.Internal, f"{name}: {message}"))

@@ -1,4 +1,4 @@
-"""The contract's values as dbus-next carries them: structs are lists, variants are `Variant`."""
+"""Translate values of the contract to dbus-next's: structs are lists, variants are `Variant`."""
 
 from __future__ import annotations
 
