@@ -26,7 +26,7 @@ from tests.support import PROJECT
 from tests.support.engine import directories, identity, ignore, names
 from tests.support.failing_disk import KINDS, FailingDisk, failing_disk
 from tests.support.service import check_sentence
-from tests.support.waiting import WAIT, eventually
+from tests.support.waiting import WAIT, becomes, eventually
 
 LENGTH = 1 << 20
 
@@ -366,6 +366,16 @@ def test_calls_on_a_failed_file_system_raise_data_loss_or_resource_exhausted(
         assert holds(engine.view("see base", "base"), "base")
         if not disk.lives_on or how == "shut_down":
             assert [info.name for info in before] == [n for n in names(engine) if n != "see base"]
+
+
+@on_xfs
+def test_a_disk_is_not_kept_busy_by_the_mount_namespaces_of_other_programs(
+    disk: FailingDisk,
+) -> None:
+    command = ["unshare", "--mount", "--propagation", "slave", "cat"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as program:
+        becomes(Path(f"/proc/{program.pid}/comm").read_text, "cat\n")
+        disk.mount_again()
 
 
 def test_an_unreadable_disk_is_not_reported_as_a_damaged_database(

@@ -184,9 +184,10 @@ def forget_mount_setattr() -> None:
 
 
 @on_ext4
-def test_the_daemon_refuses_to_start_without_mount_setattr(state: Path) -> None:
+def test_the_daemon_refuses_to_start_without_mount_setattr(on_bus: str, state: Path) -> None:
     outcome = subprocess.run(
         [sys.executable, "-m", "snapd_native", "daemon", "--state-directory", str(state)],
+        env={**os.environ, "DBUS_SYSTEM_BUS_ADDRESS": on_bus},
         preexec_fn=forget_mount_setattr,
         capture_output=True,
         text=True,

@@ -98,7 +98,7 @@ class FailingDisk:
 
     def mount(self) -> None:
         """Mount it, with nothing written to blocks but what is in their files."""
-        _run("mount", self.device, str(self.root))
+        _run("mount", "--make-private", self.device, str(self.root))
         if self.kind != "xfs":
             settings = Path("/sys/fs/ext4") / Path(self.device).name
             (settings / "extent_max_zeroout_kb").write_text("0")
@@ -123,7 +123,8 @@ def failing_disk(kind: str, directory: Path) -> Iterator[FailingDisk]:
     with ExitStack() as stack:
         backing = Path(tempfile.mkdtemp(prefix="tmpfs", dir=directory))
         stack.callback(backing.rmdir)
-        _run("mount", "-t", "tmpfs", "-o", f"size={_ENOUGH}", "tmpfs", str(backing))
+        options = f"size={_ENOUGH}"
+        _run("mount", "-t", "tmpfs", "-o", options, "--make-private", "tmpfs", str(backing))
         stack.callback(unmount, backing)
         image = backing / "image"
         image.touch()

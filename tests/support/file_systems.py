@@ -33,10 +33,19 @@ class FileSystem:
 
 @pytest.fixture(scope="session", autouse=True)
 def loop_directory() -> Iterator[Path]:
-    """Own the images and mount points of all tests, of which nothing may be left at the end."""
+    """Own the images and mount points of all tests, of which nothing may be left at the end.
+
+    The directory is a shared mount, as / is under systemd. So a file system that is unmounted here
+    is also unmounted in the mount namespaces of other programs, such as a virtual machine that was
+    started meanwhile.
+    """
     path = Path(tempfile.mkdtemp(prefix="snapd-native-"))
+    if is_root := os.geteuid() == 0:
+        _run(["mount", "--bind", "--make-shared", str(path), str(path)], "a shared mount")
     yield path
-    assert _mounts_below(path) == []
+    assert _mounts_below(path) == [str(path)] * is_root
+    if is_root:
+        subprocess.run(["umount", path], check=True)
     path.rmdir()
     # udev may still look at a loop device, and a mount namespace that another test has made may
     # hold a copy of its mount until that namespace ends.
@@ -54,7 +63,8 @@ def mounted(
     """
     image, root = _make(name, size, directory, options)
     try:
-        _run(["mount", "-o", "loop", str(image), str(root)], f"mounting {name} on a loop device")
+        command = ["mount", "-o", "loop", "--make-private", str(image), str(root)]
+        _run(command, f"mounting {name} on a loop device")
     except BaseException:
         root.rmdir()
         raise

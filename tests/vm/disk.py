@@ -56,11 +56,17 @@ class Disk:
         self.port: int = self._listener.getsockname()[1]
         self.chance = random.Random()
         self.losses: list[Loss] = []
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
-        """Take no more clients, and keep all that was written."""
+        """End the server after its last client, and keep all that was written."""
+        # This ends accept(2). A thread that stays in it after the close gets the clients of another
+        # server: when the kernel restarts the call, the descriptor can be that of a new socket.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
         self._listener.close()
+        os.close(self._file)
 
     def await_loss(self, count: int) -> Loss:
         """Wait until the client has gone for the ``count``-th time without goodbye."""
