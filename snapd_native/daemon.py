@@ -1,4 +1,4 @@
-"""The service as a process: recover, connect, serve, and leave in order."""
+"""The service as a process: recover, connect, serve and end."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from snapd_native.wire.connection import Connection
 log = logging.getLogger(__name__)
 
 GRACE = 10.0
-"""Seconds that running calls get to finish after SIGTERM, before those that copy are undone."""
+"""Seconds for running calls after SIGTERM; then those that copy are undone."""
 
 _EXTENSION = 30
-"""Seconds of start-up time asked of systemd again and again while recovery goes on."""
+"""Seconds of start-up time that are requested from systemd repeatedly during recovery."""
 
 SWITCH_SECONDS = 0.0005
-"""How long a thread that computes, as for a List with filters, keeps another one waiting.
+"""Seconds after which Python switches threads while one computes, as for a List with filters.
 
-A short call changes threads four times. Python's 5 ms made Stat twice as slow beside two Lists.
+A short call needs four switches. With Python's 5 ms, Stat took twice as long beside two Lists.
 """
 
 
@@ -45,10 +45,10 @@ _ENDING = (signal.SIGTERM, signal.SIGINT)
 
 def run(name: str, state: Path, runtime: Path, least_free: float) -> int:
     """Serve as ``name`` on the bus until SIGTERM or SIGINT; return the process's exit status."""
-    # Nothing that the service makes is for others, unless a mode is set on purpose.
+    # Files of the service are for root only, unless a mode is set explicitly.
     os.umask(0o077)
     sys.setswitchinterval(SWITCH_SECONDS)
-    # A walk may keep some two hundred directories open, and many go on at once.
+    # A walk keeps up to two hundred directories open, and many run at once.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
@@ -77,8 +77,8 @@ class _Daemon:
         try:
             await self._serve(loop)
         finally:
-            # The end of the loop would let another signal kill the process, and so change its exit
-            # status.
+            # After the end of the loop another signal would kill the process, and so change its
+            # exit status.
             for number in _ENDING:
                 loop.remove_signal_handler(number)
                 signal.signal(number, signal.SIG_IGN)
@@ -122,9 +122,9 @@ class _Daemon:
     async def _recovered(
         self, loop: asyncio.AbstractEventLoop, soft_reboots: int
     ) -> Snapshotter | None:
-        """Open the engine, telling systemd to be patient while orphans are deleted.
+        """Open the engine, and request more time from systemd while orphans are deleted.
 
-        None if the daemon is to stop before that is done.
+        Return None if the daemon is stopped before that is done.
         """
 
         def announce(change: Change) -> None:
@@ -190,8 +190,8 @@ class _Daemon:
             log.info("undoing the calls that are still running")
             snapshotter.stop()
             await dispatcher.finish(None)
-        # No call comes after the name is gone. The bus answers when everything else that was sent
-        # has left, or never, where nobody reads that.
+        # No call comes after the name is released. The bus answers when everything else that was
+        # sent has left, or never, where nobody reads that.
         for member, signature, body in (("ReleaseName", "s", [self._name]), ("GetId", "", [])):
             if dispatcher.connection.connected:
                 asking = dispatcher.connection.ask_driver(member, signature, body)
@@ -201,7 +201,7 @@ class _Daemon:
 
     @asynccontextmanager
     async def _watchdog(self, lanes: Lanes, snapshotter: Snapshotter) -> AsyncIterator[None]:
-        """Feed systemd's watchdog, if there is one, as long as loop and threads are well."""
+        """Notify the watchdog of systemd, if it is on, while event loop and threads work."""
         interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 1_000_000
         task = asyncio.ensure_future(self._feed(interval / 3, lanes, snapshotter))
         try:
@@ -216,7 +216,7 @@ class _Daemon:
             checking = asyncio.ensure_future(_check_lanes(lanes, snapshotter))
             try:
                 waited = False
-                # Threads that hang bring the watchdog. Those that wait for the disk do not: no
+                # Hanging threads trigger the watchdog. Threads that wait for the disk do not: a
                 # restart helps, and who has frozen the file system is making a backup.
                 while not (await asyncio.wait({checking}, timeout=period))[0]:
                     if lanes.waits_for_disk():
@@ -269,7 +269,7 @@ def _serving(snapshotter: Snapshotter) -> str:
 
 
 async def _check_lanes(lanes: Lanes, snapshotter: Snapshotter) -> bool:
-    """Return when the lanes that are to be quick have a thread; False if they are overcrowded."""
+    """Wait for a thread of each quick lane; return False if a lane is full."""
     try:
         for lane in (Lane.READ, Lane.CHANGE):
             await lanes.run(lane, os.geteuid(), partial(_check_health, snapshotter))
@@ -280,7 +280,7 @@ async def _check_lanes(lanes: Lanes, snapshotter: Snapshotter) -> bool:
 
 
 def _check_health(snapshotter: Snapshotter) -> None:
-    """Log it if the metastore cannot be read: callers are told why, which a restart would end."""
+    """Log an unreadable metastore. A restart would not help, and callers get the reason."""
     try:
         snapshotter.check_health()
     except DataLoss as error:

@@ -1,14 +1,14 @@
-"""What can go wrong, as the contract names it.
+"""The errors of the contract.
 
-Each class stands for one error of the contract; its name is the error's name. The message is
-one sentence for a person: it names the thing and says what to do.
+Each class is one error of the contract and has its name. The message is one sentence for a person:
+it names the thing and says what to do.
 """
 
 from __future__ import annotations
 
 
 class SnapdError(Exception):
-    """Any failure that the contract knows."""
+    """An error of the contract."""
 
     @property
     def message(self) -> str:
@@ -21,11 +21,11 @@ class InvalidArgument(SnapdError):
 
 
 class NotFound(SnapdError):
-    """There is no such snapshot, parent, mount or job."""
+    """The snapshot, parent, mount or job does not exist."""
 
 
 class AlreadyExists(SnapdError):
-    """The key or name is taken, perhaps by a call that is still running."""
+    """The key or name is taken, perhaps by a running call."""
 
 
 class FailedPrecondition(SnapdError):
@@ -57,4 +57,4 @@ class AccessDenied(SnapdError):
 
 
 class InteractiveAuthorizationRequired(SnapdError):
-    """The caller may do this once a person has agreed."""
+    """The caller may do this after the agreement of a person."""

@@ -29,7 +29,7 @@ MAX_FIELDS = 2000
 """Selectors in one call, each counted with the parts of its field path."""
 
 MATCH_SECONDS = 5.0
-"""Processor time that the comparisons of one call may take; regular expressions have their own."""
+"""Seconds of processor time for the comparisons of one call, without regular expressions."""
 
 _QUOTES = '/|"'
 _OPERATOR = "=!~"
@@ -41,7 +41,7 @@ _WIDTHS = {"x": 2, "u": 4, "U": 8}
 
 
 class Operator(Enum):
-    """How a selector compares."""
+    """The operator of a selector."""
 
     PRESENT = ""
     EQUAL = "=="
@@ -76,7 +76,7 @@ class Filter:
 
     alternatives: tuple[tuple[Selector, ...], ...] = ()
     left: float = MATCH_SECONDS
-    """Seconds of processor time that are left for comparisons."""
+    """The seconds of processor time that are left for comparisons."""
 
     def matches(self, info: Info) -> bool:
         """Tell whether all selectors of one alternative match.
@@ -114,7 +114,7 @@ def parse(filters: Sequence[str]) -> Filter:
 
 
 def _field(info: Info, path: tuple[str, ...]) -> str | None:
-    # As containerd's adaptSnapshot: parts after a simple field's name mean nothing.
+    # As in containerd's adaptSnapshot, parts after the name of a simple field are ignored.
     match path[0]:
         case "name":
             return info.name
@@ -218,7 +218,7 @@ class _Parser:
             else:
                 value += char.encode(errors="surrogatepass")
         self._at += 1
-        # Bytes that are no UTF-8 can be written by escapes; no name or label is equal to them.
+        # Escapes can contain bytes that are not UTF-8; no name or label is equal to them.
         return value.decode(errors="surrogateescape")
 
     def _escape(self, quote_mark: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Where the log goes: to systemd's journal with fields, else to standard error."""
+"""Send the log to systemd's journal with fields, or to standard error."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _FIELDS = "journal_fields"
 
 
 def fields(values: Iterable[tuple[str, str]]) -> Mapping[str, Sequence[tuple[str, str]]]:
-    """Return the ``extra`` of a record that the journal shall keep with fields of ours.
+    """Return the ``extra`` of a log record for fields in the journal.
 
-    They become ``SNAPD_NATIVE_<NAME>``, each as often as it is given; see
+    A field becomes ``SNAPD_NATIVE_<NAME>``, once for each of its values; see
     systemd.journal-fields(7).
     """
     return {_FIELDS: [(f"SNAPD_NATIVE_{name.upper()}", text) for name, text in values]}
 
 
 def configure(level: int) -> None:
-    """Log to the journal if that is where standard error goes, else there."""
+    """Log to the journal if standard error is connected to it, else to standard error."""
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     if _journal_reads_stderr():
@@ -35,7 +35,7 @@ def configure(level: int) -> None:
 
 
 def _journal_reads_stderr() -> bool:
-    """Tell whether standard error is what ``JOURNAL_STREAM`` says; see systemd.exec(5)."""
+    """Tell whether standard error is the ``JOURNAL_STREAM``; see systemd.exec(5)."""
     try:
         stderr = os.fstat(2)
     except OSError:
@@ -65,7 +65,7 @@ class _JournalHandler(logging.Handler):
         try:
             self._socket.sendto(b"".join(starmap(_entry, values)), str(self._path))
         except OSError:
-            # The journal starts anew, or the entry is too large for it.
+            # The journal restarts, or the entry is too large.
             self._stderr.emit(record)
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
 r"""Regular expressions from callers, in Go's syntax and with a bound on their time.
 
-containerd's filters are matched by Go's ``regexp``, which is RE2's syntax: Perl's without
-backreferences and look-around. The same syntax is accepted here, except for flags that begin in
-the middle of an expression, ``U``, and ``\C``. A backtracking engine runs it, so a search that
-takes long is stopped: the daemon answers everybody else meanwhile.
+containerd's filters use Go's ``regexp``, which has the syntax of RE2: Perl's without backreferences
+and look-around. This module accepts the same syntax, except for flags that begin in the middle of
+an expression, ``U``, and ``\C``. The engine is a backtracking one, so a search that takes long is
+stopped. The daemon serves other callers meanwhile.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from snapd_native.errors import InvalidArgument
 from snapd_native.model import quote
 
 MAX_PATTERN = 1000
-"""Characters in a regular expression."""
+"""Characters in a regular expression at most."""
 
 MAX_REPEAT = 1000
-"""The highest count in a repetition, as in Go."""
+"""The highest count of a repetition, as in Go."""
 
 SECONDS = 1.0
-"""How long all searches within one budget may take together."""
+"""Seconds for all searches of one budget together."""
 
 _LEADING_FLAGS = re.compile(r"\(\?([ims]+)\)")
 _GROUP = re.compile(r"\((?:\?(?:P?<[A-Za-z_]\w*>|:))?", re.ASCII)
@@ -61,19 +61,19 @@ _ASCII = {
 
 @dataclass
 class Budget:
-    """The seconds that are left for searching, shared by all patterns of a call."""
+    """The seconds that are left for searches, shared by all patterns of a call."""
 
     left: float = SECONDS
 
 
 class Pattern:
-    """A compiled regular expression, matched anywhere in a text."""
+    """A compiled regular expression, which is searched anywhere in a text."""
 
     def __init__(self, text: str, budget: Budget | None = None) -> None:
-        """Compile ``text``, to be searched for within ``budget`` or one of its own.
+        """Compile ``text``. Searches use ``budget``, or one of their own.
 
         Raises:
-            ValueError: it is not in the syntax; the message says what is wrong.
+            ValueError: the syntax is wrong; the message says what.
         """
         if len(text) > MAX_PATTERN:
             raise ValueError(f"it has over {MAX_PATTERN} characters")
@@ -104,7 +104,7 @@ class Pattern:
 
 
 def _translate(text: str) -> str:
-    """Turn Go's syntax into the engine's, refusing what Go refuses."""
+    """Translate Go's syntax to the engine's, and refuse what Go refuses."""
     flags, at = "", 0
     if leading := _LEADING_FLAGS.match(text):
         flags, at = leading[1], leading.end()
@@ -147,10 +147,9 @@ def _translate(text: str) -> str:
 
 
 class _Repeats:
-    """Count the repetitions in an expression, and refuse too many.
+    """Counts the repetitions in an expression, and refuses too many.
 
-    The counts of repetitions inside each other are multiplied, as Go does: the engine would need
-    memory for each of them.
+    The counts of nested repetitions are multiplied, as in Go: the engine needs memory for each.
     """
 
     def __init__(self) -> None:
@@ -186,7 +185,7 @@ def _plain(char: str) -> str:
 
 
 def _rewrite(part: str) -> str:
-    """Turn one part of an expression that is no set into the engine's."""
+    """Translate a part of an expression that is not a set."""
     if part == "\\z":
         return "\\Z"
     if part in ("\\b", "\\B"):
@@ -201,7 +200,7 @@ def _rewrite(part: str) -> str:
 
 
 def _class(part: str) -> str:
-    """Turn a set in brackets into the engine's."""
+    """Translate a set in brackets."""
     at = 2 if part[1] == "^" else 1
     out = [part[:at]]
     while at < len(part) - 1:
@@ -226,7 +225,7 @@ def _item(part: str, at: int) -> str:
 
 
 def _members(item: str) -> str:
-    """Return what an item of a set stands for, or nothing if it is one character."""
+    """Return the members of an item of a set; empty if it is one character."""
     if item[:2] in ("\\p", "\\P"):
         return _character(item)
     negated = item.startswith("[:^") or (item[0] == "\\" and item[1].isupper())
@@ -245,7 +244,7 @@ def _one(item: str) -> str:
 
 
 def _complement(members: str) -> str:
-    """Return the ranges of all characters that a class of ASCII lacks."""
+    """Return the ranges of all characters that are not in an ASCII class."""
     inside = regex.compile(f"[{members}]")
     ascii_only = "".join(f"\\x{code:02x}" for code in range(128) if not inside.fullmatch(chr(code)))
     return ascii_only + "\\x80-\\U0010ffff"

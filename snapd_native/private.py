@@ -1,4 +1,4 @@
-"""A bus and a daemon of one's own, for demonstrations and tests: real processes, no systemd."""
+"""A private bus and daemon for demonstrations and tests: real processes without systemd."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pathlib import Path
 from snapd_native.errors import Unavailable
 
 READY_SECONDS = 60.0
-"""How long a daemon may take to be ready."""
+"""Seconds for a daemon to become ready."""
 
-# Like the system bus without its users: the rules for org.snapdnative1 are the service's own.
+# As the system bus, with the policy of the service for org.snapdnative1.
 _CONFIGURATION = """
 <!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-BUS Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
@@ -51,12 +51,12 @@ _CONFIGURATION = """
 
 @contextmanager
 def private_bus(policies: Sequence[Path] = ()) -> Iterator[str]:
-    """Run a dbus-daemon that everybody on the machine may connect to; yield its address.
+    """Run a dbus-daemon that every user can connect to; yield its address.
 
-    ``policies`` are files with the rules for other services on it.
+    ``policies`` are files with the policies of other services.
 
     Raises:
-        Unavailable: there is no dbus-daemon on this machine.
+        Unavailable: dbus-daemon is not installed.
     """
     with ExitStack() as stack:
         directory = Path(
@@ -106,7 +106,7 @@ class Daemon:
     state: Path
 
     def stop(self) -> int:
-        """Ask it to end, and return its exit status."""
+        """Stop the daemon, and return its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait()
@@ -119,10 +119,10 @@ def private_daemon(
     environment: Mapping[str, str] | None = None,
     instance: str = "",
 ) -> Iterator[Daemon]:
-    """Run a daemon on the bus at ``address`` and yield it when it is ready.
+    """Run a daemon on the bus at ``address``, and yield it when it is ready.
 
     Raises:
-        Unavailable: it ended before it was ready, or took too long; its own message is on stderr.
+        Unavailable: it has ended or takes too long; its own message is on standard error.
     """
     with ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="snapd-native-run-"))
@@ -149,7 +149,7 @@ def private_daemon(
 
 
 def _await_ready(process: subprocess.Popen[bytes], notify: socket.socket) -> None:
-    # A pidfd becomes readable when the process ends: no need to ask again and again.
+    # A pidfd becomes readable when the process ends.
     ended = os.pidfd_open(process.pid)
     try:
         while True:

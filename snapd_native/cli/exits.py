@@ -19,12 +19,12 @@ STATUSES: dict[type[errors.SnapdError], int] = {
 }
 
 FINDINGS = 1
-"""Check has found something."""
+"""Check has findings."""
 
 INTERRUPTED = 130
 """Ended by Ctrl-C, as a shell reports it."""
 
 
 def status(error: errors.SnapdError) -> int:
-    """Return the exit status that stands for an error."""
+    """Return the exit status for an error."""
     return STATUSES.get(type(error), 1)

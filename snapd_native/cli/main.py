@@ -63,16 +63,16 @@ def main() -> None:
         click.echo(f"snapd-native: {error.message}", err=True)
         sys.exit(status(error))
     except BrokenPipeError:
-        # The reader of a pipe has seen enough. Python would complain at exit about what it could
+        # The reader of a pipe has closed it. Python would report an error at exit for what it could
         # not flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 
 
 def _encoded(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Show a character that the terminal's encoding lacks by its number; see codecs.register_error.
+    """Print the number of a character that the encoding of the terminal lacks.
 
-    A byte of the command line that is not text is printed as it is.
+    A byte of the command line that is not text is printed as it is. See codecs.register_error.
     """
     for handler in ("surrogateescape", "backslashreplace"):
         with suppress(UnicodeError):

@@ -33,7 +33,7 @@ def labels_option(command: _Command) -> _Command:
 
 @contextmanager
 def connected() -> Iterator[BlockingClient]:
-    """Speak to the service that the command line names."""
+    """Connect to the instance of the command line."""
     from snapd_native.client import BlockingClient
 
     try:
@@ -44,10 +44,10 @@ def connected() -> Iterator[BlockingClient]:
 
 
 def parsed_labels(texts: tuple[str, ...]) -> dict[str, str]:
-    """Return labels by their keys.
+    """Parse labels.
 
     Raises:
-        InvalidArgument: a text is no label.
+        InvalidArgument: a text is not ``KEY=VALUE``.
     """
     labels = {}
     for text in texts:

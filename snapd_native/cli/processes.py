@@ -59,7 +59,7 @@ def daemon(
 
 
 def _begin_in_utf8_mode() -> None:
-    """Start the program again where the locale would have paths in another encoding than D-Bus."""
+    """Start the program again if the locale has another encoding for paths than D-Bus."""
     if sys.getfilesystemencoding() != "utf-8":
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606 - it is this program
 

@@ -35,7 +35,7 @@ _STYLES = {Kind.COMMITTED: "green", Kind.ACTIVE: "yellow", Kind.VIEW: "cyan"}
 
 
 def mount(value: Mount, *, as_json: bool) -> None:
-    """Print a mount: type, source and options, with tabs between them."""
+    """Print a mount: type, source and options, separated by tabs."""
     if as_json:
         _print_json({"type": value.type, "source": value.source, "options": list(value.options)})
     else:
@@ -43,7 +43,7 @@ def mount(value: Mount, *, as_json: bool) -> None:
 
 
 def mounted(found: Sequence[Mounted], *, as_json: bool) -> None:
-    """Print what the service has mounted."""
+    """Print mounts."""
     if as_json:
         _print_json(
             [
@@ -71,7 +71,7 @@ def mounted(found: Sequence[Mounted], *, as_json: bool) -> None:
 
 
 def findings(found: Sequence[Finding], *, as_json: bool) -> None:
-    """Print what is wrong: its kind, the snapshot's key and a sentence, with tabs between them."""
+    """Print findings: the kind, the key of the snapshot and a sentence, separated by tabs."""
     if as_json:
         _print_json(
             [{"kind": each.kind.value, "key": each.key, "what": each.what} for each in found]
@@ -82,28 +82,28 @@ def findings(found: Sequence[Finding], *, as_json: bool) -> None:
 
 
 def verified(name: str, digest: str) -> None:
-    """Print that a snapshot is what was committed: its digest and its name, with a tab between."""
+    """Print the digest and the name of a verified snapshot, separated by a tab."""
     print(f"{digest}\t{shown(name)}", flush=True)
 
 
 def all_verified(found: Iterable[tuple[str, str]]) -> None:
-    """Print as JSON what `verified` prints of each."""
+    """Print as JSON what `verified` prints."""
     _print_json([{"name": name, "digest": digest} for name, digest in found])
 
 
 def fstab(value: Mount, target: str) -> None:
-    """Print a line of a file system table that mounts the same."""
+    """Print a line of /etc/fstab for the mount."""
     source, where = (_FSTAB.sub(_octal, path) for path in (value.source, target))
     print(f"{source} {where} none {','.join(value.options)} 0 0")
 
 
 def mount_command(value: Mount, target: str) -> None:
-    """Print the command that mounts the same."""
+    """Print the command for the mount."""
     print(shlex.join(["mount", "-o", ",".join(value.options), value.source, target]))
 
 
 def stat(info: Info, *, as_json: bool, standby: Standby | None = None) -> None:
-    """Print a record, and how many standby clones there are, if any are wanted."""
+    """Print a record, and the number of standby clones if some are wanted."""
     clones = standby if standby and standby.wanted else None
     if as_json:
         also = {"standby": {"ready": clones.ready, "wanted": clones.wanted}} if clones else {}
@@ -128,7 +128,7 @@ def stat(info: Info, *, as_json: bool, standby: Standby | None = None) -> None:
 
 @contextmanager
 def progress(doing: str, key: str) -> Iterator[Callable[[Progress], None]]:
-    """Yield what shows progress as a bar on a terminal, and nothing elsewhere."""
+    """Yield a function that shows progress as a bar; None without a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda _: None
@@ -169,7 +169,7 @@ def _octal(match: re.Match[str]) -> str:
 
 
 def jobs(found: Sequence[tuple[Job, Progress]], *, as_json: bool) -> None:
-    """Print jobs and how far they are."""
+    """Print jobs and their progress."""
     if as_json:
         _print_json(
             [
@@ -233,7 +233,7 @@ def lineage(infos: Iterable[Info], *, as_json: bool) -> None:
 
 
 def usage(usages: Sequence[tuple[str, Usage]], *, as_json: bool) -> None:
-    """Print what snapshots take."""
+    """Print the usage of snapshots."""
     if as_json:
         _print_json(
             [{"key": key, "size": used.size, "inodes": used.inodes} for key, used in usages]
@@ -246,7 +246,7 @@ def usage(usages: Sequence[tuple[str, Usage]], *, as_json: bool) -> None:
 
 
 def size(count: int) -> str:
-    """Write a number of bytes in binary units."""
+    """Return a number of bytes in binary units."""
     if count < 1024:
         return f"{count} B"
     power = min((count.bit_length() - 1) // 10, 6)
@@ -254,7 +254,7 @@ def size(count: int) -> str:
 
 
 def age(microseconds: int) -> str:
-    """Write how long ago a time of the contract was, in its largest whole unit."""
+    """Return how long ago a time was, in the largest whole unit."""
     seconds = max(0, int(time.time() - microseconds / 1_000_000))
     for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= 2 * length:
@@ -312,7 +312,7 @@ def _print_rich(thing: Table | Tree) -> None:
     if console.is_terminal:
         console.print(thing)
         return
-    # A pipe has no width: nothing is cut or folded there.
+    # A pipe has no width: the output is not cut or folded.
     wide = Console(highlight=False, width=1 << 20, color_system=None)
     with wide.capture() as capture:
         wide.print(thing)
@@ -321,7 +321,7 @@ def _print_rich(thing: Table | Tree) -> None:
 
 
 def _print_json(value: Any) -> None:  # noqa: ANN401 - all that json takes
-    # Any other encoding may lack a character, and JSON has escapes of its own for these.
+    # Other encodings can lack a character, for which JSON has escapes.
     is_utf_8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
     json.dump(value, sys.stdout, ensure_ascii=not is_utf_8, indent=2)
     print()

@@ -50,17 +50,17 @@ from snapd_native.wire.values import (
 )
 
 PAGE = 1000
-"""Snapshots that `Client.walk` asks for at once; fewer, if they are too large together."""
+"""Snapshots that `Client.walk` gets at once; fewer if their records are too large."""
 
 
 class Client:
     """The Manager's methods as coroutines. Use it as ``async with Client() as client``."""
 
     def __init__(self, instance: str = "") -> None:
-        """Speak to an instance, without a name to the one that is called like the service.
+        """Use an instance of the service; ``""`` is the service itself.
 
         Raises:
-            InvalidArgument: no instance can have that name.
+            InvalidArgument: the name of the instance is invalid.
         """
         self._name = bus_name(instance)
         self._connection: Connection | None = None
@@ -93,10 +93,10 @@ class Client:
         labels: Mapping[str, str] | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> Mount:
-        """Make an active snapshot and return its mount.
+        """Create an active snapshot and return its mount.
 
-        Where ``progress`` is given, it is told some times a second, and cancelling this coroutine
-        cancels the work too.
+        ``progress`` is called some times a second. With it, a cancellation of this coroutine also
+        cancels the work.
         """
         if progress is None:
             return await self._create("Prepare", key, parent, labels)
@@ -106,7 +106,7 @@ class Client:
     async def view(
         self, key: str, parent: str = "", labels: Mapping[str, str] | None = None
     ) -> Mount:
-        """Make a view and return its mount."""
+        """Create a view and return its mount."""
         return await self._create("View", key, parent, labels)
 
     async def commit(
@@ -118,9 +118,10 @@ class Client:
         progress: Callable[[Progress], None] | None = None,
         digest: bool = False,
     ) -> None:
-        """Make the active snapshot ``key`` the committed snapshot ``name``, durably.
+        """Turn the active snapshot ``key`` into the committed snapshot ``name``, durably.
 
-        With ``digest`` one of its tree is recorded, for `verify`. For ``progress`` see `prepare`.
+        With ``digest`` the digest of the tree is recorded for `verify`. For ``progress`` see
+        `prepare`.
         """
         options = _labels(labels)
         if parent:
@@ -138,26 +139,26 @@ class Client:
         return mount_from_wire(mounts[0])
 
     async def stat(self, key: str) -> Info:
-        """Return a snapshot's record."""
+        """Return the record of a snapshot."""
         (info,) = await self._call("Stat", "s", key)
         return info_from_wire(info)
 
     async def update(
         self, name: str, labels: Mapping[str, str], fieldpaths: Sequence[str] = ()
     ) -> Info:
-        """Set labels and return the record as it is then."""
+        """Set labels and return the new record."""
         (info,) = await self._call("Update", "sa{ss}as", name, dict(labels), list(fieldpaths))
         return info_from_wire(info)
 
     async def usage(self, key: str) -> Usage:
-        """Return what a snapshot takes."""
+        """Return the usage of a snapshot."""
         size, inodes = await self._call("Usage", "s", key)
         return Usage(size, inodes)
 
     async def list(
         self, filters: Sequence[str] = (), after: str = "", limit: int | None = None
     ) -> list[Info]:
-        """Return a page of snapshots, by name in byte order; `walk` goes through all pages."""
+        """Return a page of snapshots, in byte order of names; `walk` reads all pages."""
         options: dict[str, Variant] = {}
         if after:
             options["after"] = Variant("s", after)
@@ -167,13 +168,13 @@ class Client:
         return [info_from_wire(info) for info in infos]
 
     async def walk(self, filters: Sequence[str] = ()) -> AsyncIterator[Info]:
-        """Iterate over all snapshots that match, by name in byte order."""
+        """Iterate over all matching snapshots, in byte order of names."""
         after, limit = "", PAGE
         while True:
             try:
                 page = await self.list(filters, after, limit)
             except ResourceExhausted:
-                # The page is larger than a message may be.
+                # The page is too large for a message.
                 if limit == 1:
                     raise
                 limit //= 2
@@ -185,32 +186,32 @@ class Client:
             after = page[-1].name
 
     async def remove(self, key: str) -> None:
-        """Forget a snapshot; its data is deleted in the background."""
+        """Remove a snapshot; its data is deleted in the background."""
         await self._call("Remove", "sa{sv}", key, {})
 
     async def cleanup(self) -> None:
-        """Return when every deferred deletion is done."""
+        """Wait until all pending deletions are done."""
         await self._call("Cleanup", "a{sv}", {})
 
     async def check(self) -> Sequence[Finding]:
-        """Return what is wrong with records, directories and mounts; nothing is changed."""
+        """Return the faults of records, directories and mounts; nothing is changed."""
         (rows,) = await self._call("Check", "a{sv}", {})
         return [finding_from_wire(row) for row in rows]
 
     async def repair(self) -> Sequence[Finding]:
-        """Mend what can be mended without a loss or a guess; return what was wrong of that."""
+        """Repair what can be repaired without loss or guess; return what was repaired."""
         (rows,) = await self._call("Repair", "a{sv}", {})
         return [finding_from_wire(row) for row in rows]
 
     async def verify(self, name: str, progress: Callable[[Progress], None] | None = None) -> str:
-        """Compare a committed snapshot's tree with the digest that Commit recorded; return that.
+        """Compare the tree of a committed snapshot with the recorded digest; return that.
 
         For ``progress`` see `prepare`.
         """
         if progress is None:
             (digest,) = await self._call("Verify", "sa{sv}", name, {})
             return str(digest)
-        # The job has no result; the digest that it has compared with is in the record.
+        # The job has no result; the recorded digest is in the label.
         info = await self.stat(name)
         await self._work(progress, "VerifyJob", "sa{sv}", name, {})
         return info.labels.get(DIGEST_LABEL, "")
@@ -226,47 +227,48 @@ class Client:
         read_only: bool | None = None,
         lifetime: Lifetime = Lifetime.PERSISTENT,
     ) -> str:
-        """Mount an active snapshot or a view on a directory, or on one that is made for it.
+        """Mount an active snapshot or a view, and return the target.
 
-        Return where. With the lifetime ``client`` it stands as long as this client is connected.
+        If the target is empty, a directory is created for the mount. A mount with the lifetime
+        ``client`` lasts as long as this client is connected.
         """
         options = {"lifetime": Variant("s", lifetime.value), **_read_only(read_only)}
         (mounted_on,) = await self._call("Mount", "ssa{sv}", key, target, options)
         return str(mounted_on)
 
     async def unmount(self, target: str, lazy: bool = False) -> None:
-        """Take away what `mount` has mounted on ``target``, if ``lazy`` also while it is in use."""
+        """Unmount what `mount` has mounted on ``target``; with ``lazy`` also if it is in use."""
         await self._call("Unmount", "sa{sv}", target, {"lazy": Variant("b", lazy)})
 
     async def list_mounts(self, key: str = "") -> Sequence[Mounted]:
-        """Return what `mount` has mounted and still stands, of one snapshot or of all."""
+        """Return the mounts of one snapshot or of all."""
         (rows,) = await self._call("ListMounts", "s", key)
         return [mounted_from_wire(row) for row in rows]
 
     async def open_tree(self, key: str, read_only: bool | None = None) -> int:
-        """Return a mount of an active snapshot or a view that is attached nowhere yet.
+        """Return a detached mount of an active snapshot or a view.
 
-        The fd is the caller's, for move_mount(2) in any mount namespace.
+        The caller closes the fd, and can attach it in any mount namespace with move_mount(2).
         """
         return await self._connected().request_fd(
             self._name, OBJECT_PATH, MANAGER, "OpenTree", "sa{sv}", [key, _read_only(read_only)]
         )
 
     async def jobs(self) -> Sequence[Job]:
-        """Return what the service is doing that takes long."""
+        """Return the jobs of the service."""
         (rows,) = await self._call("ListJobs", "")
         return [Job(id_, operation, key, uid) for id_, operation, key, uid, _ in rows]
 
     async def progress(self, job: int) -> Progress:
-        """Return how far a job is."""
+        """Return the progress of a job."""
         return _progress(await self._properties(f"{JOB_PATH}/{job}", JOB))
 
     async def cancel(self, job: int) -> None:
-        """Have a job undone, and return when it is."""
+        """Cancel a job, and wait until its work is undone."""
         await self._connected().request(self._name, f"{JOB_PATH}/{job}", JOB, "Cancel")
 
     async def service(self) -> Service:
-        """Return what the service says of itself."""
+        """Return the properties of the service."""
         values = await self._properties(OBJECT_PATH, MANAGER)
         return Service(
             values["Version"].value,
@@ -277,9 +279,9 @@ class Client:
 
     @asynccontextmanager
     async def changes(self) -> AsyncIterator[AsyncIterator[Change]]:
-        """Yield the changes that happen from now on, in their order.
+        """Yield all changes from now on, in order.
 
-        The iterator raises Unavailable when the service has ended, or the bus is lost.
+        The iterator raises Unavailable when the service has ended or the bus is lost.
         """
         rule = f"interface='{MANAGER}',path='{OBJECT_PATH}'"
         async with signals(self._connected(), self._name, rule) as arrived:
@@ -292,7 +294,7 @@ class Client:
         signature: str,
         *arguments: object,
     ) -> None:
-        """Have something done by a job, and return when it is."""
+        """Run a job, and wait until its work is done."""
         removed = f"interface='{MANAGER}',path='{OBJECT_PATH}',member='JobRemoved'"
         changed = f"interface='{PROPERTIES}',path_namespace='{JOB_PATH}'"
         async with signals(self._connected(), self._name, removed, changed) as arrived:
@@ -309,15 +311,15 @@ class Client:
     async def _watch(
         self, path: str, arrived: AsyncIterator[Message], progress: Callable[[Progress], None]
     ) -> None:
-        """Return when a job is done, or raise what it ended with."""
+        """Wait until a job is done, and raise its error."""
         values: dict[str, Variant] = {}
-        # A job may have ended before anybody can ask.
+        # The job can have ended before this client asks.
         with suppress(NotFound):
             values = await self._properties(path, JOB)
             progress(_progress(values))
         async for message in arrived:
             if message.path == path and values:
-                # The values that were read may be newer than those of this signal.
+                # The values that were read can be newer than those of this signal.
                 for name, value in message.body[1].items():
                     values[name] = max(values[name], value, key=_value)
                 progress(_progress(values))

@@ -24,11 +24,11 @@ _T = TypeVar("_T")
 class BlockingClient:
     """`Client` for programs without an event loop; use it as ``with BlockingClient() as client``.
 
-    Not for several threads: each takes a client of its own.
+    It is not thread-safe: use one client for each thread.
     """
 
     def __init__(self, instance: str = "") -> None:
-        """Speak to an instance; see `Client`."""
+        """Use an instance of the service; see `Client`."""
         self._client = Client(instance)
         self._runner = asyncio.Runner()
 
@@ -62,14 +62,14 @@ class BlockingClient:
         labels: Mapping[str, str] | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> Mount:
-        """Make an active snapshot and return its mount.
+        """Create an active snapshot and return its mount.
 
-        Where ``progress`` is given, it is told some times a second, and Ctrl-C cancels the work.
+        ``progress`` is called some times a second. With it, Ctrl-C cancels the work.
         """
         return self._wait(self._client.prepare(key, parent, labels, progress))
 
     def view(self, key: str, parent: str = "", labels: Mapping[str, str] | None = None) -> Mount:
-        """Make a view and return its mount."""
+        """Create a view and return its mount."""
         return self._wait(self._client.view(key, parent, labels))
 
     def commit(
@@ -81,9 +81,10 @@ class BlockingClient:
         progress: Callable[[Progress], None] | None = None,
         digest: bool = False,
     ) -> None:
-        """Make the active snapshot ``key`` the committed snapshot ``name``, durably.
+        """Turn the active snapshot ``key`` into the committed snapshot ``name``, durably.
 
-        With ``digest`` one of its tree is recorded, for `verify`. For ``progress`` see `prepare`.
+        With ``digest`` the digest of the tree is recorded for `verify`. For ``progress`` see
+        `prepare`.
         """
         self._wait(self._client.commit(name, key, labels, parent, progress, digest))
 
@@ -92,35 +93,35 @@ class BlockingClient:
         return self._wait(self._client.mounts(key))
 
     def stat(self, key: str) -> Info:
-        """Return a snapshot's record."""
+        """Return the record of a snapshot."""
         return self._wait(self._client.stat(key))
 
     def update(self, name: str, labels: Mapping[str, str], fieldpaths: Sequence[str] = ()) -> Info:
-        """Set labels and return the record as it is then."""
+        """Set labels and return the new record."""
         return self._wait(self._client.update(name, labels, fieldpaths))
 
     def usage(self, key: str) -> Usage:
-        """Return what a snapshot takes."""
+        """Return the usage of a snapshot."""
         return self._wait(self._client.usage(key))
 
     def remove(self, key: str) -> None:
-        """Forget a snapshot; its data is deleted in the background."""
+        """Remove a snapshot; its data is deleted in the background."""
         self._wait(self._client.remove(key))
 
     def cleanup(self) -> None:
-        """Return when every deferred deletion is done."""
+        """Wait until all pending deletions are done."""
         self._wait(self._client.cleanup())
 
     def check(self) -> Sequence[Finding]:
-        """Return what is wrong with records, directories and mounts; nothing is changed."""
+        """Return the faults of records, directories and mounts; nothing is changed."""
         return self._wait(self._client.check())
 
     def repair(self) -> Sequence[Finding]:
-        """Mend what can be mended without a loss or a guess; return what was wrong of that."""
+        """Repair what can be repaired without loss or guess; return what was repaired."""
         return self._wait(self._client.repair())
 
     def verify(self, name: str, progress: Callable[[Progress], None] | None = None) -> str:
-        """Compare a committed snapshot's tree with the digest that Commit recorded; return that.
+        """Compare the tree of a committed snapshot with the recorded digest; return that.
 
         For ``progress`` see `prepare`.
         """
@@ -137,51 +138,52 @@ class BlockingClient:
         read_only: bool | None = None,
         lifetime: Lifetime = Lifetime.PERSISTENT,
     ) -> str:
-        """Mount an active snapshot or a view on a directory, or on one that is made for it.
+        """Mount an active snapshot or a view, and return the target.
 
-        Return where. With the lifetime ``client`` it stands as long as this client is connected.
+        If the target is empty, a directory is created for the mount. A mount with the lifetime
+        ``client`` lasts as long as this client is connected.
         """
         return self._wait(self._client.mount(key, target, read_only, lifetime))
 
     def unmount(self, target: str, lazy: bool = False) -> None:
-        """Take away what `mount` has mounted on ``target``, if ``lazy`` also while it is in use."""
+        """Unmount what `mount` has mounted on ``target``; with ``lazy`` also if it is in use."""
         self._wait(self._client.unmount(target, lazy))
 
     def list_mounts(self, key: str = "") -> Sequence[Mounted]:
-        """Return what `mount` has mounted and still stands, of one snapshot or of all."""
+        """Return the mounts of one snapshot or of all."""
         return self._wait(self._client.list_mounts(key))
 
     def open_tree(self, key: str, read_only: bool | None = None) -> int:
-        """Return a mount of an active snapshot or a view that is attached nowhere yet.
+        """Return a detached mount of an active snapshot or a view.
 
-        The fd is the caller's, for move_mount(2) in any mount namespace.
+        The caller closes the fd, and can attach it in any mount namespace with move_mount(2).
         """
         return self._wait(self._client.open_tree(key, read_only))
 
     def jobs(self) -> Sequence[Job]:
-        """Return what the service is doing that takes long."""
+        """Return the jobs of the service."""
         return self._wait(self._client.jobs())
 
     def progress(self, job: int) -> Progress:
-        """Return how far a job is."""
+        """Return the progress of a job."""
         return self._wait(self._client.progress(job))
 
     def cancel(self, job: int) -> None:
-        """Have a job undone, and return when it is."""
+        """Cancel a job, and wait until its work is undone."""
         self._wait(self._client.cancel(job))
 
     def service(self) -> Service:
-        """Return what the service says of itself."""
+        """Return the properties of the service."""
         return self._wait(self._client.service())
 
     def list(
         self, filters: Sequence[str] = (), after: str = "", limit: int | None = None
     ) -> list[Info]:
-        """Return a page of snapshots, by name in byte order."""
+        """Return a page of snapshots, in byte order of names."""
         return self._wait(self._client.list(filters, after, limit))
 
     def walk(self, filters: Sequence[str] = ()) -> Iterator[Info]:
-        """Iterate over all snapshots that match, by name in byte order."""
+        """Iterate over all matching snapshots, in byte order of names."""
         infos = self._client.walk(filters)
         while (info := self._wait(anext(infos, None))) is not None:
             yield info

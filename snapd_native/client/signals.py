@@ -1,4 +1,4 @@
-"""Signals of the service, and the changes that they tell of."""
+"""Receive signals of the service, and translate them to changes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from snapd_native.wire.values import Body
 async def signals(
     connection: Connection, name: str, *rules: str
 ) -> AsyncIterator[AsyncIterator[Message]]:
-    """Yield the signals of the service ``name`` that match any of ``rules``, from now on.
+    """Yield the signals of the service ``name`` that match one of ``rules``, from now on.
 
-    The iterator raises Unavailable when there can be no more.
+    The iterator raises Unavailable when the service has ended or the bus is lost.
     """
-    # As any call, this starts a service that is there on demand.
+    # Like any call, this starts a service that is activated by the bus.
     await connection.request(name, OBJECT_PATH, PEER, "Ping")
     arrived: asyncio.Queue[Message | None] = asyncio.Queue()
     lost = f"sender='{DRIVER}',member='NameOwnerChanged',arg0='{name}'"
@@ -49,7 +49,7 @@ async def signals(
 
 
 async def changes_of(arrived: AsyncIterator[Message]) -> AsyncIterator[Change]:
-    """Yield the changes that signals tell of."""
+    """Translate signals to changes."""
     async for message in arrived:
         change = _change(message.member, message.body)
         if change is not None:
@@ -73,7 +73,7 @@ def _change(member: str, body: Body) -> Change | None:
 
 async def _drained(queue: asyncio.Queue[Message | None], sender: str) -> AsyncIterator[Message]:
     while (message := await queue.get()) is not None:
-        # Anybody may send signals that look the same.
+        # Other senders can send signals of the same name.
         if message.sender == sender:
             yield message
     raise Unavailable("the service or the system bus is gone: connect again")

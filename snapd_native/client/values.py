@@ -9,7 +9,7 @@ from snapd_native.model import Usage
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """The service's properties."""
+    """The properties of the service."""
 
     version: str
     state_directory: str
@@ -19,7 +19,7 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class Standby:
-    """Clones of a committed snapshot that make Prepare quick."""
+    """The standby clones of a committed snapshot."""
 
     ready: int
     wanted: int
@@ -27,19 +27,19 @@ class Standby:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Something long that the service does for somebody."""
+    """A call that takes long."""
 
     id: int
     operation: str
     key: str
     uid: int
-    """The user that started it."""
+    """The user that has started it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a job is."""
+    """The progress of a job."""
 
     done: Usage
     total: Usage
-    """Zeros while that is unknown."""
+    """The work in all; zeros while it is unknown."""
