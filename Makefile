@@ -9,14 +9,18 @@ pytest := $(bin)/pytest $(if $(SEED),--randomly-seed=$(SEED))
 parallel := --numprocesses $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit check test-all check-all coverage test-repeat storm fuzz soak \
+.PHONY: help demo docs/session.svg test lint types unit check test-all check-all coverage test-repeat storm fuzz soak \
     vm-test vm-up vm-down vm-powercut deb bench bench-metastore clean static runtime development benchmark
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z/.-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: runtime ## show the service at work on a bus of its own (root)
 	@$(bin)/snapd-native demo
+
+docs/session.svg: runtime ## draw what make demo prints (root)
+	@mkdir -p build && $(bin)/snapd-native demo >build/session
+	@$(bin)/python -m tools.picture 'make demo' <build/session >$@
 
 test: lint types check ## everything that has to pass before a change is merged (root, 4 minutes)
 

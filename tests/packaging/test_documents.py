@@ -6,7 +6,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,13 @@ def test_the_demo_command_works_and_leaves_no_files(tmp_path: Path) -> None:
     assert "everything is cleaned up" in outcome.stdout
     assert "ended with status 0" in outcome.stdout
     assert sorted(tmp_path.iterdir()) == [tree]
+    drawn = ET.parse(PROJECT / "docs" / "session.svg").getroot().itertext()  # noqa: S314 - our own
+    assert _steps(drawn) == _steps(outcome.stdout.splitlines())
+
+
+def _steps(lines: Iterable[str]) -> list[str]:
+    """Return the first words of the lines that show a step of the demonstration."""
+    return [line.split()[0] for line in lines if line.endswith(" ms")]
 
 
 def test_make_demo_runs_the_demo_command() -> None:

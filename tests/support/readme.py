@@ -1,4 +1,4 @@
-"""The shell blocks of the README, by name, and where each of them is run."""
+"""The shell blocks of the documents for users, by name, and where each of them is run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import re
 
 from tests.support import PROJECT
 
-README = (PROJECT / "README.md").read_text()
+_TEXT = "".join(
+    (PROJECT / document).read_text()
+    for document in ("README.md", "docs/operations.md", "docs/security.md")
+)
 
 
 HERE = {
@@ -17,7 +20,7 @@ HERE = {
     "in C": "gdbus-codegen ",
     "full disk": "df ",
 }
-"""What `tests/packaging` runs: how the README's blocks begin."""
+"""What `tests/packaging` runs: how the blocks begin."""
 
 ON_A_MACHINE = {
     "install": "make deb\n",
@@ -33,11 +36,11 @@ ON_A_MACHINE = {
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```$", _TEXT, re.MULTILINE | re.DOTALL)
 
 
 def block(name: str) -> str:
-    """Return the commands that the README shows under one of the names above."""
+    """Return the commands of the block with one of the names above."""
     beginning = (HERE | ON_A_MACHINE)[name]
     (found,) = (block for block in blocks("sh") if block.startswith(beginning))
     return found
