@@ -1,1 +1,1 @@
-"""Measurements, to be run by hand."""
+"""Benchmarks, to be run by hand."""

@@ -1,4 +1,4 @@
-"""The benchmark's command line."""
+"""The command line of the benchmark."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from bench.trees import TREES
 from snapd_native.errors import SnapdError
 
 MARGIN = 1 << 30
-"""Bytes that are needed for everything else."""
+"""Bytes for everything but the trees."""
 
 RIVALS = ("containerd", "cp")
-"""Whom we are compared with."""
+"""The peers that the service is compared with."""
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _DOCUMENT = click.Path(path_type=Path, dir_okay=False, exists=True)
@@ -31,7 +31,7 @@ _DOCUMENT = click.Path(path_type=Path, dir_okay=False, exists=True)
 def _some_of(
     words: Sequence[str],
 ) -> Callable[[click.Context, click.Parameter, str], list[str]]:
-    """Make an option's value some of the words, separated by commas, in their own order."""
+    """Parse an option whose value is some of the words, separated by commas."""
 
     def convert(_context: click.Context, _parameter: click.Parameter, value: str) -> list[str]:
         chosen = value.split(",")
@@ -96,12 +96,12 @@ def main(
     chosen = [TREES[name] for name in trees]
     if os.geteuid() != 0:
         raise click.ClickException("needs root, because it mounts file systems")
-    # Everybody keeps each tree, and one after the other makes copies.
+    # Every peer keeps each tree, and the peers make copies one after the other.
     sizes = [tree.size for tree in chosen]
     needed = MARGIN + round(scale * (3 * sum(sizes) + max(sizes)))
     if short := shortage(directory, needed):
         raise click.ClickException(short)
-    # A signal to end cleans everything up, as Ctrl-C does.
+    # SIGTERM cleans everything up, as Ctrl-C does.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
@@ -122,7 +122,7 @@ def _publish(results: Results, document: Path | None, plot: Path | None) -> None
     if document:
         write_document(results, document)
     if plot:
-        # Only who wants a picture needs matplotlib.
+        # Only the picture needs matplotlib.
         from bench.plot import draw
 
         draw(results, plot)

@@ -17,19 +17,19 @@ from bench.results import Case, Results, Subject
 from bench.trees import ROOTFS, Tree, scaled, shape
 
 ENOUGH = 20.0
-"""Seconds after which nothing is measured for another round."""
+"""Seconds after which no further round begins."""
 
 COMMITS = 3
 VIEWS = 100
 STATS = 500
 LISTS = 20
-"""How often calls are measured."""
+"""The number of measurements of a call."""
 
 HEADSTART = 0.05
-"""Seconds until the Prepares of others have begun."""
+"""Seconds until the Prepares of the other clients have begun."""
 
 LISTED = 1000
-"""Snapshots that a List returns."""
+"""Snapshots that List returns."""
 
 _KEY = "copy"
 
@@ -49,28 +49,29 @@ class Site:
     rounds: int | None
 
     def measure(self, case: Case, tree: Tree, peer: Copier, call: Callable[[], object]) -> None:
-        """Take the time of one call."""
+        """Measure the time of one call."""
         start = time.perf_counter()
         call()
         taken = time.perf_counter() - start
         self.results.add(Subject(self.disk.name, case, tree.name), peer.name, taken)
 
     def sample_memory(self) -> None:
-        """Look how much the services have taken so far."""
+        """Read how much memory the services have used so far."""
         for keeper in self.keepers:
             keeper.memory.sample()
 
 
 def everything(site: Site, tree: Tree) -> None:
-    """Make a tree, give it to everybody, and measure all that is to be measured on it.
+    """Make a tree, give it to all peers, and run all measurements on it.
 
-    It is not deleted afterwards, which would take long: the whole file system goes in the end.
+    The tree is not deleted afterwards, which would take long: the file system is deleted at the
+    end.
     """
     original = site.originals / tree.name
     original.mkdir()
     tree.make(original, site.results.scale)
     site.results.trees[tree.name] = shape(original)
-    # What is not written yet would be so file by file, where it is shared by reflink.
+    # A reflink of data that is not written yet would write it file by file.
     site.disk.sync()
     with ThreadPoolExecutor() as pool:
         list(pool.map(partial(_load, original, tree.name), site.keepers))
@@ -94,7 +95,7 @@ def _load(original: Path, name: str, keeper: Keeper) -> None:
 
 
 def _rounds(site: Site, most: int) -> Iterator[int]:
-    """Count the rounds: as many as were asked for, or until it takes long."""
+    """Count the rounds, up to the requested number or the limit of time."""
     begin = time.monotonic()
     for number in range(site.rounds or most):
         if number and not site.rounds and time.monotonic() - begin > ENOUGH:
@@ -103,7 +104,7 @@ def _rounds(site: Site, most: int) -> Iterator[int]:
 
 
 def _in_turn(peers: Sequence[_Peer], rounds: Iterable[int]) -> Iterator[_Peer]:
-    """Go round among the peers, each time beginning with another one."""
+    """Iterate over the peers, and begin with another one each time."""
     for number in rounds:
         first = number % len(peers)
         yield from (*peers[first:], *peers[:first])
@@ -123,7 +124,7 @@ def _prepare(site: Site, tree: Tree) -> None:
 
 
 def _standby(site: Site, tree: Tree) -> None:
-    """Measure Prepare when all clones are ready, so that none is made meanwhile."""
+    """Measure Prepare while all standby clones are ready."""
     ours = site.ours
     ours.keep_ready(tree.name, 2)
     for _ in _rounds(site, tree.standby):
@@ -138,7 +139,7 @@ def _standby(site: Site, tree: Tree) -> None:
 
 
 def _commit(site: Site, tree: Tree) -> None:
-    """Measure Commit of what has one more file; all else is written already."""
+    """Measure Commit of a copy with one new file; the rest is on the disk already."""
     for keeper in _in_turn(site.keepers, _rounds(site, COMMITS)):
         (keeper.prepare(_KEY, tree.name) / "one more file").touch()
         site.disk.sync()
@@ -161,7 +162,7 @@ def _view_and_remove(keeper: Keeper) -> None:
 
 
 def _busy(site: Site, tree: Tree) -> None:
-    """Measure calls for as long as two other clients wait for their Prepares."""
+    """Measure calls while two other clients wait for their Prepares."""
     keys = (f"busy {number}" for number in count())
     for keeper in site.keepers:
         for case, call in (
@@ -189,7 +190,7 @@ def _prepare_alone(keeper: Keeper, key: str, parent: str) -> None:
 
 
 def _list(site: Site, tree: Tree) -> None:
-    """Measure List with so many snapshots on each side, nearly all views of an empty one."""
+    """Measure List with the same number of snapshots, most of them views of an empty one."""
     with ThreadPoolExecutor() as pool:
         list(pool.map(partial(_fill, scaled(LISTED, site.results.scale)), site.keepers))
     for keeper in _in_turn(site.keepers, range(LISTS)):

@@ -23,7 +23,7 @@ _NAMESPACE = (("containerd-namespace", "bench"),)
 _SNAPSHOTS = "containerd.services.snapshots.v1.Snapshots"
 _LEASES = "containerd.services.leases.v1.Leases"
 
-# The plugins that are disabled would make directories in /opt and /etc, or serve Kubernetes.
+# The disabled plugins would create directories in /opt and /etc, or serve Kubernetes.
 _CONFIGURATION = """
 version = 2
 root = "{root}"
@@ -76,17 +76,17 @@ class Containerd:
         return sum(len(page.info) for page in pages)
 
     def remove(self, key: str) -> None:
-        """Call Remove; the tree is deleted when the garbage collector comes by."""
+        """Call Remove; the garbage collector deletes the tree later."""
         self._remove(_messages.KeyRequest(snapshotter=_SNAPSHOTTER, key=key))
 
     def settle(self) -> None:
-        """Run the garbage collector, which the end of a lease can wait for."""
+        """Run the garbage collector, by the synchronous deletion of a lease."""
         self._create_lease(_messages.CreateLeaseRequest(id="settle"))
         self._delete_lease(_messages.DeleteLeaseRequest(id="settle", sync=True))
 
     @contextmanager
     def another(self) -> Iterator[Containerd]:
-        """Connect once more."""
+        """Open another connection."""
         with _connected(self._address) as channel:
             yield Containerd(channel, self._address, self.memory)
 
@@ -112,7 +112,7 @@ def containerd(root: Path) -> Iterator[Containerd]:
         configuration.write_text(_CONFIGURATION.format(root=root, private=private, socket=socket))
         log = private / "log"
         try:
-            # Not in our process group: it would see Ctrl-C before we have cleaned up.
+            # In a process group of its own: Ctrl-C would end it before the clean-up.
             process = subprocess.Popen(
                 ["containerd", "--config", configuration],
                 stderr=stack.enter_context(log.open("wb")),
@@ -136,7 +136,7 @@ def containerd(root: Path) -> Iterator[Containerd]:
 
 @contextmanager
 def _connected(address: str) -> Iterator[Any]:
-    # A channel shares its connection with others to the same address, unless it is told not to.
+    # By default, channels to the same address share a connection.
     with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
         yield channel
 

@@ -1,4 +1,4 @@
-"""Fresh file systems on loop devices, of which nothing is left afterwards."""
+"""New file systems on loop devices, which are deleted afterwards."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pathlib import Path
 from snapd_native import linux
 
 SIZE = 32 << 30
-"""Bytes of an image; it is sparse, and takes what its file system holds."""
+"""Bytes of an image. It is sparse, and uses only what its file system contains."""
 
 MKFS: Mapping[str, tuple[str, ...]] = {
-    # Tables that are initialised later would be so while something is measured.
+    # Lazy initialisation of tables would run during measurements.
     "ext4": ("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"),
     "xfs": ("mkfs.xfs", "-q", "-f", "-m", "reflink=1"),
 }
@@ -32,7 +32,7 @@ class Disk:
     root: Path
 
     def sync(self) -> None:
-        """Write all that is not written yet."""
+        """Write everything to the disk."""
         descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
         try:
             linux.syncfs(descriptor)
@@ -40,12 +40,12 @@ class Disk:
             os.close(descriptor)
 
     def trim(self) -> None:
-        """Give the room of what was deleted back to the file system below."""
+        """Return the space of deleted files to the file system below."""
         self.sync()
         _run("fstrim", str(self.root))
 
     def options(self) -> str:
-        """Return how it was made and mounted."""
+        """Return the options of mkfs and mount."""
         mounted = _run("findmnt", "-no", "OPTIONS", str(self.root)).strip()
         return f"{' '.join(MKFS[self.name])}; {mounted}"
 
@@ -65,7 +65,7 @@ def mounted(name: str, directory: Path) -> Iterator[Disk]:
             stack.callback(_unmount, root)
             _run("mount", "-o", "loop", image.name, str(root))
         device = _run("findmnt", "-no", "SOURCE", str(root)).strip()
-        # Else everything is cached twice; not every file system below can do it.
+        # Without direct I/O everything is cached twice; not every file system supports it.
         subprocess.run(
             ["losetup", "--direct-io=on", device], check=False, stderr=subprocess.DEVNULL
         )
@@ -73,7 +73,7 @@ def mounted(name: str, directory: Path) -> Iterator[Disk]:
 
 
 def shortage(directory: Path, needed: int) -> str:
-    """Return a sentence that says what is missing of ``needed`` bytes, or nothing."""
+    """Return a sentence if less than ``needed`` bytes are free; else empty."""
     free = shutil.disk_usage(directory).free
     if free >= needed:
         return ""
@@ -88,7 +88,7 @@ def _run(*command: str) -> str:
 
 
 def _unmount(root: Path) -> None:
-    """Unmount ``root``; by force only if something that failed still uses it."""
+    """Unmount ``root``; lazily if a failed measurement still uses it."""
     for extra in ([], ["--lazy"]):
         if os.path.ismount(root):
             subprocess.run(["umount", *extra, str(root)], check=False)

@@ -1,4 +1,4 @@
-"""The machine that the numbers were measured on."""
+"""Describe the machine of the measurements."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _memory() -> str:
 
 
 def _disk(directory: Path) -> str:
-    """Name the file system that holds the images and, where it can be told, its device."""
+    """Name the file system of the images and, if known, its device."""
     source, kind = _output("findmnt", "-no", "SOURCE,FSTYPE", "-T", str(directory)).split()
     device = " ".join(_output("lsblk", "-dno", "NAME,SIZE,MODEL", source).split())
     return f"{kind} on {device or source}"

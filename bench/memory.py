@@ -1,4 +1,4 @@
-"""How much memory processes have taken at most."""
+"""Measure the peak memory of processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Peak:
 
 
 def _fields(status: Path) -> dict[str, int]:
-    """Return the numbers in a status file, sizes in bytes."""
+    """Return the numbers of a status file, with sizes in bytes."""
     found = {}
     for line in status.read_text().splitlines():
         name, _, value = line.partition(":")

@@ -1,7 +1,7 @@
-"""What calls on the metastore cost with few and with many snapshots.
+"""Measure calls on the metastore with few and with many snapshots.
 
-Each call is measured by turns on a small and on a large metastore, so that whatever else the
-machine does meets both alike; told are the medians and their ratio.
+Each call is measured by turns on a small and on a large metastore, so that other load of the
+machine disturbs both equally. The results are the medians and their ratio.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ SIZES = (100, 100_000)
 """Snapshots in the two metastores."""
 
 CHAIN = 10
-"""Children of each committed snapshot, about."""
+"""The approximate number of children of a committed snapshot."""
 
 PAGE = 100
 """Snapshots in a page of List."""
 
 HALF_PAGE = 40
-"""Snapshots in a page that begins in the middle: even the small metastore has as many there."""
+"""Snapshots in a page that begins in the middle; the small metastore has as many there."""
 
 
 @dataclass
 class Subject:
-    """An engine with ``size`` snapshots, and what is needed for calls on it."""
+    """An engine with ``size`` snapshots, and calls on it."""
 
     engine: Snapshotter
     size: int
@@ -80,7 +80,7 @@ class Subject:
         self.spare.append(key)
 
     def remove(self) -> None:
-        """Remove what was prepared or viewed first."""
+        """Remove the oldest snapshot of Prepare or View."""
         self.engine.remove(self.spare.pop(0))
 
     def _any(self) -> str:
@@ -150,7 +150,7 @@ def measured(subjects: list[Subject]) -> dict[str, list[float]]:
 
 
 def machine(engine: Snapshotter) -> str:
-    """Name what the numbers belong to."""
+    """Describe the machine of the measurements."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     model = next(models, platform.machine())

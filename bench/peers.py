@@ -1,4 +1,4 @@
-"""Those who are compared: each prepares copies of trees, and some keep snapshots."""
+"""The peers that are compared: all copy trees, and some keep snapshots."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from snapd_native.errors import Unavailable
 from snapd_native.private import private_bus, private_daemon
 
 LABELS = {"containerd.io/gc.root": "2024-01-01T00:00:00Z"}
-"""Of every snapshot, with everybody; without it containerd would collect them."""
+"""Labels of every snapshot. Without them containerd would delete the snapshots."""
 
 PATIENCE = 120.0
-"""Seconds until something that does not come is given up."""
+"""Seconds to wait before giving up."""
 
 
 class Copier(Protocol):
@@ -27,24 +27,24 @@ class Copier(Protocol):
 
     @property
     def name(self) -> str:
-        """How it is called in the results."""
+        """Its name in the results."""
         ...
 
     def prepare(self, key: str, parent: str) -> Path:
-        """Make a copy of the tree ``parent``, or an empty one; return where it lies."""
+        """Copy the tree ``parent``, or make an empty tree; return the path."""
         ...
 
     def remove(self, key: str) -> None:
-        """Forget a copy."""
+        """Remove a copy."""
         ...
 
     def settle(self) -> None:
-        """Return when what was removed is deleted."""
+        """Wait until removed copies are deleted."""
         ...
 
 
 class Keeper(Copier, Protocol):
-    """A service that keeps snapshots; containerd's words are meant."""
+    """A service that keeps snapshots, in containerd's terms."""
 
     @property
     def memory(self) -> Peak:
@@ -56,24 +56,24 @@ class Keeper(Copier, Protocol):
         ...
 
     def commit(self, name: str, key: str) -> None:
-        """Make the copy ``key`` a parent for others."""
+        """Commit the copy ``key``, so that it can be a parent."""
         ...
 
     def stat(self, key: str) -> None:
-        """Ask for one record."""
+        """Read one record."""
         ...
 
     def list(self) -> int:
-        """Ask for all records; return how many there are."""
+        """Read all records; return the number."""
         ...
 
     def another(self) -> AbstractContextManager[Keeper]:
-        """Connect once more, for another thread, which has to enter this itself."""
+        """Open another connection for another thread, which enters it."""
         ...
 
 
 class Cp:
-    """The command ``cp -a --reflink=auto``; what it copies lies in ``originals``."""
+    """The command ``cp -a --reflink=auto`` on the trees in ``originals``."""
 
     name = "cp"
 
@@ -92,11 +92,11 @@ class Cp:
         subprocess.run(["rm", "-rf", "--", self._copies / key], check=True)
 
     def settle(self) -> None:
-        """Return: nothing is deferred."""
+        """Do nothing: cp has no pending deletions."""
 
 
 class Native:
-    """Our service, by one connected client."""
+    """The service itself, by one connected client."""
 
     name = "snapd-native"
 
@@ -134,20 +134,20 @@ class Native:
 
     @contextmanager
     def another(self) -> Iterator[Native]:
-        """Connect once more."""
+        """Open another connection."""
         with BlockingClient() as client:
             yield Native(client, self.memory)
 
     def keep_ready(self, name: str, clones: int) -> None:
-        """Ask for standby clones of a committed snapshot, or for none."""
+        """Set the number of standby clones of a committed snapshot."""
         label = "snapd-native.standby"
         self._client.update(name, {label: str(clones) if clones else ""}, [f"labels.{label}"])
 
     def await_ready(self, name: str) -> None:
-        """Return when there are as many standby clones as were asked for.
+        """Wait until all standby clones are complete.
 
         Raises:
-            Unavailable: they do not come.
+            Unavailable: they are not made in time.
         """
         deadline = time.monotonic() + PATIENCE
         while (standby := self._client.standby(name)).ready != standby.wanted:
@@ -158,7 +158,7 @@ class Native:
 
 @contextmanager
 def native(state: Path) -> Iterator[Native]:
-    """Run our service on a bus of its own, and connect to it."""
+    """Run the service itself on a private bus, and connect to it."""
     with ExitStack() as stack:
         address = stack.enter_context(private_bus())
         daemon = stack.enter_context(private_daemon(address, state))
@@ -169,5 +169,5 @@ def native(state: Path) -> Iterator[Native]:
 
 
 def copy(source: str, target: Path) -> None:
-    """Copy as cp does."""
+    """Copy with cp."""
     subprocess.run(["cp", "-a", "--reflink=auto", "--", source, target], check=True)

@@ -1,4 +1,4 @@
-"""The results as a picture, the same for the same numbers."""
+"""Draw the results; the same numbers give the same picture."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from bench.report import OURS, duration
 from bench.results import Case, Results, Subject
 from bench.trees import GROWTH, TREES
 
-# Of Okabe and Ito, whom also the colour-blind can tell apart, over grey for what is not compared.
+# The colours of Okabe and Ito, which colour-blind people can distinguish, and grey for the rest.
 COLOURS: Mapping[str, str] = {OURS: "#0072b2", "containerd": "#e69f00", "cp": "#a0a7ad"}
-"""Of each peer."""
+"""The colour of each peer."""
 
 _STANDBY = f"{OURS}, standby clone ready"
 
@@ -75,7 +75,7 @@ def _bars(axes: Any, results: Results, filesystem: str) -> None:  # noqa: ANN401
                 continue
             at = position + (place - (len(COLOURS) - 1) / 2) * width
             axes.bar(at, seconds, width * 0.92, color=colour)
-            # Where bars are too short to be seen, the number says how short.
+            # If a bar is too short to be visible, the number shows its length.
             text = duration(seconds).replace(" ", "\N{NARROW NO-BREAK SPACE}")
             axes.annotate(
                 text, (at, seconds), (0, 2), textcoords="offset points",
