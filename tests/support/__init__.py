@@ -1,6 +1,6 @@
-"""Shared by the tests: real buses, daemons, file systems, engines, and ways to hold and await them.
+"""Real buses, daemons, file systems and engines for tests, and ways to hold them up and to wait.
 
-`README.md` beside this file says what is where.
+`README.md` in this directory lists the modules.
 """
 
 from pathlib import Path

@@ -35,7 +35,7 @@ def stock(client: BlockingClient) -> None:
 
 @contextmanager
 def stocked_with_snapshots(service: Service) -> Iterator[Service]:
-    """Lend a service that has what `stock` makes; all is unmounted in the end."""
+    """Lend a service with the snapshots of `stock`; everything is unmounted at the end."""
     with BlockingClient() as client:
         stock(client)
     try:
@@ -70,7 +70,7 @@ class _AsNobody(AuthExternal):
 
 @asynccontextmanager
 async def stranger() -> AsyncIterator[connection]:
-    """Connect as somebody who may not call anything."""
+    """Connect as a user without any permission."""
     os.seteuid(NOBODY)
     try:
         made = connection()

@@ -1,4 +1,4 @@
-"""What lies outside of trees, and tells if anybody comes near it; see inotify(7)."""
+"""Files outside of trees that raise an alarm when a process accesses them; see inotify(7)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @contextmanager
 def canary(path: Path) -> Iterator[Path]:
-    """Lend a directory with a file, a directory and a FIFO, which nobody may open or change."""
+    """Lend a directory with a file, a directory and a FIFO that no process may open or change."""
     (path / "directory").mkdir(parents=True)
     for file in (path / "secret", path / "directory" / "secret"):
         file.write_bytes(SECRET)
@@ -38,7 +38,7 @@ def canary(path: Path) -> Iterator[Path]:
 
 
 def _described(events: bytes) -> list[str]:
-    """Return what was done, as a mask, and to what."""
+    """Return the events of an access, and the name of the file."""
     found = []
     while events:
         _, mask, _, length = struct.unpack_from("iIII", events)
@@ -48,7 +48,7 @@ def _described(events: bytes) -> list[str]:
 
 
 def holds_secret(tree: Path) -> bool:
-    """Tell whether any file in a tree has what only the outside has."""
+    """Tell whether a file in a tree contains the secret of the files outside."""
     for top, _, names in os.walk(tree):
         for name in names:
             fd = os.open(f"{top}/{name}", os.O_PATH | os.O_NOFOLLOW)

@@ -1,4 +1,4 @@
-"""The program, run as users run it, on the bus that `on_bus` has made known."""
+"""Run the program as users do, on the bus of `on_bus`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def program(
     cwd: Path = PROJECT,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the program as the uid ``user``, with more in its environment."""
+    """Run the program as the uid ``user``, with additions to its environment."""
     return subprocess.run(
         [*as_user(user), *PROGRAM, *arguments],
         cwd=cwd,
@@ -47,7 +47,7 @@ def fails(
     user: int = 0,
     environment: Mapping[str, str] | None = None,
 ) -> str:
-    """Run the program, which must fail as ``kind`` says, and return its only line."""
+    """Run the program, which must fail with the error ``kind``, and return its only line."""
     outcome = program(*arguments, user=user, environment=environment)
     assert (outcome.returncode, outcome.stdout) == (STATUSES[kind], "")
     (line,) = outcome.stderr.splitlines()

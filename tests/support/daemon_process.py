@@ -1,4 +1,4 @@
-"""Daemons as processes of their own: how they are started, and what they tell systemd."""
+"""Daemons as processes: start them, and receive their notifications to systemd."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def command(state: Path) -> list[str]:
 
 
 def fails(address: str, state: Path, user: int = 0) -> tuple[int, str]:
-    """Start a daemon that cannot serve; return its exit status and its one line."""
+    """Start a daemon that must fail; return its exit status and its only line."""
     done = subprocess.run(
         [*as_user(user), *command(state)],
         env={**os.environ, "DBUS_SYSTEM_BUS_ADDRESS": address},
@@ -68,7 +68,7 @@ from snapd_native import daemon
 daemon.GRACE = 0
 sys.exit(daemon.run("org.snapdnative1", Path({state!r}), Path({state!r} + "-run"), 0.1))
 """
-"""A daemon that gives what is under way no time at its end."""
+"""A daemon that gives running calls no time when it ends."""
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def notifications(tmp_path: Path) -> Iterator[Notifications]:
 def started(
     bus: str, state: Path, notifications: Notifications, program: str = "", **environment: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a daemon, or ``program``, and leave it as it is; it must have ended at the end."""
+    """Start a daemon, or ``program``. The block must end it."""
     process = subprocess.Popen(
         [sys.executable, "-c", program] if program else command(state),
         env={

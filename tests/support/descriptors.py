@@ -31,11 +31,11 @@ _ATTRIBUTE = struct.Struct("=HH")
 
 
 class Process(Protocol):
-    """A process that runs, however it was started."""
+    """A running process."""
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """Its pid."""
 
 
 class _This:
@@ -45,7 +45,7 @@ class _This:
 
 
 THIS: Process = _This()
-"""The process that the test runs in."""
+"""The process of the test."""
 
 
 def workers(daemon: Process, *priorities: str) -> list[int]:
@@ -56,7 +56,7 @@ def workers(daemon: Process, *priorities: str) -> list[int]:
             _, parent, *_ = (process / "stat").read_text().rpartition(")")[2].split()
             command = (process / "cmdline").read_bytes().split(b"\0")
             if int(parent) == daemon.pid and b"snapd_native.trees.worker" in command:
-                # A zero ends the last argument too.
+                # The last argument ends with a zero, too.
                 *_, priority, _ = command
                 if not priorities or priority.decode() in priorities:
                     found.append(int(process.name))
@@ -64,16 +64,15 @@ def workers(daemon: Process, *priorities: str) -> list[int]:
 
 
 def hands(daemon: Process) -> int:
-    """Return how many workers a daemon keeps for copies and measurements."""
+    """Return the number of workers that a daemon keeps for copies and measurements."""
     return min(len(os.sched_getaffinity(daemon.pid)), MAX_WORKERS)
 
 
 def descriptors(process: Process) -> Counter[str]:
     """Count the descriptors of a process by what they are: a path, a socket, an epoll instance.
 
-    Numbers in names do not count. Two kinds are left out, because their number changes all the
-    time: those of the database, of which each thread has some, and sockets whose other end a
-    worker of the process has.
+    Numbers in names are ignored. Two kinds are left out, because their number changes often: those
+    of the database, which each thread has, and sockets to workers of the process.
     """
     opened = links(process.pid)
     peers = _peers()
@@ -86,7 +85,7 @@ def descriptors(process: Process) -> Counter[str]:
 
 
 def links(pid: int) -> list[str]:
-    """Return what each descriptor of a process is, as proc(5) has it; nothing if it has ended."""
+    """Return the target of each descriptor of a process, as in proc(5); empty if it has ended."""
     found = []
     with suppress(FileNotFoundError, ProcessLookupError):
         for entry in Path(f"/proc/{pid}/fd").iterdir():
@@ -96,12 +95,12 @@ def links(pid: int) -> list[str]:
 
 
 def _inode(link: str) -> int:
-    """Return the inode of a socket; 0 for what is none."""
+    """Return the inode of a socket; 0 if it is not a socket."""
     return int(link[8:-1]) if link.startswith("socket:[") else 0
 
 
 def _peers() -> dict[int, int]:
-    """Return the inodes of all Unix sockets, each with that of its other end; see sock_diag(7)."""
+    """Return the inodes of all Unix sockets and of their peers; see sock_diag(7)."""
     found: dict[int, int] = {}
     every = 0xFFFFFFFF
     request = _REQUEST.pack(socket.AF_UNIX, 0, 0, every, 0, _UDIAG_SHOW_PEER, every, every)
@@ -122,7 +121,7 @@ def _peers() -> dict[int, int]:
 
 
 def _parsed(message: bytes) -> tuple[int, int]:
-    """Return a socket's inode and that of its other end; 0 if it has none."""
+    """Return the inode of a socket and of its peer; 0 if it has none."""
     *_, inode, _, _ = _FOUND.unpack_from(message)
     peer, offset = 0, _FOUND.size
     while offset < len(message):
@@ -138,23 +137,23 @@ def _aligned(length: int) -> int:
 
 
 def wait_until_idle(process: Process) -> None:
-    """Wait until no tree is copied or measured by workers of a process."""
+    """Wait until the workers of a process do nothing."""
     eventually(lambda: not any("memfd:snapd-native-job" in link for link in links(process.pid)))
 
 
 def wait_until_closed(process: Process, before: Counter[str]) -> None:
-    """Wait until a process has no more open than there was ``before``."""
+    """Wait until a process has no other descriptors than ``before``."""
     eventually(lambda: descriptors(process) <= before, lambda: descriptors(process) - before)
 
 
 @contextmanager
 def nothing_left_open(process: Process) -> Iterator[None]:
-    """See that a process soon has no more open than before the block.
+    """Check that a process soon has no other descriptors than before the block.
 
-    What is closed by it in its own time may take a moment after the last answer.
+    It can close some a moment after its last reply.
     """
     wait_until_idle(process)
-    # In the test's own process, unreachable files do not count.
+    # Unreachable files of this process are closed first.
     gc.collect()
     before = descriptors(process)
     yield

@@ -1,4 +1,4 @@
-"""Damage that a disk does, which the kernel does not see: its page cache keeps what was there."""
+"""Damage on a disk that the kernel does not see, because the page cache has the old contents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNUSABLE = 0x2 | 0x8 | 0x80 | 0x200
 
 
 def damage_on_disk(path: Path) -> None:
-    """Change the first byte that a file has on its disk; see fiemap in the kernel's documents."""
+    """Change the first byte of a file on the disk; see fiemap in the kernel's documentation."""
     with path.open("rb") as file:
         device = os.fstat(file.fileno()).st_dev
         query = _HEADER.pack(0, 1 << 62, 1, 0, 1, 0) + bytes(_EXTENT.size)

@@ -1,4 +1,4 @@
-"""A service in the process of the test, where any function of it can be held up or watched."""
+"""Run a service in the process of the test, so that its functions can be patched."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from snapd_native.wire.names import BUS_NAME
 
 @asynccontextmanager
 async def dispatching(state: Path) -> AsyncIterator[Dispatcher]:
-    """Answer calls in the block, on the bus of `on_bus`; clients may be in this process too."""
+    """Answer calls in the block, on the bus of `on_bus`. Clients can be in this process, too."""
     loop = asyncio.get_running_loop()
 
     def announce(change: Change) -> None:

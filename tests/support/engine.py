@@ -1,4 +1,4 @@
-"""Engines for tests, and what tests do with them."""
+"""Engines for tests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BEFORE = ["base", "lone", "look", "work"]
 
 
 def ignore(_: Change) -> None:
-    """Take no notice of changes."""
+    """Ignore changes."""
 
 
 @contextmanager
@@ -46,8 +46,8 @@ def engine(state: Path) -> Iterator[Snapshotter]:
 
 
 def fill(engine: Snapshotter) -> None:
-    """Make `base`, which is committed, `work` and `look` of it, and `lone` of nothing."""
-    # Workers are hired by the first test that needs them.
+    """Make the committed `base`, `work` and `look` from it, and `lone` without a parent."""
+    # The first test that needs workers starts them.
     with without_workers():
         write(engine.prepare("preparing"), file="base", other="more")
         engine.commit("base", "preparing", {"of": "base"})
@@ -64,14 +64,14 @@ def full(engine: Snapshotter) -> Snapshotter:
 
 @pytest.fixture
 def left(state: Path) -> Path:
-    """Leave a filled state directory that no engine has open."""
+    """Lend a filled state directory that no engine has open."""
     with opened(state) as engine:
         fill(engine)
     return state
 
 
 def grow(engine: Snapshotter, name: str, files: int) -> None:
-    """Commit a snapshot of many files, a hundred in each directory."""
+    """Commit a snapshot with many files, a hundred in each directory."""
     root = Path(engine.prepare("growing").source)
     for number in range(files):
         directory = root / str(number // 100)
@@ -98,7 +98,7 @@ def directories(engine: Snapshotter) -> set[str]:
 
 
 def state_of(engine: Snapshotter) -> tuple[set[str], list[Info], set[int]]:
-    """All that a call which fails must not change."""
+    """Return everything that a failed call must not change."""
     return directories(engine), engine.list(), engine._store.reserved()
 
 
@@ -107,7 +107,7 @@ def identity(engine: Snapshotter, key: str) -> str:
 
 
 class Gate:
-    """Holds up a function on entry until it is opened."""
+    """Holds up calls of a function until it is opened."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()
@@ -122,7 +122,7 @@ class Gate:
 
 @contextmanager
 def gated(name: str) -> Iterator[Gate]:
-    """Let the next calls of a function of `trees`, or a method of its crew, wait."""
+    """Hold up the next calls of a function of `trees`, or of a method of its crew."""
     owner = trees.Crew if hasattr(trees.Crew, name) else trees
     gate, real = Gate(), getattr(owner, name)
 
@@ -147,7 +147,7 @@ def fail(code: int) -> Callable[..., None]:
 
 
 def kill_where_it_stands(program: str, *arguments: str | Path) -> None:
-    """Run a program with an engine of its own until it prints ``there``, and kill it then."""
+    """Run a program with an engine until it prints ``there``, and then kill it."""
     command = [sys.executable, "-c", program, *arguments]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=PROJECT) as process:

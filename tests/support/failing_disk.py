@@ -1,4 +1,4 @@
-"""Disks that fail when they are told to, and can be healed: loop devices on a full tmpfs."""
+"""Disks that fail on demand, and can be repaired: loop devices on a full tmpfs."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _MKFS = {
 }
 
 KINDS = ("ext4 without its journal", "ext4", "xfs")
-"""What is left when a disk fails: the journal, with which a file system lives on, or not."""
+"""The kinds of file systems, with and without a journal on a part of the disk that works."""
 
 
 @dataclass(frozen=True)
 class FailingDisk:
-    """A mounted file system whose disk takes what it has taken before, until it fails."""
+    """A mounted file system on a disk. After `fail`, only blocks with data can be written."""
 
     kind: str
     root: Path
@@ -40,11 +40,11 @@ class FailingDisk:
 
     @property
     def lives_on(self) -> bool:
-        """Whether the file system can be written to after its disk was healed."""
+        """Whether the file system can be written to after `heal`, without a new mount."""
         return self.kind != KINDS[0]
 
     def sync(self) -> None:
-        """Put everything where it belongs, and not only into the journal."""
+        """Write everything to its place, and not only to the journal."""
         fd = os.open(self.root, os.O_RDONLY | os.O_CLOEXEC)
         try:
             linux.syncfs(fd)
@@ -52,12 +52,12 @@ class FailingDisk:
             os.close(fd)
 
     def trim(self) -> None:
-        """Have the disk forget what is in free blocks, so that it would not take it again."""
+        """Discard the free blocks, so that they cannot be written after `fail`."""
         self.sync()
         _run("fstrim", str(self.root))
 
     def fail(self) -> None:
-        """From now on whatever is written to a block for the first time is lost."""
+        """Lose all data that is written to new blocks from now on."""
         # Until it holds more by the time it is told.
         eventually(self._is_full)
 
@@ -68,11 +68,11 @@ class FailingDisk:
         return not os.statvfs(self.backing).f_bfree
 
     def heal(self) -> None:
-        """Take everything again."""
+        """Write all data again."""
         self._resize(_ENOUGH)
 
     def shut_down(self) -> None:
-        """Have the file system fail everything, as after an error that it cannot bear."""
+        """Shut the file system down, as after a fatal error."""
         fd = os.open(self.root, os.O_RDONLY | os.O_CLOEXEC)
         try:
             # FS_IOC_SHUTDOWN with FSOP_GOING_FLAGS_NOLOGFLUSH
@@ -81,23 +81,23 @@ class FailingDisk:
             os.close(fd)
 
     def mount_again(self, *, heal: bool = False) -> None:
-        """Mount what is on the disk, as after a restart of the machine, which may ``heal`` it."""
+        """Mount the file system again, as after a restart; with ``heal`` repair the disk first."""
         unmount_when_free(self.root)
-        # Workers that have not seen the end yet keep what was cut off by clones of its mount.
+        # Workers that have not ended yet hold clones of the mount.
         eventually(self._is_free)
         if heal:
             self.heal()
         if self.kind != "xfs":
-            # Some damage it mends only when a person has asked for it, as by -y.
+            # Some damage is repaired with -y only.
             done = _e2fsck("-p", self.device)
             if done.returncode & 4:
                 done = _e2fsck("-fy", self.device)
-            # It returns 1 for what it has mended.
+            # The status 1 means that it has repaired something.
             assert done.returncode in (0, 1), done.stdout
         self.mount()
 
     def mount(self) -> None:
-        """Mount it, with nothing written to blocks but what is in their files."""
+        """Mount the file system, so that only data of files is written to blocks."""
         _run("mount", "--make-private", self.device, str(self.root))
         if self.kind != "xfs":
             settings = Path("/sys/fs/ext4") / Path(self.device).name
@@ -116,7 +116,7 @@ class FailingDisk:
 
 @contextmanager
 def failing_disk(kind: str, directory: Path) -> Iterator[FailingDisk]:
-    """Make one; skip the test if none can be made here."""
+    """Lend a disk; skip the test if that is impossible here."""
     if os.geteuid() != 0:
         pytest.skip("only root can mount file systems")
     name = kind.split()[0]
@@ -141,17 +141,17 @@ def failing_disk(kind: str, directory: Path) -> Iterator[FailingDisk]:
         disk.mount()
         stack.callback(unmount, root)
         stack.callback(disk.heal)
-        # The journal, the tables of inodes and what else is in use stays.
+        # The journal, the tables of inodes and other used blocks stay.
         disk.trim()
         yield disk
 
 
 @contextmanager
 def _page_by_page(device: str) -> Iterator[None]:
-    """Have each request to a loop device be one page.
+    """Limit each request to a loop device to one page.
 
-    A tmpfs that gets full within a write has written less, which the loop driver takes for all: the
-    disk would lose data and not say so.
+    A tmpfs that becomes full during a write has written a part of it. The loop driver takes that
+    for all, so that the disk would lose data without an error.
     """
     limit = Path("/sys/block") / Path(device).name / "queue" / "max_sectors_kb"
     before = limit.read_text()
@@ -159,7 +159,7 @@ def _page_by_page(device: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # The device keeps it for whoever takes it next.
+        # The next user of the device would get this limit.
         limit.write_text(before)
 
 

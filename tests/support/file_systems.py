@@ -1,4 +1,4 @@
-"""Real file systems: ext4 and xfs on loop devices, made when a test first needs them."""
+"""Real file systems on loop devices, made when a test first needs them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MKFS = {
 
 @dataclass(frozen=True)
 class FileSystem:
-    """A mounted file system, all of it free for tests."""
+    """A mounted file system for tests."""
 
     name: str
     root: Path
@@ -47,8 +47,8 @@ def loop_directory() -> Iterator[Path]:
     if is_root:
         subprocess.run(["umount", path], check=True)
     path.rmdir()
-    # udev may still look at a loop device, and a mount namespace that another test has made may
-    # hold a copy of its mount until that namespace ends.
+    # udev can still have a loop device open, and a mount namespace of another test can hold a copy
+    # of its mount until that namespace ends.
     becomes(lambda: _loops_below(path), [])
 
 
@@ -58,8 +58,8 @@ def mounted(
 ) -> Iterator[FileSystem]:
     """Mount a new file system of ``size`` bytes below ``directory``; skip the test if none can be.
 
-    ``options`` are for mkfs. The image has no name once it is mounted, so nothing of it survives
-    the mount.
+    ``options`` are for mkfs. The image is unlinked when it is mounted, so that it ends with the
+    mount.
     """
     image, root = _make(name, size, directory, options)
     try:
@@ -106,7 +106,7 @@ def _run(command: list[str], what: str) -> None:
 
 
 def unmount(root: Path) -> None:
-    """Unmount ``root`` with all that a failed test left inside; by force only if need be."""
+    """Unmount ``root`` and the mounts inside that a failed test has left; lazily if necessary."""
     for extra in ([], ["--lazy"]):
         subprocess.run(["umount", "--recursive", *extra, str(root)], check=False)
         if not _mounts_below(root):
@@ -114,10 +114,10 @@ def unmount(root: Path) -> None:
 
 
 def unmount_when_free(root: Path) -> None:
-    """Unmount ``root``, with nothing left inside.
+    """Unmount ``root``, which has no mounts inside.
 
-    A Commit in a test beside this one looks through what all processes have, and may be at a file
-    of this file system just now.
+    A Commit in another test examines the files of all processes, and can have one of this file
+    system open for a moment.
     """
 
     def is_unmounted() -> bool:
@@ -141,7 +141,7 @@ def _loops_below(path: Path) -> list[str]:
         try:
             image = backing.read_text().strip()
         except OSError:
-            continue  # Let go meanwhile, by whoever had it.
+            continue  # The device was detached meanwhile.
         if Path(image).is_relative_to(path):
             found.append(f"{backing.parts[3]}: {image}")
     return found
@@ -161,19 +161,19 @@ def xfs(loop_directory: Path) -> Iterator[FileSystem]:
 
 @pytest.fixture(scope="session", params=["ext4", "xfs"])
 def filesystem(request: pytest.FixtureRequest) -> FileSystem:
-    """Each file system in turn."""
+    """Run the test on each file system."""
     made = request.getfixturevalue(request.param)
     assert isinstance(made, FileSystem)
     return made
 
 
 on_ext4 = pytest.mark.parametrize("filesystem", ["ext4"], indirect=True)
-"""For tests that are the same on every file system: one will do."""
+"""For tests that do not depend on the file system."""
 
 long_on_xfs = pytest.mark.parametrize(
     "filesystem", ["ext4", pytest.param("xfs", marks=pytest.mark.long)], indirect=True
 )
-"""For slow tests that hardly depend on the file system: only `make test-all` runs them on xfs."""
+"""For slow tests that depend little on the file system: only `make test-all` runs them on xfs."""
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def scratch(filesystem: FileSystem) -> Iterator[Path]:
 
 @contextmanager
 def scratch_on(filesystem: FileSystem) -> Iterator[Path]:
-    """Lend an empty directory, deleted afterwards whatever it holds then."""
+    """Lend an empty directory, which is deleted afterwards with its contents."""
     path = Path(tempfile.mkdtemp(prefix="scratch", dir=filesystem.root))
     try:
         yield path

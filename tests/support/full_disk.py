@@ -1,4 +1,4 @@
-"""Small file systems, how they are filled, and what engines do on them."""
+"""Fill small file systems, and check engines on them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.waiting import eventually
 MIB = 1 << 20
 
 SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB}
-"""xfs is not made smaller."""
+"""mkfs.xfs makes no smaller ones."""
 
 BTRFS_SIZE = 128 * MIB
 
@@ -34,7 +34,7 @@ FEW_INODES = {"ext4": ("-N", "512"), "xfs": ("-i", "maxpct=1")}
 
 
 def use_up(root: Path) -> None:
-    """Take the last byte that root can get."""
+    """Use the last free byte."""
     fd = os.open(root / "hog", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         for size in (MIB, 4096, 1):
@@ -52,7 +52,7 @@ def use_up(root: Path) -> None:
 
 
 def use_up_inodes(root: Path) -> None:
-    """Take the last inode."""
+    """Use the last free inode."""
     herd = root / "herd"
     herd.mkdir(exist_ok=True)
     number = len(os.listdir(herd))
@@ -66,14 +66,14 @@ def use_up_inodes(root: Path) -> None:
 
 
 def make_room(root: Path) -> None:
-    """Undo what was used up."""
+    """Free what `use_up` and `use_up_inodes` have used."""
     if (root / "hog").exists():
         with suppress(OSError):
             os.truncate(root / "hog", 0)
         (root / "hog").unlink()
     if (root / "herd").exists():
         shutil.rmtree(root / "herd")
-        # xfs frees inodes by and by.
+        # xfs frees inodes in the background.
         eventually(lambda: os.statvfs(root).f_ffree > 100)
 
 
@@ -101,7 +101,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill(state: Path) -> None:
-    """Leave what a service that was killed leaves: a WAL to recover from, and things to delete."""
+    """Leave the state of a killed service: a WAL to recover, and directories to delete."""
     done = subprocess.run([sys.executable, "-c", KILLED, state], check=False, cwd=PROJECT)
     assert done.returncode == -signal.SIGKILL
     assert (state / "metadata.db-wal").stat().st_size > 0
@@ -110,19 +110,19 @@ def kill(state: Path) -> None:
 
 
 def use_up_wal(engine: Snapshotter) -> None:
-    """Change labels until the database has no room for that, and so for nothing."""
+    """Change labels until the database has no space for any change."""
     with suppress(ResourceExhausted):
         while True:
             engine.update("base 3", {"many": "x" * 1000})
 
 
 def everything(engine: Snapshotter) -> object:
-    """All that a call which fails must not change."""
+    """Return everything that a failed call must not change."""
     return state_of(engine), engine.mounter.list_mounts(), engine._store.ledger.lines()
 
 
 def check_refused(engine: Snapshotter, calls: dict[str, Callable[[], object]]) -> None:
-    """Call what has no room, twice, and see that nothing but an error comes of it."""
+    """Make calls that have no space, twice, and check that each only raises an error."""
     before = everything(engine)
     for _ in range(2):
         for name, call in calls.items():
@@ -135,7 +135,7 @@ def check_refused(engine: Snapshotter, calls: dict[str, Callable[[], object]]) -
 
 
 def check_reads(engine: Snapshotter) -> None:
-    """See that what was there before is still told."""
+    """Check that all reading calls work."""
     assert engine.stat("work").parent == "base 0"
     assert engine.usage("base 1").size >= MIB
     assert engine.usage("work").size >= MIB

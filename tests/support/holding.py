@@ -1,7 +1,7 @@
 """Hold up other processes where they open a file or a directory; see fanotify(7).
 
-A copy, a deletion or a digest that has come to a chosen file waits there for certain, however fast
-it is and however busy the machine is.
+A copy, a deletion or a digest that arrives at the chosen file always waits there, whatever the
+speed and the load of the machine.
 """
 
 from __future__ import annotations
@@ -27,43 +27,43 @@ _EVENT = struct.Struct("=IBBHQii")
 
 
 class Held:
-    """The processes that wait."""
+    """The waiting processes."""
 
     def __init__(self, notifications: int, after: int) -> None:
         self._notifications = notifications
         self._passing = after
         self._waiting: list[tuple[int, int]] = []
-        """The processes, and a descriptor of what each of them opens."""
+        """The waiting processes, each with a descriptor of the file that it opens."""
         self._changed = threading.Condition()
 
     @property
     def pids(self) -> list[int]:
-        """The processes that wait, one that waits twice by two threads also twice."""
+        """The pids of the waiting processes, once for each waiting thread."""
         with self._changed:
             return [pid for pid, _ in self._waiting]
 
     def wait_until_reached(self, count: int = 1) -> None:
-        """Return when ``count`` processes wait."""
+        """Wait until ``count`` processes wait."""
         with self._changed:
             assert self._changed.wait_for(lambda: len(self._waiting) >= count, WAIT)
 
     def let_pass(self, count: int = 1) -> None:
-        """Let ``count`` processes go on, those that wait first."""
+        """Let the first ``count`` waiting processes continue."""
         with self._changed:
             self._passing += count
             self._serve()
 
     def listen(self, end: int) -> None:
-        """Take notice of processes until ``end`` becomes readable."""
+        """Receive events until ``end`` becomes readable."""
         while end not in select.select([self._notifications, end], [], [])[0]:
             try:
                 data = os.read(self._notifications, 4096)
             except BlockingIOError:
-                # The process was killed before it was read that it waits.
+                # The process was killed before its event was read.
                 continue
             for *_, descriptor, pid in _EVENT.iter_unpack(data):
                 with self._changed:
-                    # The test may look at what it holds.
+                    # The test itself can access the held files.
                     if pid == os.getpid():
                         self._allow(descriptor)
                     else:
@@ -82,7 +82,7 @@ class Held:
         os.close(descriptor)
 
     def close(self) -> None:
-        """Let all processes go on."""
+        """Let all processes continue."""
         os.close(self._notifications)
         for _, descriptor in self._waiting:
             os.close(descriptor)
@@ -90,10 +90,10 @@ class Held:
 
 @contextmanager
 def held(*paths: Path, after: int = 0) -> Iterator[Held]:
-    """Let other processes wait in the block where they open a file or a directory.
+    """Let other processes wait in the block when they open a file or a directory.
 
-    That is one of ``paths``, or something directly in a directory of them. The first ``after``
-    opens pass. A process that waits can be killed. This process never waits.
+    It is one of ``paths``, or an entry of a directory among them. The first ``after`` opens do not
+    wait. A waiting process can be killed. This process never waits.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     notifications = libc.fanotify_init(

@@ -1,4 +1,4 @@
-"""Clones and measures in this process alone, by what every worker of a crew does."""
+"""Clone and measure in this process, with the code of a worker."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from snapd_native.trees.walk import Report
 
 
 class Nobody:
-    """No peers at all."""
+    """Peers that take nothing."""
 
     def are_idle(self) -> bool:
         return False
@@ -33,7 +33,7 @@ class Nobody:
 
 
 def clone(source: int, target: int, report: Report, *, reflink: bool) -> None:
-    """Do what `Crew.clone` does; ``report`` is called for every entry."""
+    """Clone as `Crew.clone`; ``report`` is called for every entry."""
     with cloning(source, target) as table:
         cloner = Cloner(report, Links(table), Nobody(), reflink=reflink)
         cloner.directory(source, target)
@@ -41,7 +41,7 @@ def clone(source: int, target: int, report: Report, *, reflink: bool) -> None:
 
 
 def measure(root: int, report: Report) -> Usage:
-    """Do what `Crew.measure` does; ``report`` is called for every entry."""
+    """Measure as `Crew.measure`; ``report`` is called for every entry."""
     counter = Counter(report, Nobody())
     counter.tally.add(os.fstat(root))
     counter.directory(root)
@@ -50,7 +50,7 @@ def measure(root: int, report: Report) -> Usage:
 
 @contextmanager
 def without_workers() -> Iterator[None]:
-    """Have every crew clone and measure in this process."""
+    """Let every crew clone and measure in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trees.Crew, "clone", lambda _, *given, **also: clone(*given, **also))
         patch.setattr(trees.Crew, "measure", lambda _, *given: measure(*given))

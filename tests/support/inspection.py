@@ -1,4 +1,4 @@
-"""Runs in the guest: prints as JSON what an instance holds, read through views of it."""
+"""Print the contents of an instance as JSON, read through views; runs in the guest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Watch jobs on the bus, and make one wait."""
+"""Watch jobs on the bus, and hold one up."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _T = TypeVar("_T")
 
 
 class Watch:
-    """A connection, and everything that the service has sent to it, in its order."""
+    """A connection, and all messages of the service to it, in order."""
 
     def __init__(self, bus: Connection) -> None:
         self.bus = bus
         self.arrived: list[Message] = []
         self.times: list[float] = []
-        """When each message has arrived, in seconds."""
+        """The time of arrival of each message, in seconds."""
         self._more = asyncio.Event()
         bus.add_message_handler(self._arrive)
 
@@ -46,7 +46,7 @@ class Watch:
     async def call(
         self, member: str, signature: str = "", *body: object, path: str = OBJECT_PATH
     ) -> Body:
-        """Call a method of the manager, or of the job at ``path``; raises what it answers."""
+        """Call a method of the manager, or of the job at ``path``; raise the error."""
         interface = MANAGER if path == OBJECT_PATH else JOB
         return await self.bus.request(BUS_NAME, path, interface, member, signature, [*body])
 
@@ -57,11 +57,11 @@ class Watch:
         return values
 
     async def signal(self, member: str, path: str | None = None) -> Body:
-        """Wait for the first signal ``member``, of the job at ``path``; return what it says."""
+        """Wait for the first signal ``member`` of the job at ``path``; return its arguments."""
         return (await self.many(member, 1, path))[0].body
 
     async def many(self, member: str, count: int, path: str | None = None) -> list[Message]:
-        """Wait for ``count`` signals ``member``, of the job at ``path``; return all so far."""
+        """Wait for ``count`` signals ``member`` of the job at ``path``; return all so far."""
         while True:
             self._more.clear()
             found = [
@@ -83,9 +83,9 @@ class Watch:
         ]
 
     def order(self) -> list[str]:
-        """Return what has arrived: signals by their names, and replies.
+        """Return the names of signals and the replies so far, in order.
 
-        Without progress, which jobs that take long enough tell of at any time.
+        Signals of progress are left out: they can come at any time.
         """
         return [
             message.member if message.message_type is MessageType.SIGNAL else "reply"
@@ -94,7 +94,7 @@ class Watch:
         ]
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Forget the messages so far."""
         self.arrived.clear()
         self.times.clear()
 
@@ -119,15 +119,15 @@ def watch(scenario: Callable[[Watch], Coroutine[Any, Any, _T]]) -> _T:
 
 @contextmanager
 def held_up(daemon: Process, priority: str = NORMAL) -> Iterator[None]:
-    """Stop the workers that wait for the next job: it will not go on inside the block.
+    """Stop the workers that wait for the next job, so that it does not proceed in the block.
 
-    Only jobs that come while another is there have workers of their own. There must have been a
-    job before, a Commit for instance, that was there alone; before a Verify, for which the workers
-    with the priority `IDLE` wait, another Verify.
+    A job uses the workers of the job before it, unless both run at once. So there must have been
+    one before, for instance a Commit; before a Verify, which uses workers of the priority `IDLE`,
+    another Verify.
     """
     wait_until_idle(daemon)
     stopped = workers(daemon, priority)
-    # Those that were missing would be hired for the next job, and nobody would stop them.
+    # Missing workers would be started for the next job, and would not be stopped.
     assert len(stopped) == (hands(daemon) if priority == NORMAL else 1)
     try:
         for pid in stopped:
@@ -135,14 +135,14 @@ def held_up(daemon: Process, priority: str = NORMAL) -> Iterator[None]:
         yield
     finally:
         for pid in stopped:
-            # Those of a job that was cancelled are no more.
+            # The workers of a cancelled job have ended.
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
 
 
 @pytest.fixture
 def filled(shared: Service, shared_client: BlockingClient) -> Service:
-    """Have `base`, which is committed, and `work`, which is a copy of it."""
+    """Make the committed snapshot `base`, and `work` from it."""
     root = Path(shared_client.prepare("making").source)
     (root / "file").write_text("text")
     shared_client.commit("base", "making")
@@ -152,7 +152,7 @@ def filled(shared: Service, shared_client: BlockingClient) -> Service:
 
 @pytest.fixture
 def job(filled: Service, shared_client: BlockingClient) -> Iterator[str]:
-    """Lend the path of a job that waits: a Prepare of `key` from `base`."""
+    """Lend the path of a held up job: a Prepare of `key` from `base`."""
     with held_up(filled):
         (path,) = request("PrepareJob", "ssa{sv}", "key", "base", {})
         yield path

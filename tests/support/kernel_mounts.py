@@ -1,4 +1,4 @@
-"""Helpers for mounts of the kernel."""
+"""Make and find mounts of the kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from snapd_native.snapshotter import Snapshotter
 
 
 def mounted_on(path: Path | str) -> Entry | None:
-    """Return the last mount on a directory, as the kernel lists it."""
+    """Return the topmost mount on a directory, as in /proc/self/mountinfo."""
     found = None
     for entry in Table.read():
         if entry.target == str(path):
@@ -24,12 +24,12 @@ def mounted_on(path: Path | str) -> Entry | None:
 
 
 def below(path: Path) -> list[str]:
-    """Return where something is mounted below a directory, in its order."""
+    """Return the targets of all mounts below a directory, in order."""
     return [entry.target for entry in Table.read() if entry.target.startswith(f"{path}/")]
 
 
 def writable(path: Path) -> bool:
-    """Tell whether a file can be made in a directory; one is, called ``new``."""
+    """Tell whether a file can be created in a directory, by creating ``new``."""
     try:
         (path / "new").write_text("text")
     except OSError as error:
@@ -38,7 +38,7 @@ def writable(path: Path) -> bool:
 
 
 def propagation(path: Path | str) -> list[str]:
-    """Return what the kernel says of a mount's propagation; nothing if it is private."""
+    """Return the propagation of a mount, as in /proc/self/mountinfo; empty if it is private."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields = line.split()
         if fields[4] == str(path):
@@ -66,12 +66,12 @@ def tmpfs(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def user_in(path: Path | str) -> Iterator[subprocess.Popen[bytes]]:
-    """Have a process called ``cat`` in a directory, which has ended at the end of the block."""
+    """Run a process ``cat`` in a directory; it ends with the block."""
     pipe = subprocess.PIPE
     with subprocess.Popen(["cat"], stdin=pipe, stdout=pipe, cwd=path) as cat:
         assert cat.stdin is not None
         assert cat.stdout is not None
-        # A process has its name a moment after it was started.
+        # A process gets its name a moment after its start.
         cat.stdin.write(b"\n")
         cat.stdin.flush()
         assert cat.stdout.readline() == b"\n"
@@ -80,7 +80,7 @@ def user_in(path: Path | str) -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.fixture
 def places(scratch: Path) -> Iterator[Path]:
-    """Lend a directory in which things may be mounted; all is unmounted in the end."""
+    """Lend a directory for mounts; everything is unmounted at the end."""
     path = scratch / "places"
     path.mkdir()
     yield path
@@ -90,12 +90,12 @@ def places(scratch: Path) -> Iterator[Path]:
 
 
 def place(places: Path, name: str = "here") -> Path:
-    """Make a directory to mount on."""
+    """Create a directory to mount on."""
     path = places / name
     path.mkdir()
     return path
 
 
 def targets(engine: Snapshotter, key: str = "") -> list[str]:
-    """Return where the engine says that something is mounted."""
+    """Return the targets of all mounts of an engine."""
     return [mounted.target for mounted in engine.mounter.list_mounts(key)]

@@ -1,12 +1,11 @@
-"""A process that dies between two steps of a call: at each of them, if asked often enough.
+"""Kill a process between any two steps of a call.
 
-The service has no code for this. What changes anything is a function of `os` or of
-`snapd_native.linux`, or a statement of SQLite; here each of them is a step, and before each step is
-a point at which the process can be killed. Trees are copied by the calling thread, so that every
-system call of a copy is a step too.
+A step is a call of a function of `os` or `snapd_native.linux` that changes something, or such a
+statement of SQLite. The process can be killed before each step. The calling thread copies trees, so
+that every system call of a copy is a step, too. The service has no code for this.
 
-Run as ``python -m tests.support.kill_points``, this is a server: it reads an `Order` a line,
-does it in a fork of itself, and prints what comes of it.
+Run as ``python -m tests.support.kill_points``, this is a server. It reads one `Order` a line,
+executes it in a fork of itself, and prints the outcome.
 """
 
 from __future__ import annotations
@@ -54,20 +53,20 @@ _CHANGING = (
 )
 
 Point = tuple[str, int]
-"""A place in the course of a call: the thread's name, and the number of its next step."""
+"""A point in a call: the name of the thread, and the number of its next step."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Something that is called, and what is there before."""
+    """A call, and the state before it."""
 
     call: Callable[[Snapshotter, Path], object]
-    """Is given a directory to mount on."""
+    """The call; its argument is a directory to mount on."""
     set_up: Callable[[Snapshotter, Path], object] = lambda *_: None
     spoil: Callable[[Path], object] = lambda _: None
     """Changes the state directory that no engine has open."""
     starts: bool = False
-    """Whether it is the start that is interrupted."""
+    """Whether the start of the engine is interrupted."""
 
 
 def _wants_a_clone(engine: Snapshotter, _: Path) -> None:
@@ -122,7 +121,7 @@ def _leave_orphans(state: Path) -> None:
 
 def _leave_all(state: Path) -> None:
     _leave_orphans(state)
-    # Only a start finds one that nobody makes.
+    # Only a start finds an incomplete clone that no thread makes.
     _leave(state, "making-1-74")
 
 
@@ -133,7 +132,7 @@ def _leave(state: Path, name: str) -> None:
 
 
 def _cut_off(state: Path) -> None:
-    """Have a snapshot that had no time to reach the disk at another boot."""
+    """Leave a snapshot of another boot whose tree is perhaps not on the disk."""
     with closing(sqlite3.connect(state / "metadata.db")) as db, db:
         db.execute("UPDATE snapshots SET boot = 'another' WHERE name = 'lone'")
 
@@ -197,28 +196,28 @@ CASES = {
 
 @dataclass(frozen=True)
 class Order:
-    """The task of a process, and the moment when it is killed."""
+    """A call, and the point at which the process is killed."""
 
     case: str
     directory: str
     """Holds the ``state``, the directory ``run`` and a ``place`` to mount on."""
     kill: Point | None
-    """None to die of nothing, when all is done."""
+    """None to kill the process after the call."""
 
 
 @dataclass
 class Course:
-    """How far a process came."""
+    """The outcome of an order."""
 
     points: dict[Point, str] = field(default_factory=dict)
-    """The points that it passed, and what would have come next."""
+    """The points that the process has passed, each with its step."""
     answered: bool = False
     """Whether the call had returned."""
     status: int = 0
 
 
 class Deaths:
-    """The server's other end."""
+    """The client of the server."""
 
     def __enter__(self) -> Self:
         self._server = subprocess.Popen(
@@ -239,7 +238,7 @@ class Deaths:
         self._server.communicate()
 
     def follow(self, order: Order) -> Course:
-        """Have an order done, and return how far that went."""
+        """Execute an order, and return the outcome."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.write(json.dumps(vars(order)) + "\n")
@@ -258,7 +257,7 @@ class Deaths:
 
 
 class _Killer:
-    """Counts the steps of each thread, from when it is armed."""
+    """Counts the steps of each thread after it is armed."""
 
     def __init__(self, kill: Point | None) -> None:
         self._kill = kill
@@ -283,7 +282,7 @@ class _Killer:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Make a step of whatever changes anything."""
+        """Turn all functions that change something into steps."""
         with pytest.MonkeyPatch.context() as patch, without_workers():
             for module, names in _STEPS.items():
                 for name in names:
@@ -316,7 +315,7 @@ class _Killer:
 
 
 def _say(*what: object) -> None:
-    # In one write, which no other thread can interrupt.
+    # One write is atomic for other threads.
     os.write(1, json.dumps(what).encode() + b"\n")
 
 
@@ -344,14 +343,14 @@ def _follow(order: Order) -> None:
 
 
 def _settle(engine: Snapshotter) -> None:
-    """Wait for what goes on in the background."""
+    """Wait for the work in the background."""
     engine._reaper.catch_up(lambda *_: None)
     engine._syncer.submit(lambda: None).result()
     eventually(lambda: all(complete for *_, complete in engine._state.standbys()))
 
 
 def main() -> None:
-    """Do orders until there are no more."""
+    """Execute orders until the end of the input."""
     for line in sys.stdin:
         order = json.loads(line)
         kill = order["kill"] and tuple(order["kill"])

@@ -1,4 +1,4 @@
-"""What a load was told, and whether the machine stands by it after a power cut or a failed disk."""
+"""Check after a power cut or a failing disk that everything acknowledged to a load is there."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ Labels = dict[str, str]
 
 @dataclass
 class Ledger:
-    """The promises of one instance, by the lines of its output that have arrived."""
+    """The promises of one instance, from the lines of output of the load."""
 
     committed: dict[str, Files] = field(default_factory=dict)
-    """Commit was acknowledged, and Remove not begun."""
+    """Snapshots whose Commit was acknowledged and whose Remove has not begun."""
     perhaps: dict[str, Files] = field(default_factory=dict)
-    """Commit or Remove was begun, and nothing heard of it."""
+    """Snapshots whose Commit or Remove has begun without an answer."""
     active: dict[str, Files] = field(default_factory=dict)
-    """Prepare was begun; the files of its parent."""
+    """Snapshots whose Prepare has begun, with the files of the parent."""
     views: dict[str, bool] = field(default_factory=dict)
-    """View was begun, and Remove not done; whether it must be there."""
+    """Views that were begun and not removed, and whether they must exist."""
     labels: dict[str, list[Labels]] = field(default_factory=dict)
-    """What committed snapshots may have; one, unless Update was begun and nothing heard of it."""
+    """Possible labels of committed snapshots; more than one after an Update without an answer."""
     acknowledged: int = 0
     """Commits."""
     failures: list[str] = field(default_factory=list)
-    """What calls were answered that could not be done."""
+    """Errors of calls that could not be done."""
 
     def begin(self, call: dict[str, Any]) -> None:
         key = call["key"]
@@ -54,7 +54,7 @@ class Ledger:
         match call["operation"]:
             case "commit":
                 self.acknowledged += 1
-                # Somebody else may have begun to remove it before its line was written.
+                # Another client can have begun to remove it before this line was written.
                 self.committed[call["name"]] = self.perhaps.pop(call["name"])
                 self.active.pop(key)
             case "view":
@@ -62,7 +62,7 @@ class Ledger:
             case "update":
                 self.labels[key] = [call["labels"]]
             case "remove":
-                # It may be back: somebody else's Remove of it has failed.
+                # It can exist again: the Remove of another client has failed.
                 self.committed.pop(key, None)
                 self.perhaps.pop(key, None)
                 self.active.pop(key, None)
@@ -98,7 +98,7 @@ class Ledger:
                 self.views[key] = True
 
     def compare(self, found: dict[str, Any]) -> list[str]:
-        """List what is not as promised; then take what is there for granted."""
+        """Return the differences from the promises, and accept the found state."""
         if "error" in found:
             return [f"it does not answer: {found['error']}"]
         troubles = [f"an orphan directory: {name}" for name in found["left"]]
@@ -135,7 +135,7 @@ class Ledger:
         return troubles
 
     def _compare_active(self, key: str, files: Files) -> list[str]:
-        """Only what nobody touches after Prepare is known: what was kept of the parent."""
+        """Check the files of the parent in an active snapshot, which no client changes."""
         if key not in self.active:
             return [f"{key} is there, and was removed, committed or never prepared"]
         kept = {p: d for p, d in self.active[key].items() if p.startswith("kept/")}
@@ -143,7 +143,7 @@ class Ledger:
 
 
 class Book:
-    """The ledgers of all instances, written from the lines of one load after the other."""
+    """The promises of all instances, over several loads."""
 
     def __init__(self, instances: tuple[str, ...]) -> None:
         self.ledgers = {instance: Ledger() for instance in instances}
@@ -159,7 +159,7 @@ class Book:
             return
         call = self._calls.pop(told["call"])
         ledger = self.ledgers[call["instance"]]
-        # Another's Remove may have taken it, or may yet.
+        # The Remove of another client can remove it, now or later.
         gone = told.get("gone", False) or any(
             (other["operation"], other["instance"], other["key"])
             == ("remove", call["instance"], call["key"])
@@ -174,20 +174,20 @@ class Book:
                 ledger.failed(call, f"{told['error']}: {told['message']}", gone=gone)
 
     def doubt(self) -> None:
-        """Take it that what is open may have happened as a whole, whatever is answered."""
+        """Accept that open calls have happened, whatever their answers are."""
         for call in self._calls.values():
             call["doubtful"] = True
 
     def end(self) -> None:
-        """No more will be heard of the calls that are open."""
+        """Note that open calls get no answer any more."""
         self._calls.clear()
 
     def acknowledged(self) -> int:
-        """Tell how many commits the instance has acknowledged that has done the fewest."""
+        """Return the lowest number of acknowledged commits of an instance."""
         return min(ledger.acknowledged for ledger in self.ledgers.values())
 
     def story(self, troubles: list[str]) -> str:
-        """Return what the last load has told of the snapshots in ``troubles``."""
+        """Return the lines of the last load about the snapshots in ``troubles``."""
         names = {json.dumps(word) for trouble in troubles for word in trouble.split()}
         calls = {
             json.loads(line)["call"] for line in self._lines if any(name in line for name in names)
@@ -195,7 +195,7 @@ class Book:
         return "".join(line for line in self._lines if json.loads(line)["call"] in calls)
 
     def order(self, seed: int, workers: int, patient: bool = False) -> str:
-        """Return what a load is to be told, and forget what the last one has."""
+        """Return the input of a new load, and forget the last one."""
         self._lines.clear()
         return json.dumps(
             {

@@ -9,12 +9,12 @@ from tests.support import PROJECT
 
 
 def build(directory: Path) -> Path:
-    """Build the package of the commit and the changes in this tree into ``directory``."""
+    """Build the package from this tree, with uncommitted changes, in ``directory``."""
     subprocess.run([PROJECT / "tools" / "build-deb", directory], check=True, capture_output=True)
     (package,) = directory.glob("*.deb")
     return package
 
 
 def said(*command: str | Path) -> str:
-    """Return what a command prints that must succeed."""
+    """Run a command that must succeed, and return its output."""
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout

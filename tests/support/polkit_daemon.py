@@ -1,4 +1,4 @@
-"""A real polkitd on a private bus, with rules of its own, for tests."""
+"""Run a real polkitd on a private bus, with rules of a test."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ exec /usr/lib/polkit-1/polkitd
 
 @contextmanager
 def polkitd(address: str, rules: str, directory: Path) -> Iterator[subprocess.Popen[str]]:
-    """Run polkitd with the project's actions and these ``rules``, in JavaScript."""
+    """Run polkitd with the actions of the project and with ``rules`` in JavaScript."""
     places = [directory / name for name in ("rules.d", "actions")]
     for place in places:
         place.mkdir()

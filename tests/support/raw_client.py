@@ -1,4 +1,4 @@
-"""Clients that mean no good: they speak to the bus by hand, and read only when told to."""
+"""Hostile clients: they send any bytes to the bus, and read only on demand."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tests.support.service import PATIENCE, Service
 from tests.support.waiting import eventually
 
 MOST = 120
-"""Calls that the bus lets a connection have under way, but for a few."""
+"""About the number of open calls that the bus permits to a connection."""
 
 
 class Raw:
-    """A connection of ``uid`` that is nothing but a socket."""
+    """A connection of ``uid``, by a socket only."""
 
     def __init__(self, address: str, uid: int = 0) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
@@ -82,12 +82,12 @@ class Raw:
         )
 
     def call(self, member: str, signature: str = "", *body: object, times: int = 1) -> None:
-        """Call a method of the manager again and again, and read no answer."""
+        """Call a method of the manager repeatedly, without reading replies."""
         for _ in range(times):
             self.socket.sendall(self.packed(member, signature, *body))
 
     def replies(self, count: int) -> dict[int, Message]:
-        """Read until there are ``count`` answers; return them by the calls' serials."""
+        """Read ``count`` replies; return them by the serials of the calls."""
         found: dict[int, Message] = {}
         while len(found) < count:
             message = self._message()
@@ -113,7 +113,7 @@ class Raw:
 
 
 def _length(data: bytes) -> int:
-    """Return how long the message is that begins with ``data``."""
+    """Return the length of the message that begins with ``data``."""
     order = "<" if data[:1] == b"l" else ">"
     body, _, header = struct.unpack_from(f"{order}III", data, 4)
     return 16 + int(header) + -int(header) % 8 + int(body)
@@ -132,7 +132,7 @@ def crowd(address: str, count: int, uid: int = 0) -> Iterator[Sequence[Raw]]:
 
 
 def waiting(address: str, what: str = "Bytes") -> int:
-    """Tell how many bytes, or ``FDs``, of the service wait at the bus for others to read them."""
+    """Return how many bytes, or ``FDs``, of the service wait at the bus for their receivers."""
     with crowd(address, 1) as (asking,):
         asking.socket.sendall(
             asking.packed(
@@ -157,18 +157,18 @@ def pid_of_bus(address: str) -> int:
 
 
 def names_of(replies: Iterable[Message]) -> set[str]:
-    """Return the last parts of the errors' names, and ``""`` if there was any result."""
+    """Return the last parts of the names of the errors, and ``""`` for results."""
     return {(reply.error_name or "").rpartition(".")[2] for reply in replies}
 
 
 def peak(pid: int) -> int:
-    """Return the most bytes of memory that a process ever had."""
+    """Return the peak memory of a process, in bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) << 10
 
 
 def wait_until_asleep(pid: int) -> None:
-    """Wait until all threads of a process sleep, and none has run since they were looked at."""
+    """Wait until all threads of a process sleep, and none has run between two looks."""
     before: list[tuple[str, ...]] = []
 
     def is_asleep() -> bool:
