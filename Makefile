@@ -42,6 +42,7 @@ check: development ## the quick tests alone (root); JOBS=1 runs one at a time, S
 check-all: export STORM_KILLS ?= 50
 check-all: export FUZZ_CALLS ?= 10000
 check-all: export SOAK_MINUTES ?= 5
+check-all: export MODEL_EXAMPLES ?= 250
 check-all: development
 	@$(pytest) $(parallel) -m ''
 

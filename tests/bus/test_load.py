@@ -35,6 +35,7 @@ from snapd_native.wire.values import Body
 from tests.support.descriptors import descriptors, wait_until_closed, workers
 from tests.support.dispatching import dispatching
 from tests.support.engine import fill, opened
+from tests.support.file_systems import long_on_xfs
 from tests.support.holding import held
 from tests.support.service import (
     NOBODY,
@@ -198,6 +199,7 @@ def test_closed_connections_leave_no_open_descriptors(
     wait_until_closed(shared, before)
 
 
+@long_on_xfs
 def test_answered_calls_leave_no_open_descriptors(
     shared: Service, shared_client: BlockingClient
 ) -> None:

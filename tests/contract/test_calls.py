@@ -318,13 +318,13 @@ def test_list_returns_the_page_that_after_and_limit_select(shared_client: Blocki
 
 
 @on_ext4
-def test_list_returns_1000_snapshots_by_default(shared_client: BlockingClient) -> None:
-    committed(shared_client, "base")
+def test_list_returns_1000_snapshots_by_default(client: BlockingClient) -> None:
+    committed(client, "base")
     for number in range(1000):
-        shared_client.view(f"{number:04}", "base")
-    assert names(shared_client.list()) == [f"{number:04}" for number in range(1000)]
-    assert names(shared_client.list(after="0999")) == ["base"]
-    assert names(list(shared_client.walk()))[999:] == ["0999", "base"]
+        client.view(f"{number:04}", "base")
+    assert names(client.list()) == [f"{number:04}" for number in range(1000)]
+    assert names(client.list(after="0999")) == ["base"]
+    assert names(list(client.walk()))[999:] == ["0999", "base"]
     (infos,) = request("List", "asa{sv}", [], {"after": Variant("s", "")})
     assert len(infos) == 1000
 

@@ -33,7 +33,7 @@ from tests.support.service import committed, everything, refused, serving
 from tests.support.waiting import eventually
 
 
-@pytest.fixture(params=[*SIZES, "btrfs"])
+@pytest.fixture(params=[*SIZES, pytest.param("btrfs", marks=pytest.mark.long)])
 def small(request: pytest.FixtureRequest, loop_directory: Path) -> Iterator[FileSystem]:
     """Lend a file system that is soon full; on btrfs, overwriting a page takes room too."""
     with mounted(request.param, SIZES.get(request.param, BTRFS_SIZE), loop_directory) as made:

@@ -22,7 +22,7 @@ from tests.support import PROJECT
 from tests.support.canary import canary, holds_secret
 from tests.support.descriptors import workers
 from tests.support.engine import directories, opened
-from tests.support.file_systems import FileSystem, mounted, scratch_on
+from tests.support.file_systems import FileSystem, long_on_xfs, mounted, scratch_on
 from tests.support.raw_client import peak
 from tests.support.sample_trees import directory, make_deep, run
 from tests.support.service import serving
@@ -183,6 +183,7 @@ def honest() -> Iterator[None]:
         yield
 
 
+@long_on_xfs
 @pytest.mark.parametrize("seed", range(1))
 def test_calls_on_changing_trees_never_copy_files_from_outside(
     engine: Snapshotter, outside: Path, seed: int, caplog: pytest.LogCaptureFixture

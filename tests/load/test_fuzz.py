@@ -25,6 +25,7 @@ from snapd_native.model import DIGEST_LABEL, STANDBY_LABEL
 from snapd_native.wire.names import JOB, JOB_PATH, PEER
 from tests.support.database import copied
 from tests.support.descriptors import descriptors, wait_until_closed, wait_until_idle
+from tests.support.file_systems import long_on_xfs
 from tests.support.fuzz.calls import ANSWERED, CALLS, LAST_JOB, REFUSED, RETURNS
 from tests.support.fuzz.packets import Packet, Peer
 from tests.support.kernel_mounts import below
@@ -246,6 +247,7 @@ def several(calls: st.SearchStrategy[Packet]) -> st.SearchStrategy[list[Packet]]
     return st.lists(calls, min_size=AT_ONCE, max_size=AT_ONCE)
 
 
+@long_on_xfs
 @pytest.mark.timeout(600 + NUMBER // 5)
 @pytest.mark.parametrize("refused", [False, True], ids=["any", "refused"])
 def test_each_random_call_gets_an_answer_of_the_contract(

@@ -27,7 +27,6 @@ from snapd_native.model import Lifetime, Mounted
 from snapd_native.mounts import Entry, Table
 from snapd_native.snapshotter import Snapshotter
 from tests.support.engine import fill, ignore, read
-from tests.support.file_systems import long_on_xfs
 from tests.support.kernel_mounts import (
     below,
     by_hand,
@@ -430,7 +429,7 @@ def toggle(here: Path, aside: Path, elsewhere: Path) -> None:
             here.symlink_to(elsewhere)
 
 
-@long_on_xfs
+@pytest.mark.long
 def test_a_view_can_be_mounted_500_times(full: Snapshotter, places: Path) -> None:
     made = [str(place(places, str(number))) for number in range(500)]
     for target in made:

@@ -24,6 +24,7 @@ from snapd_native.snapshotter.reaping import Reaper
 from snapd_native.snapshotter.state import StateDirectory
 from snapd_native.trees import Report
 from tests.support.engine import fill, gated, opened, state_of
+from tests.support.file_systems import long_on_xfs
 from tests.support.kernel_mounts import place
 from tests.support.service import Service, committed
 from tests.support.waiting import WAIT, eventually
@@ -277,6 +278,7 @@ def test_remove_does_not_wait_for_a_check_that_lists_directories(
         assert checking.result(WAIT) == []
 
 
+@long_on_xfs
 def test_check_during_concurrent_calls_reports_nothing(full: Snapshotter) -> None:
     ended = threading.Event()
     failed: list[BaseException] = []

@@ -308,7 +308,7 @@ class Comparison(RuleBasedStateMachine):
 
 
 Comparison.TestCase.settings = settings(
-    max_examples=250,
+    max_examples=int(os.environ.get("MODEL_EXAMPLES", "80")),
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),

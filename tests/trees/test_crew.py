@@ -23,7 +23,7 @@ from snapd_native.trees import crew as module
 from snapd_native.trees import relay
 from tests.support import PROJECT, torture_tree
 from tests.support.descriptors import THIS, nothing_left_open, workers
-from tests.support.file_systems import FileSystem, mounted, scratch_on
+from tests.support.file_systems import FileSystem, long_on_xfs, mounted, scratch_on
 from tests.support.holding import held
 from tests.support.sample_trees import Stopped, clone, measure
 
@@ -254,6 +254,7 @@ def test_workers_end_when_their_parent_is_killed(large: Path, scratch: Path, whe
                 os.close(ended)
 
 
+@long_on_xfs
 def test_a_crew_runs_many_jobs_at_once(scratch: Path) -> None:
     forest(scratch / "tree", directories=100, files=3)
     with closing(trees.Crew(2)) as crew, ThreadPoolExecutor(8) as pool:
