@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 from itertools import islice
 from pathlib import Path
@@ -183,17 +184,21 @@ def test_properties_have_the_contract_types_and_the_expected_values(
 
 
 def test_busctl_monitor_shows_the_snapshot_signals(shared: Service) -> None:
-    monitor = subprocess.Popen(
-        [
-            *("busctl", f"--address={shared.address}", "monitor", "--json=short"),
-            f"--match=type='signal',interface='{MANAGER}'",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    # A pipe would get the messages only when busctl's buffer is full.
+    terminal, output = os.openpty()
+    with open(output, "wb") as stdout:
+        monitor = subprocess.Popen(
+            [
+                *("busctl", f"--address={shared.address}", "monitor", "--json=short"),
+                f"--match=type='signal',interface='{MANAGER}'",
+            ],
+            env={**os.environ, "SYSTEMD_COLORS": "0"},
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    lines = open(terminal)  # noqa: SIM115 - closed when the monitor has ended
     try:
-        assert monitor.stdout is not None
         assert monitor.stderr is not None
         assert "Monitoring" in monitor.stderr.readline()
         shared.call("Prepare", "ssa{sv}", "key", "", "0")
@@ -201,12 +206,13 @@ def test_busctl_monitor_shows_the_snapshot_signals(shared: Service) -> None:
         shared.call("Commit", "ssa{sv}", "name", "key", "0")
         shared.call("Remove", "sa{sv}", "name", "0")
         # A call that takes long also shows as a job.
-        messages = map(json.loads, monitor.stdout)
+        messages = map(json.loads, lines)
         changes = (message for message in messages if message["member"].startswith("Snapshot"))
         seen = list(islice(changes, 4))
     finally:
         monitor.terminate()
         monitor.communicate()
+        lines.close()
     assert {message["path"] for message in seen} == {OBJECT_PATH}
     assert [(message["member"], message["payload"]["data"]) for message in seen] == [
         ("SnapshotAdded", ["key", "active", ""]),
