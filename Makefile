@@ -22,7 +22,7 @@ docs/session.svg: runtime ## draw what make demo prints (root)
 	@mkdir -p build && $(bin)/snapd-native demo >build/session
 	@$(bin)/python -m tools.picture 'make demo' <build/session >$@
 
-test: lint types check ## everything that has to pass before a change is merged (root, 4 minutes)
+test: lint types check ## everything that has to pass before a change is merged (root, 6 to 10 minutes)
 
 test-all: lint types check-all ## test, and the long tests too (root, 20 minutes)
 

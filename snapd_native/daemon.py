@@ -33,6 +33,9 @@ GRACE = 10.0
 _EXTENSION = 30
 """Seconds of start-up time that are requested from systemd repeatedly during recovery."""
 
+SYSTEMD_SECONDS = 10.0
+"""How long systemd may take to answer a question."""
+
 SWITCH_SECONDS = 0.0005
 """Seconds after which Python switches threads while one computes, as for a List with filters.
 
@@ -238,19 +241,22 @@ async def _soft_reboots() -> int:
     under the same boot id; see systemd-soft-reboot.service(8).
 
     Raises:
-        Unavailable: the bus cannot be reached.
+        Unavailable: the bus cannot be reached, or systemd does not answer.
     """
     connection = Connection()
     await connection.open()
     try:
-        (count,) = await connection.request(
-            "org.freedesktop.systemd1",
-            "/org/freedesktop/systemd1",
-            "org.freedesktop.DBus.Properties",
-            "Get",
-            "ss",
-            ["org.freedesktop.systemd1.Manager", "SoftRebootsCount"],
-        )
+        async with asyncio.timeout(SYSTEMD_SECONDS):
+            (count,) = await connection.request(
+                "org.freedesktop.systemd1",
+                "/org/freedesktop/systemd1",
+                "org.freedesktop.DBus.Properties",
+                "Get",
+                "ss",
+                ["org.freedesktop.systemd1.Manager", "SoftRebootsCount"],
+            )
+    except TimeoutError:
+        raise Unavailable("systemd does not answer on the bus: start the service again") from None
     except SnapdError as error:
         if not connection.connected:
             raise

@@ -56,9 +56,10 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM
 class Connections:
     """Opens ``metadata.db`` in WAL mode, so that readers do not wait for the writer.
 
-    A reader waits only during a checkpoint, which takes some milliseconds. A checkpoint runs only
-    while nobody reads: SQLite does not sync a checkpoint that readers have stopped half-way, and
-    does not repeat it after a failed sync, so that records could be lost.
+    A checkpoint runs only while nobody reads: SQLite does not sync a checkpoint that readers have
+    stopped half-way, and does not repeat it after a failed sync, so that records could be lost. So
+    a new reader waits for a checkpoint, some milliseconds, and before it for the readers that have
+    begun: `_PAUSE` at most, or `_LONG_PAUSE` during a deletion on a full disk.
     """
 
     def __init__(self, path: Path, make_room: Callable[[], bool]) -> None:

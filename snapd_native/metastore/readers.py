@@ -44,10 +44,10 @@ class Readers:
     @contextmanager
     def paused(self, seconds: float) -> Iterator[bool]:
         """Hold back new readers in the block; yield whether the others ended within ``seconds``."""
-        with self._changed:
-            self._paused = True
-            nobody_reads = self._changed.wait_for(lambda: not self._reading, seconds)
         try:
+            with self._changed:
+                self._paused = True
+                nobody_reads = self._changed.wait_for(lambda: not self._reading, seconds)
             yield nobody_reads
         finally:
             with self._changed:

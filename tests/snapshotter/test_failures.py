@@ -32,7 +32,7 @@ from tests.support.engine import (
     opened,
     read,
 )
-from tests.support.file_systems import long_on_xfs, mounted, unmount_when_free
+from tests.support.file_systems import long_on_xfs, mounted, on_ext4, unmount_when_free
 from tests.support.service import check_sentence
 from tests.support.waiting import WAIT, eventually
 
@@ -46,6 +46,7 @@ DOCUMENTED = (
 )
 
 
+@on_ext4
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_an_error_in_the_manual_pages_says_what_to_do(
     full: Snapshotter, name: str, caplog: pytest.LogCaptureFixture

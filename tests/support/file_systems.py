@@ -40,11 +40,12 @@ def loop_directory() -> Iterator[Path]:
     started meanwhile.
     """
     path = Path(tempfile.mkdtemp(prefix="snapd-native-"))
-    if is_root := os.geteuid() == 0:
-        _run(["mount", "--bind", "--make-shared", str(path), str(path)], "a shared mount")
+    # Where mounts are forbidden, the tests that need file systems skip themselves.
+    share = ["mount", "--bind", "--make-shared", str(path), str(path)]
+    shared = os.geteuid() == 0 and subprocess.run(share, check=False).returncode == 0
     yield path
-    assert _mounts_below(path) == [str(path)] * is_root
-    if is_root:
+    assert _mounts_below(path) == [str(path)] * shared
+    if shared:
         subprocess.run(["umount", path], check=True)
     path.rmdir()
     # udev can still have a loop device open, and a mount namespace of another test can hold a copy
