@@ -6,19 +6,23 @@ import asyncio
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import (
     ExitStack,
+    asynccontextmanager,
     contextmanager,
 )
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from dbus_next.constants import MessageType
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
+from snapd_native import daemon
 from snapd_native.client import BlockingClient
+from snapd_native.errors import Unavailable
 from snapd_native.model import Lifetime
 from snapd_native.private import private_bus
 from tests.support.bus_mounts import (
@@ -260,13 +264,30 @@ SYSTEMD = """
 """
 
 
+@pytest.fixture
+def systemd_bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run a bus on which a test can be systemd."""
+    policy = tmp_path / "systemd.conf"
+    policy.write_text(SYSTEMD.strip())
+    with private_bus([policy]) as address:
+        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
+        yield address
+
+
+@asynccontextmanager
+async def systemd(answer: Callable[[Message], Message | bool | None]) -> AsyncIterator[None]:
+    """Be systemd on the bus during the block."""
+    async with connection() as owner:
+        owner.add_message_handler(answer)
+        await owner.ask_driver("RequestName", "su", ["org.freedesktop.systemd1", 0])
+        yield
+
+
 def test_a_persistent_mount_is_restored_after_a_soft_reboot(
-    scratch: Path, places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    systemd_bus: str, scratch: Path, places: Path
 ) -> None:
     """One unmounted while the service was down is not: then an administrator has done that."""
     here = place(places)
-    policy = tmp_path / "systemd.conf"
-    policy.write_text(SYSTEMD.strip())
     soft_reboots = 0
 
     def answer(message: Message) -> Message | None:
@@ -275,7 +296,7 @@ def test_a_persistent_mount_is_restored_after_a_soft_reboot(
         return Message.new_method_return(message, "v", [Variant("u", soft_reboots)])
 
     def serve(call: Callable[[BlockingClient], T]) -> T:
-        with serving(address, scratch / "state"), BlockingClient() as client:
+        with serving(systemd_bus, scratch / "state"), BlockingClient() as client:
             return call(client)
 
     def mount(client: BlockingClient) -> None:
@@ -287,9 +308,7 @@ def test_a_persistent_mount_is_restored_after_a_soft_reboot(
 
     async def scenario() -> None:
         nonlocal soft_reboots
-        async with connection() as systemd:
-            systemd.add_message_handler(answer)
-            await systemd.ask_driver("RequestName", "su", ["org.freedesktop.systemd1", 0])
+        async with systemd(answer):
             await asyncio.to_thread(serve, mount)
             for _ in range(2):
                 soft_reboots += 1
@@ -299,6 +318,18 @@ def test_a_persistent_mount_is_restored_after_a_soft_reboot(
             subprocess.run(["umount", here], check=True)
             assert await asyncio.to_thread(serve, mounted) == []
 
-    with private_bus([policy]) as address:
-        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
-        asyncio.run(scenario())
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("systemd_bus", "filesystem")
+def test_a_start_does_not_wait_for_ever_for_an_answer_of_systemd(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(daemon, "SYSTEMD_SECONDS", 0.1)
+
+    async def scenario() -> None:
+        async with systemd(lambda message: message.message_type is MessageType.METHOD_CALL):
+            with pytest.raises(Unavailable, match="systemd does not answer"):
+                await daemon._soft_reboots()
+
+    asyncio.run(scenario())
