@@ -12,6 +12,9 @@ from tests.vm.guest import Guest, clear
 LAST = ("test_powercut", "test_package")
 """They restart the machine again and again, and remove the package."""
 
+TEST_LIMIT = 3600
+"""Seconds until a test that hangs is given up; its steps have a limit of their own."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cuts", type=int, default=3, help="how often the power of a machine is cut")
@@ -28,6 +31,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LAST.index(item.path.stem) if item.path.stem in LAST else -1
 
     items.sort(key=turn)
+    for item in items:
+        item.add_marker(pytest.mark.timeout(TEST_LIMIT))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from tests.support import PROJECT
 from tests.support.oracle import Book
-from tests.vm.guest import Guest
+from tests.vm.guest import PATIENCE, Guest
 
 WORKERS = 3
 """Clients of each instance."""
@@ -38,13 +38,13 @@ class Load:
                 with self._lock:
                     self._book.read(line)
 
-    def until_acknowledged(self, commits: int, limit: float = 90) -> None:
+    def until_acknowledged(self, commits: int) -> None:
         """Wait until each instance has acknowledged so many commits in all."""
-        self.until(lambda: self._book.acknowledged() >= commits, limit)
+        self.until(lambda: self._book.acknowledged() >= commits)
 
-    def until(self, condition: Callable[[], bool], limit: float = 90) -> None:
+    def until(self, condition: Callable[[], bool]) -> None:
         """Wait until what was told is such that a condition holds."""
-        end = time.monotonic() + limit
+        end = time.monotonic() + PATIENCE
         while True:
             with self._lock:
                 if condition():
@@ -75,12 +75,12 @@ class Load:
 def troubles(guest: Guest, book: Book) -> list[str]:
     """Compare what is there with what was promised, and ask the service itself."""
     program = (PROJECT / "tests/support/inspection.py").read_text()
-    out = guest.run(f"python3 - {' '.join(book.ledgers)}", stdin=program, limit=300)
+    out = guest.run(f"python3 - {' '.join(book.ledgers)}", stdin=program)
     found = json.loads(out)
     listed = []
     for instance, ledger in book.ledgers.items():
         listed += [f"{instance}: {trouble}" for trouble in ledger.compare(found[instance])]
-        checked = guest.attempt(f"snapd-native --instance {instance} check", limit=240)
+        checked = guest.attempt(f"snapd-native --instance {instance} check")
         if checked.returncode != 0 or checked.stdout:
             listed.append(f"{instance}: check: {checked.stdout}{checked.stderr}")
     return listed

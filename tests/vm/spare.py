@@ -10,9 +10,6 @@ from tests.vm.guest import Guest
 SECTORS = 512 << 11
 """Of 512 bytes. xfs is not made smaller than 300 MiB."""
 
-LIMIT = 300
-"""Seconds for a step; emulation is slow."""
-
 REPAIRS = {"ext4": 'e2fsck -fp "$disk" || (($? < 4))', "xfs": "true"}
 """What is done before a file system is mounted whose disk has failed, by its type."""
 
@@ -83,7 +80,7 @@ class SpareDisk:
             losetup --detach $(losetup --noheadings --output NAME --associated $image)
             rm -rf $image /run/{self.unit}
             rmdir {self.root}"""
-        self._guest.attempt(self._names + script, limit=LIMIT)
+        self._guest.attempt(self._names + script)
 
     def journal(self) -> str:
         """Return what the instance has logged, and the system's manager of it, since `make`."""
@@ -91,7 +88,7 @@ class SpareDisk:
 
     def run(self, script: str, stdin: str | None = None) -> str:
         """Run a script that must succeed, and return what it printed."""
-        return self._guest.run(self._names + script, stdin, LIMIT)
+        return self._guest.run(self._names + script, stdin)
 
     def _change(self, *table: str) -> None:
         # Without --noflush and --nolockfs, all that is not written yet would be before the change.
@@ -110,7 +107,7 @@ def made(guest: Guest, *disks: SpareDisk) -> Iterator[None]:
         for disk in disks:
             undo.callback(disk.destroy)
             disk.make()
-        guest.run(f"systemctl start {units(disks)}", limit=LIMIT)
+        guest.run(f"systemctl start {units(disks)}")
         yield
 
 

@@ -40,7 +40,7 @@ def test_the_busctl_calls_of_the_readme_work(guest: Guest) -> None:
 def test_the_commands_of_the_readme_work(guest: Guest, instance: str, name: str) -> None:
     commands = block(name)
     assert commands.startswith("snapd-native prepare ")
-    guest.run(f"export SNAPD_NATIVE_INSTANCE={instance}\n{commands}", limit=240)
+    guest.run(f"export SNAPD_NATIVE_INSTANCE={instance}\n{commands}")
 
 
 def test_a_mount_appears_on_the_host_with_the_mounts_below_it(guest: Guest) -> None:

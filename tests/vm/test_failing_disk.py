@@ -36,28 +36,27 @@ def ruin(guest: Guest, disks: list[SpareDisk], fail: Callable[[SpareDisk], None]
     print(f"seed {seed}")
     book = Book(tuple(disk.instance for disk in disks))
     load = Load(guest, book, seed, patient=True)
-    load.until_acknowledged(4, limit=300)
+    load.until_acknowledged(4)
     for disk in disks:
         fail(disk)
     load.doubt()
-    load.until(lambda: all(len(one.failures) >= 12 for one in book.ledgers.values()), limit=300)
+    load.until(lambda: all(len(one.failures) >= 12 for one in book.ledgers.values()))
     load.end()
     for disk in disks:
         ledger = book.ledgers[disk.instance]
         kinds = {failure.split(":")[0] for failure in ledger.failures}
         print(f"{disk.instance}: {ledger.acknowledged} commits, {len(ledger.failures)} failures")
         assert kinds <= {"DataLoss", "ResourceExhausted"}, ledger.failures
-        read = guest.attempt(f"snapd-native --instance {disk.instance} ls", limit=300)
+        read = guest.attempt(f"snapd-native --instance {disk.instance} ls")
         assert read.returncode in (0, DATA_LOSS), read.stderr
-    guest.run(f"systemctl stop {units(disks)}", limit=300)
+    guest.run(f"systemctl stop {units(disks)}")
     for disk in disks:
         disk.remount()
     # One that does not start does not answer either, which is a trouble.
-    guest.attempt(f"systemctl start {units(disks)}", limit=300)
+    guest.attempt(f"systemctl start {units(disks)}")
     return book
 
 
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("fail", [SpareDisk.refuse_writes, SpareDisk.refuse_all])
 def test_acknowledged_commits_survive_a_failing_disk(
     machine: Guest, disks: list[SpareDisk], fail: Callable[[SpareDisk], None]
@@ -72,7 +71,6 @@ def test_acknowledged_commits_survive_a_failing_disk(
         assert "Main process exited" not in out
 
 
-@pytest.mark.timeout(1200)
 def test_the_oracle_finds_losses_when_syncs_are_disabled(machine: Guest) -> None:
     """The test above could fail."""
     disks = [SpareDisk(machine, filesystem) for filesystem in FILE_SYSTEMS]
@@ -102,7 +100,6 @@ REWRITE = """
 """Prints where on the disk a file is that has just been written to again."""
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("filesystem", FILE_SYSTEMS)
 def test_commit_of_a_file_that_could_not_be_written_raises_data_loss(
     machine: Guest, filesystem: str

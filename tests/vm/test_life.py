@@ -107,7 +107,6 @@ def test_the_watchdog_kills_a_hanging_daemon_and_systemd_restarts_it(guest: Gues
         guest.run(f"rm -r {drop_in}; systemctl daemon-reload; systemctl restart snapd-native")
 
 
-@pytest.mark.timeout(600)
 def test_data_and_persistent_mounts_are_restored_after_a_reboot_during_calls(
     mounted: Guest,
 ) -> None:

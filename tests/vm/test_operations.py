@@ -56,12 +56,12 @@ def test_the_documented_installation_works(guest: Guest) -> None:
     build, *commands = block("install").splitlines()
     # tools/vm has built what is installed by the same script.
     assert build == "make deb"
-    out = guest.run("\n".join(["cd /vagrant", *commands]), limit=240)
+    out = guest.run("\n".join(["cd /vagrant", *commands]))
     assert "active (running)" in out
 
 
 def test_the_documented_setup_of_an_instance_works(data: Guest) -> None:
-    assert data.run(block("instance"), limit=240).split() == [
+    assert data.run(block("instance")).split() == [
         "NAME",
         "KIND",
         "PARENT",
@@ -83,15 +83,15 @@ def test_the_documented_check_shows_the_calls_in_the_journal(guest: Guest) -> No
 
 
 def test_the_documented_backup_can_be_restored(data: Guest) -> None:
-    data.run(TREE + block("backup"), limit=240)
+    data.run(TREE + block("backup"))
     data.run("snapd-native rm v1; snapd-native cleanup")
-    data.run(block("restore"), limit=240)
+    data.run(block("restore"))
     assert SEEN in data.run(LOOK)
     assert data.run("stat -c %a /var/lib/snapd-native") == "700\n"
 
 
 def test_the_documented_move_of_the_state_keeps_the_data(data: Guest) -> None:
-    data.run(TREE + block("move"), limit=240)
+    data.run(TREE + block("move"))
     out = data.run(LOOK + "\necho; echo $look")
     assert SEEN in out
     assert out.splitlines()[-1].startswith("/srv/data/moved/snapshots/")

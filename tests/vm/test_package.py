@@ -25,7 +25,6 @@ def full(machine: Guest) -> Guest:
     return machine
 
 
-@pytest.mark.timeout(600)
 def test_an_upgrade_restarts_the_service_and_keeps_mounts(full: Guest) -> None:
     """The later version is this one, repacked under a later number."""
     out = full.run(
@@ -46,7 +45,6 @@ def test_an_upgrade_restarts_the_service_and_keeps_mounts(full: Guest) -> None:
         dpkg-query -W -f '${{Version}}\\n' snapd-native
         cat {TARGET}/file
         {BUS} ListMounts s look""",
-        limit=240,
     )
     before, after, active, version, content, mounts = out.splitlines()
     assert not set(before.split()) & set(after.split())
@@ -56,7 +54,6 @@ def test_an_upgrade_restarts_the_service_and_keeps_mounts(full: Guest) -> None:
     assert '"look" true "persistent"' in mounts
 
 
-@pytest.mark.timeout(600)
 def test_removal_keeps_data_and_a_new_installation_finds_it(full: Guest) -> None:
     out = full.run(
         f"""
@@ -69,7 +66,6 @@ def test_removal_keeps_data_and_a_new_installation_finds_it(full: Guest) -> None
         {BUS} Stat s committed
         {BUS} ListMounts s look
         snapd-native check""",
-        limit=240,
     )
     lines = out.splitlines()
     assert lines[3:5] == ["content", "0"]
@@ -78,7 +74,6 @@ def test_removal_keeps_data_and_a_new_installation_finds_it(full: Guest) -> None
     assert lines[7:] == []
 
 
-@pytest.mark.timeout(600)
 def test_purge_unmounts_and_deletes_everything(full: Guest) -> None:
     out = full.run(
         f"""
@@ -88,6 +83,5 @@ def test_purge_unmounts_and_deletes_everything(full: Guest) -> None:
         busctl status org.snapdnative1 >/dev/null 2>&1 || echo no name || true
         systemctl list-units --all --plain --no-legend 'snapd-native*' | grep -v not-found || true
         rmdir {TARGET}""",
-        limit=240,
     )
     assert out.splitlines() == ["unmounted", "no name"]

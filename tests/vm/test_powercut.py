@@ -27,7 +27,6 @@ def cut(guest: Guest, disks: VolatileDisks, load: Load) -> str:
     )
 
 
-@pytest.mark.timeout(3600)
 def test_acknowledged_commits_survive_power_cuts(
     machine: Guest, request: pytest.FixtureRequest
 ) -> None:
@@ -54,7 +53,6 @@ def test_acknowledged_commits_survive_power_cuts(
         clear(machine, *INSTANCES)
 
 
-@pytest.mark.timeout(1200)
 def test_the_oracle_finds_losses_when_syncs_are_disabled(machine: Guest) -> None:
     """The test above could fail."""
     clear(machine, *INSTANCES)

@@ -55,7 +55,6 @@ EXHAUSTED = {
 """How calls are answered then, but those that write only a record."""
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("scarce", ["blocks", "inodes"])
 @pytest.mark.parametrize("quota", QUOTAS, ids=[quota.filesystem for quota in QUOTAS])
 def test_an_exhausted_quota_refuses_changes_but_not_reads_and_removals(
