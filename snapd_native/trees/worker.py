@@ -13,7 +13,6 @@ import sys
 from contextlib import ExitStack, suppress
 
 from snapd_native.trees.clone import Cloner
-from snapd_native.trees.digest import Digester
 from snapd_native.trees.links import Links
 from snapd_native.trees.measure import Counter
 from snapd_native.trees.relay import IDLE, ORDER, Channels, Operation, Page, receive, send_finding
@@ -59,6 +58,9 @@ def _serve(crew: socket.socket, parent: int, order: bytes, fds: list[int]) -> by
                 share.perform(counter)
                 return counter.tally.pack()
             case Operation.DIGEST | Operation.VERIFY as operation:
+                # It loads OpenSSL, which would take a sixth of the start of a worker that copies.
+                from snapd_native.trees.digest import Digester
+
                 from_disk = operation is Operation.VERIFY
                 digester = Digester(share.progress, from_disk=from_disk)
                 share.perform(digester)
