@@ -8,6 +8,7 @@ import signal
 pytest_plugins = [
     "tests.support.in_process",
     "tests.support.engine",
+    "tests.support.kept_workers",
     "tests.support.file_systems",
     "tests.support.kernel_mounts",
     "tests.support.sample_trees",
