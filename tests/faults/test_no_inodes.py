@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
 from snapd_native.errors import ResourceExhausted
+from snapd_native.snapshotter import Snapshotter
 from tests.support.engine import directories, names, opened
 from tests.support.file_systems import FileSystem, mounted
 from tests.support.full_disk import (
@@ -79,18 +81,24 @@ def test_start_without_inodes_is_refused_unless_deletions_free_some(
             pass
     if not killed:
         make_room(few.root)
-    # xfs frees by and by what a start deletes, perhaps for the next one.
-    eventually(lambda: starts(state))
-    with opened(state) as engine:
+    with ExitStack() as stack:
+        # xfs frees the inodes of deleted files in the background, perhaps only for a later start.
+        # Even the start after a successful one may find none.
+        engine = started(stack, state)
         check_reads(engine)
         assert len(directories(engine)) == 5
         assert ("last" in names(engine)) is killed
         assert engine.upkeep.check() == []
 
 
-def starts(state: Path) -> bool:
-    try:
-        with opened(state):
-            return True
-    except ResourceExhausted:
-        return False
+def started(stack: ExitStack, state: Path) -> Snapshotter:
+    """Open an engine that ``stack`` closes, as soon as there are inodes for its start."""
+    engines: list[Snapshotter] = []
+
+    def starts() -> bool:
+        with suppress(ResourceExhausted):
+            engines.append(stack.enter_context(opened(state)))
+        return bool(engines)
+
+    eventually(starts)
+    return engines[0]
