@@ -229,7 +229,9 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
         try:
             size = len(key.encode()) + len(value.encode())
         except UnicodeEncodeError:
-            raise InvalidArgument(f"the label {quote(key)} is not valid UTF-8: mend it") from None
+            raise InvalidArgument(
+                f"the label {quote(key)} is not valid UTF-8: correct it"
+            ) from None
         if size > MAX_LABEL:
             raise InvalidArgument(
                 f"the label {quote(key, 40)} has {size} bytes with its value:"

@@ -38,7 +38,7 @@ def check_signature(call: Call, members: dict[str, str]) -> None:
     if call.signature != takes:
         raise InvalidArgument(
             f"{call.member} takes ({takes}) but was called with ({call.signature}):"
-            " mend the argument types"
+            " correct the argument types"
         )
 
 

@@ -27,7 +27,7 @@ def labels_option(command: _Command) -> _Command:
         "labels",
         multiple=True,
         metavar="KEY=VALUE",
-        help="Set a label; may be repeated.",
+        help="Set a label; can be given several times.",
     )(command)
 
 

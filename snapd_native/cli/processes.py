@@ -16,13 +16,14 @@ from snapd_native.errors import AccessDenied
 @click.option(
     "--state-directory",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Where snapshots and metadata lie."
+    help="The directory of snapshots and metadata."
     " [default: $STATE_DIRECTORY, /var/lib/snapd-native[@NAME]]",
 )
 @click.option(
     "--runtime-directory",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Where mounts are made. [default: $RUNTIME_DIRECTORY, /run/snapd-native[@NAME]]",
+    help="The directory of mounts without a target."
+    " [default: $RUNTIME_DIRECTORY, /run/snapd-native[@NAME]]",
 )
 @click.option(
     "--standby-free",
@@ -30,10 +31,12 @@ from snapd_native.errors import AccessDenied
     metavar="PERCENT",
     default=10,
     show_default=True,
-    help="Space and inodes that standby clones leave free.",
+    help="The share of space and inodes that standby clones leave free.",
 )
-@click.option("-v", "--verbose", "level", flag_value=logging.DEBUG, help="Log reads too.")
-@click.option("-q", "--quiet", "level", flag_value=logging.WARNING, help="Log problems only.")
+@click.option(
+    "-v", "--verbose", "level", flag_value=logging.DEBUG, help="Log calls that only read, too."
+)
+@click.option("-q", "--quiet", "level", flag_value=logging.WARNING, help="Log only problems.")
 @click.pass_obj
 def daemon(
     instance: str,
@@ -42,7 +45,7 @@ def daemon(
     standby_free: float,
     level: int | None,
 ) -> None:
-    """Serve on the system bus; systemd runs this."""
+    """Run the service on the system bus; systemd starts this."""
     _begin_in_utf8_mode()
     from snapd_native import logs
     from snapd_native.daemon import run
@@ -59,7 +62,7 @@ def daemon(
 
 
 def _begin_in_utf8_mode() -> None:
-    """Start the program again if the locale has another encoding for paths than D-Bus."""
+    """Start the program again in UTF-8 mode, unless the locale uses the encoding of D-Bus."""
     if sys.getfilesystemencoding() != "utf-8":
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606 - it is this program
 
@@ -71,14 +74,14 @@ def _begin_in_utf8_mode() -> None:
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     default=Path("/usr/share"),
     show_default=True,
-    help="The directory tree to take.",
+    help="The directory tree that the demonstration copies.",
 )
 @click.option(
     "--directory",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     default=Path("/var/tmp"),  # noqa: S108 - a private directory is made in it
     show_default=True,
-    help="Where the demonstration keeps its snapshots meanwhile.",
+    help="The directory in which the demonstration keeps its snapshots.",
 )
 def demo(source: Path, directory: Path) -> None:
     """Show the service at work, on a private bus and on a real tree of this machine."""

@@ -1,6 +1,6 @@
 """Commands on snapshots.
 
-Commands import D-Bus and rich when they run, so that help comes at once.
+Commands import D-Bus and rich only when they run, so that help appears at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from snapd_native.model import quote
 def prepare(key: str, parent: str, labels: tuple[str, ...], as_json: bool) -> None:
     """Make the active snapshot KEY: empty, or a private copy of PARENT.
 
-    Ctrl-C cancels the copy, and leaves nothing of it.
+    Ctrl-C cancels the copy and removes what was copied.
     """
     from snapd_native.cli import render
 
@@ -50,13 +50,15 @@ def view(key: str, parent: str, labels: tuple[str, ...], as_json: bool) -> None:
 @click.command()
 @click.argument("name")
 @click.argument("key")
-@click.option("--parent", default="", help="Give a parent to a snapshot prepared without one.")
+@click.option(
+    "--parent", default="", help="Set the parent of a snapshot that was prepared without one."
+)
 @click.option("--digest", is_flag=True, help="Record a digest of the tree, for verify.")
 @labels_option
 def commit(name: str, key: str, parent: str, digest: bool, labels: tuple[str, ...]) -> None:
     """Make the active snapshot KEY the committed snapshot NAME.
 
-    When this returns, the snapshot survives a power cut. Labels of KEY are not inherited.
+    After this command the snapshot survives a power cut. The labels of KEY are dropped.
     """
     from snapd_native.cli import render
 
@@ -72,14 +74,14 @@ def commit(name: str, key: str, parent: str, digest: bool, labels: tuple[str, ..
 @click.option("--fstab", "form", flag_value="fstab", help="Print a line for /etc/fstab.")
 @click.option("--command", "form", flag_value="command", help="Print a command for the shell.")
 def mounts(key: str, target: str, as_json: bool, form: str | None) -> None:
-    """Print what is mounted; of the active snapshot or view KEY, how to mount it by hand.
+    """List the mounts of the service, or print how to mount KEY on TARGET by hand.
 
-    By hand, it would be mounted on TARGET, or on /mnt.
+    KEY is an active snapshot or a view. The default of TARGET is /mnt.
     """
     from snapd_native.cli import render
 
     if form and (as_json or not key):
-        raise click.UsageError(f"--{form} needs a KEY, and goes without --json.")
+        raise click.UsageError(f"--{form} needs a KEY and cannot be used with --json.")
     with connected() as client:
         if not key:
             render.mounted(client.list_mounts(), as_json=as_json)
@@ -97,12 +99,14 @@ def mounts(key: str, target: str, as_json: bool, form: str | None) -> None:
 @click.command()
 @click.argument("key")
 @click.argument("target", default="")
-@click.option("--read-only", is_flag=True, help="Mount an active snapshot read-only, as a view is.")
+@click.option(
+    "--read-only", is_flag=True, help="Mount an active snapshot read-only; a view always is."
+)
 def mount(key: str, target: str, read_only: bool) -> None:
-    """Mount the active snapshot or view KEY on the directory TARGET, and print where.
+    """Mount the active snapshot or view KEY on the directory TARGET, and print the directory.
 
-    Without TARGET a directory is made for it. It stays mounted, also over a restart of the machine,
-    until it is unmounted.
+    Without TARGET, the service makes a directory. The mount stays until umount; after a reboot the
+    service makes it again.
     """
     with connected() as client:
         print(client.mount(key, os.path.abspath(target) if target else "", read_only or None))
@@ -110,9 +114,9 @@ def mount(key: str, target: str, read_only: bool) -> None:
 
 @click.command()
 @click.argument("what", metavar="TARGET|KEY")
-@click.option("--lazy", is_flag=True, help="Unmount it also while it is in use.")
+@click.option("--lazy", is_flag=True, help="Unmount it even while it is in use.")
 def umount(what: str, lazy: bool) -> None:
-    """Unmount the directory TARGET, or all directories where KEY is mounted."""
+    """Unmount the directory TARGET, or every mount of KEY."""
     with connected() as client:
         mounted = client.list_mounts()
         path = os.path.abspath(what)
@@ -142,10 +146,11 @@ def stat(key: str, as_json: bool) -> None:
 @click.argument("filters", nargs=-1, metavar="[FILTER]...")
 @json_option
 def ls(filters: tuple[str, ...], as_json: bool) -> None:
-    """List snapshots, all or those that match any FILTER.
+    """List all snapshots, or those that match at least one FILTER.
 
-    A FILTER is a comma-joined AND of conditions on name, parent, kind and labels:
-    kind==committed,labels.app==web or name~=^build- or labels."org/tier".
+    A FILTER is a list of conditions that must all hold, separated by commas. Conditions are about
+    name, parent, kind and labels: kind==committed,labels.app==web or name~=^build- or
+    labels."org/tier".
     """
     from snapd_native.cli import render
 
@@ -156,7 +161,7 @@ def ls(filters: tuple[str, ...], as_json: bool) -> None:
 @click.command()
 @json_option
 def tree(as_json: bool) -> None:
-    """Draw which snapshot descends from which."""
+    """Print all snapshots as a tree of parents and children."""
     from snapd_native.cli import render
 
     with connected() as client:
@@ -166,7 +171,7 @@ def tree(as_json: bool) -> None:
 @click.command()
 @click.argument("name")
 @click.argument("changes", nargs=-1, metavar="[KEY=VALUE | KEY-]...")
-@click.option("--replace", is_flag=True, help="Drop all other labels.")
+@click.option("--replace", is_flag=True, help="Delete all other labels.")
 @json_option
 def label(name: str, changes: tuple[str, ...], replace: bool, as_json: bool) -> None:
     """Set labels of NAME by KEY=VALUE, and delete them by KEY-."""
@@ -185,7 +190,7 @@ def label(name: str, changes: tuple[str, ...], replace: bool, as_json: bool) -> 
 @click.argument("keys", nargs=-1, required=True, metavar="KEY...")
 @json_option
 def usage(keys: tuple[str, ...], as_json: bool) -> None:
-    """Print how much of the disk each KEY takes."""
+    """Print the disk usage of each KEY."""
     from snapd_native.cli import render
 
     with connected() as client:
@@ -195,7 +200,7 @@ def usage(keys: tuple[str, ...], as_json: bool) -> None:
 @click.command()
 @click.argument("keys", nargs=-1, required=True, metavar="KEY...")
 def rm(keys: tuple[str, ...]) -> None:
-    """Remove each KEY; its data is deleted in the background."""
+    """Remove each KEY. The service deletes its data in the background."""
     with connected() as client:
         for key in keys:
             client.remove(key)

@@ -1,6 +1,6 @@
-"""Commands that look after the service.
+"""Commands that maintain the service.
 
-Commands import D-Bus and rich when they run, so that help comes at once.
+Commands import D-Bus and rich only when they run, so that help appears at once.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from snapd_native.model import DIGEST_LABEL, quote, shown
 
 
 @click.command()
-@click.option("--repair", is_flag=True, help="Mend first what can be mended without losing data.")
+@click.option(
+    "--repair", is_flag=True, help="First repair what can be repaired without losing data."
+)
 @json_option
 def check(repair: bool, as_json: bool) -> None:
     """Compare records, directories and mounts.
 
-    Each line is something that is wrong, with tabs in it: what it is about, the snapshot, and a
-    sentence that says what to do. The exit status is 1 then. What was mended is told on the
-    standard error.
+    Each line is a problem: the kind of the problem, the snapshot and the remedy, separated by tabs.
+    If there is a problem, the exit status is 1. Repairs are reported on the standard error output.
     """
     from snapd_native.cli import render
 
     with connected() as client:
-        mended = client.repair() if repair else []
+        repaired = client.repair() if repair else []
         found = client.check()
-    for finding in mended:
+    for finding in repaired:
         about = f"{quote(finding.key)}: " if finding.key else ""
-        click.echo(f"snapd-native: mended: {about}{shown(finding.what)}", err=True)
+        click.echo(f"snapd-native: repaired: {about}{shown(finding.what)}", err=True)
     render.findings(found, as_json=as_json)
     if found:
         sys.exit(FINDINGS)
@@ -45,9 +46,10 @@ def check(repair: bool, as_json: bool) -> None:
 def verify(names: tuple[str, ...], as_json: bool) -> None:
     """Compare each committed snapshot NAME with the digest that was recorded by commit --digest.
 
-    Without a NAME all are verified that have one. All of each is read, at idle priority. The digest
-    and the name are printed of those that are as they were committed; the others are told on the
-    standard error, and the exit status is that of the first. Ctrl-C cancels the work.
+    Without a NAME, verify all snapshots that have a digest. Each one is read completely, at idle
+    priority. Digest and name of intact snapshots are printed. The others are reported on the
+    standard error output, and the exit status is that of the first error. Ctrl-C cancels the
+    command.
     """
     from snapd_native.cli import render
 
@@ -61,7 +63,7 @@ def verify(names: tuple[str, ...], as_json: bool) -> None:
                     digest = client.verify(name, progress)
             except SnapdError as error:
                 if isinstance(error, NotFound) and not names:
-                    # It was removed since.
+                    # It was removed after it was listed.
                     continue
                 failed.append(error)
                 click.echo(f"snapd-native: {error.message}", err=True)
@@ -80,13 +82,13 @@ def verify(names: tuple[str, ...], as_json: bool) -> None:
 @click.command()
 @json_option
 def jobs(as_json: bool) -> None:
-    """Print what the service is doing that takes long, and how far it is."""
+    """Print the running jobs (copies, deletions, digests) and their progress."""
     from snapd_native.cli import render
 
     with connected() as client:
         found = []
         for job in client.jobs():
-            # It may end before it is asked.
+            # It may end before its progress is read.
             with suppress(NotFound):
                 found.append((job, client.progress(job.id)))
     render.jobs(found, as_json=as_json)
@@ -95,7 +97,7 @@ def jobs(as_json: bool) -> None:
 @click.command()
 @click.argument("ids", nargs=-1, required=True, type=click.IntRange(0), metavar="ID...")
 def cancel(ids: tuple[int, ...]) -> None:
-    """Cancel each job ID, and return when all it had done is undone."""
+    """Cancel each job ID, and wait until its work is undone."""
     with connected() as client:
         for id_ in ids:
             client.cancel(id_)
@@ -103,6 +105,6 @@ def cancel(ids: tuple[int, ...]) -> None:
 
 @click.command()
 def cleanup() -> None:
-    """Return when all that was removed is deleted."""
+    """Wait until the data of all removed snapshots is deleted."""
     with connected() as client:
         client.cleanup()

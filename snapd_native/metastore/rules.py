@@ -15,7 +15,7 @@ from snapd_native.metastore.connections import directory_of, transaction, transl
 from snapd_native.metastore.schema import missing
 from snapd_native.model import Finding, Trouble, is_name, quote, quote_path, shown
 
-Mend: TypeAlias = tuple[str, ...]
+Remedy: TypeAlias = tuple[str, ...]
 """Statements that repair something without loss or guess; empty if only a backup helps."""
 
 
@@ -23,7 +23,7 @@ class Broken(NamedTuple):
     """A finding, and the statements that repair it."""
 
     finding: Finding
-    mend: Mend = ()
+    repair: Remedy = ()
 
 
 def broken_rules(db: sqlite3.Connection) -> Sequence[Broken]:
@@ -39,9 +39,9 @@ def broken_rules(db: sqlite3.Connection) -> Sequence[Broken]:
     return [*dict.fromkeys(found)]
 
 
-def mend(db: sqlite3.Connection, broken: Sequence[Broken]) -> None:
+def repair(db: sqlite3.Connection, broken: Sequence[Broken]) -> None:
     """Repair what can be repaired, each finding in one transaction."""
-    for statements in dict.fromkeys(each.mend for each in broken if each.mend):
+    for statements in dict.fromkeys(each.repair for each in broken if each.repair):
         # If a repair fails, the next check reports the same finding.
         with (
             suppress(DataLoss),
@@ -138,7 +138,7 @@ def _mounts(db: sqlite3.Connection) -> Iterator[Broken]:
         yield _broken("", what, (f"DELETE FROM mounts WHERE {_NOBODYS}",))  # noqa: S608
 
 
-def _broken(name: object, what: str, statements: Mend = ()) -> Broken:
+def _broken(name: object, what: str, statements: Remedy = ()) -> Broken:
     key = name if isinstance(name, str) and is_name(name) else ""
     remedy = "call Repair" if statements else "restore metadata.db from a backup"
     return Broken(Finding(Trouble.DATABASE, key, f"{shown(what)}: {remedy}"), statements)
@@ -155,7 +155,7 @@ _PARTS: Sequence[Callable[[sqlite3.Connection], Iterator[Broken]]] = (
 # With a damaged index a snapshot could seem to be missing.
 _NOBODYS = "snapshot NOT IN (SELECT id FROM snapshots NOT INDEXED)"
 
-_RULES: dict[str, tuple[str, Mend]] = {
+_RULES: dict[str, tuple[str, Remedy]] = {
     "its parent is not there, or not committed": (
         """
         SELECT s.name FROM snapshots AS s NOT INDEXED LEFT JOIN snapshots AS p ON p.id = s.parent

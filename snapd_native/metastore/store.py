@@ -23,7 +23,7 @@ from snapd_native.metastore.connections import Connections, transaction
 from snapd_native.metastore.ledger import Ledger, turn_read_only
 from snapd_native.metastore.records import Record
 from snapd_native.metastore.reservations import Reservation, Reservations
-from snapd_native.metastore.rules import broken_rules, mend
+from snapd_native.metastore.rules import broken_rules, repair
 from snapd_native.metastore.schema import migrate
 from snapd_native.metastore.selection import condition
 from snapd_native.model import (
@@ -190,12 +190,12 @@ class Metastore:
         """
         self._connections.count_changes()
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Repair those findings that can be repaired without loss or guess."""
         with self._connections.reading() as db:
             broken = broken_rules(db)
         with self._connections.writing() as db:
-            mend(db, broken)
+            repair(db, broken)
             self._reservations.skip(records.last_id(db))
 
     def last_id(self) -> int:

@@ -42,7 +42,7 @@ def recorded(key: str, labels: Mapping[str, str], found: str) -> dict[str, str]:
     expected = labels.get(DIGEST_LABEL, "")
     if expected.startswith(_ALGORITHM) and expected != digest:
         raise FailedPrecondition(
-            f"cannot commit {quote(key)}: its digest is {digest}, not {expected}: mend its tree,"
+            f"cannot commit {quote(key)}: its digest is {digest}, not {expected}: repair its tree,"
             " or commit it with another label"
         )
     return {**labels, DIGEST_LABEL: digest}

@@ -89,14 +89,14 @@ class Upkeep:
             job.conclude()
             if not found:
                 return []
-            for mend in (
+            for step in (
                 self._state.close_to_others,
-                self._store.mend,
+                self._store.repair,
                 partial(self._reaper.finish, report),
-                self._mounter.mend,
+                self._mounter.repair,
             ):
                 with suppress(DataLoss, OSError):
-                    mend()
+                    step()
             left = self._findings(report)
         return [finding for finding in found if finding not in left]
 

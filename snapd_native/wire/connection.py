@@ -289,7 +289,7 @@ def _check_text(value: object) -> None:
     if isinstance(value, str):
         if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
             raise InvalidArgument(
-                f"{quote(value)} is not valid UTF-8 without NUL characters: mend it"
+                f"{quote(value)} is not valid UTF-8 without NUL characters: correct it"
             )
     elif isinstance(value, Variant):
         _check_text(value.value)

@@ -401,7 +401,7 @@ def test_repair_returns_its_changes_although_another_step_fails(
 
     (full.state_directory / "metadata.db").chmod(0o644)
     monkeypatch.setattr(Reaper, "finish", failing)
-    monkeypatch.setattr(full.mounter, "mend", failing)
+    monkeypatch.setattr(full.mounter, "repair", failing)
     assert [finding.kind for finding in full.upkeep.repair()] == [Trouble.MODE]
 
 
@@ -427,7 +427,7 @@ def test_calls_do_not_wait_while_repair_searches_the_database(
         return broken_rules(db)
 
     monkeypatch.setattr("snapd_native.metastore.store.broken_rules", slow)
-    thread = threading.Thread(target=full._store.mend)
+    thread = threading.Thread(target=full._store.repair)
     thread.start()
     try:
         assert looking.wait(WAIT)

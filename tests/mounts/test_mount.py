@@ -555,7 +555,7 @@ def test_unmount_waits_while_another_call_has_the_mount_open(
 
     monkeypatch.setattr(mounts, "restore", restore)
     with ThreadPoolExecutor() as pool:
-        mending = pool.submit(full.mounter.mend)
+        repairing = pool.submit(full.mounter.repair)
         try:
             assert opened.wait(WAIT)
             unmounting = pool.submit(full.mounter.unmount, str(here))
@@ -563,7 +563,7 @@ def test_unmount_waits_while_another_call_has_the_mount_open(
             assert not wait([unmounting], timeout=0.5).done
         finally:
             go_on.set()
-        mending.result(WAIT)
+        repairing.result(WAIT)
         unmounting.result(WAIT)
     assert mounted_on(here) is None
 
@@ -591,7 +591,7 @@ def test_check_and_repair_leave_a_mount_alone_that_is_being_unmounted(
             assert full.upkeep.check() == []
             full.mounter.mount("other", str(there))
             assert full.upkeep.check() == []
-            full.mounter.mend()
+            full.mounter.repair()
             assert mounted_on(here) is None
         finally:
             go_on.set()

@@ -177,9 +177,9 @@ class Mounter:
         with self._lock:
             return self._reconciler.findings()
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Make the mounts as the ledger records them."""
-        self._reconciler.mend(self._freezer.trees)
+        self._reconciler.repair(self._freezer.trees)
 
     @contextmanager
     def unmounted(self) -> Iterator[Callable[[Record], None]]:

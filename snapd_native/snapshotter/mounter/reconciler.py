@@ -49,7 +49,7 @@ class Reconciler:
         if self.blind:
             log.warning("%s", self.blind)
         # A Commit that was interrupted by the end of the service has left mounts read-only.
-        self.mend(starting=True)
+        self.repair(starting=True)
 
     def of(self, lines: Sequence[Line]) -> list[tuple[Line, Entry]]:
         """Return the records whose mounts exist, each with its entry in the table."""
@@ -163,7 +163,7 @@ class Reconciler:
         for directory in (self.own.parent, self.own, path):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def mend(self, frozen: Collection[int] = (), *, starting: bool = False) -> None:
+    def repair(self, frozen: Collection[int] = (), *, starting: bool = False) -> None:
         """Make the mounts as the ledger records them, and those again that are `absent`.
 
         The mounts of ``frozen`` trees, which are being committed, are not changed. Other read-only
@@ -214,7 +214,7 @@ class Reconciler:
                     self._attach_again(line, target)
         except (SnapdError, OSError) as error:
             log.error(
-                "%s cannot be mounted on %s again (%s): mend that and restart the service,"
+                "%s cannot be mounted on %s again (%s): correct that and restart the service,"
                 " or unmount it",
                 quote(line.key),
                 quote_path(line.target),
