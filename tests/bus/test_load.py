@@ -51,6 +51,8 @@ from tests.support.service import (
 )
 from tests.support.waiting import WAIT
 
+pytestmark = long_on_xfs
+
 
 @pytest.mark.parametrize(
     ("member", "signature", "body"),
@@ -199,7 +201,6 @@ def test_closed_connections_leave_no_open_descriptors(
     wait_until_closed(shared, before)
 
 
-@long_on_xfs
 def test_answered_calls_leave_no_open_descriptors(
     shared: Service, shared_client: BlockingClient
 ) -> None:

@@ -17,6 +17,7 @@ from snapd_native.client import BlockingClient, Client
 from snapd_native.errors import NotFound, Unavailable
 from snapd_native.model import Kind
 from tests.support.daemon_process import IMPATIENT, Notifications, started
+from tests.support.file_systems import long_on_xfs
 from tests.support.holding import held
 from tests.support.service import (
     PATIENCE,
@@ -25,6 +26,8 @@ from tests.support.service import (
     run,
     serving,
 )
+
+pytestmark = long_on_xfs
 
 DIRECTORIES = 10
 """In the tree that is copied when the end comes, with a file each."""

@@ -26,7 +26,7 @@ from snapd_native.private import private_bus
 from snapd_native.snapshotter import Snapshotter
 from snapd_native.wire.names import BUS_NAME, DRIVER
 from tests.support.daemon_process import Notifications, fails, started
-from tests.support.file_systems import mounted
+from tests.support.file_systems import long_on_xfs, mounted
 from tests.support.service import (
     NOBODY,
     PATIENCE,
@@ -34,6 +34,8 @@ from tests.support.service import (
     connection,
     serving,
 )
+
+pytestmark = long_on_xfs
 
 
 def test_the_daemon_takes_its_bus_name_after_recovery(on_bus: str, scratch: Path) -> None:

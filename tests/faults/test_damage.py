@@ -28,11 +28,12 @@ from snapd_native.model import Finding, Trouble
 from snapd_native.snapshotter import Snapshotter
 from snapd_native.snapshotter.reaping import Reaper
 from tests.support.engine import BEFORE, ignore, names, opened, state_of
+from tests.support.file_systems import long_on_xfs
 from tests.support.kernel_mounts import place
 from tests.support.service import committed, serving
 from tests.support.waiting import WAIT
 
-pytestmark = pytest.mark.usefixtures("one_process")
+pytestmark = [long_on_xfs, pytest.mark.usefixtures("one_process")]
 
 
 def damage(state: Path, *statements: str) -> None:

@@ -20,10 +20,11 @@ from snapd_native.model import Kind, Lifetime, Mounted
 from snapd_native.snapshotter import Snapshotter
 from snapd_native.snapshotter.state import StateDirectory
 from tests.support.engine import directories, fail, fill, gated, identity, names, opened
+from tests.support.file_systems import long_on_xfs
 from tests.support.kernel_mounts import below, by_hand, mounted_on, place, targets, tmpfs, writable
 from tests.support.waiting import WAIT, becomes
 
-pytestmark = pytest.mark.usefixtures("places")
+pytestmark = [long_on_xfs, pytest.mark.usefixtures("places")]
 
 
 def source(engine: Snapshotter, key: str = "work") -> Path:

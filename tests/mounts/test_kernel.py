@@ -22,7 +22,7 @@ from tests.support.file_systems import long_on_xfs, on_ext4
 from tests.support.kernel_mounts import by_hand, mounted_on, place, targets, tmpfs
 from tests.support.waiting import becomes
 
-pytestmark = pytest.mark.usefixtures("places")
+pytestmark = [long_on_xfs, pytest.mark.usefixtures("places")]
 
 
 def entry_on(path: Path) -> Entry:
@@ -77,7 +77,6 @@ def bind(path: Path) -> None:
         os.close(here)
 
 
-@long_on_xfs
 def test_the_mount_table_is_complete_while_mounts_change(places: Path) -> None:
     """Also while others come and go."""
     here, there = place(places), place(places, "there")

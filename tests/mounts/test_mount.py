@@ -27,6 +27,7 @@ from snapd_native.model import Lifetime, Mounted
 from snapd_native.mounts import Entry, Table
 from snapd_native.snapshotter import Snapshotter
 from tests.support.engine import fill, ignore, read
+from tests.support.file_systems import long_on_xfs
 from tests.support.kernel_mounts import (
     below,
     by_hand,
@@ -38,7 +39,7 @@ from tests.support.kernel_mounts import (
 )
 from tests.support.waiting import WAIT
 
-pytestmark = pytest.mark.usefixtures("places")
+pytestmark = [long_on_xfs, pytest.mark.usefixtures("places")]
 
 
 def refused_to_write(path: Path) -> bool:

@@ -27,7 +27,7 @@ from tests.support.kernel_mounts import (
     tmpfs,
 )
 
-pytestmark = pytest.mark.usefixtures("places")
+pytestmark = [long_on_xfs, pytest.mark.usefixtures("places")]
 
 
 def number(path: str | Path) -> int:
@@ -302,7 +302,6 @@ STEPS = [
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(("call", "step", "turn"), STEPS)
-@long_on_xfs
 def test_after_a_crash_at_any_step_mounts_and_records_agree(
     state: Path, places: Path, call: str, step: str, turn: int, when: str
 ) -> None:

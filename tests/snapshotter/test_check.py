@@ -29,6 +29,8 @@ from tests.support.kernel_mounts import place
 from tests.support.service import Service, committed
 from tests.support.waiting import WAIT, eventually
 
+pytestmark = long_on_xfs
+
 
 def only(found: list[Finding]) -> tuple[Trouble, str, str]:
     (finding,) = found
@@ -278,7 +280,6 @@ def test_remove_does_not_wait_for_a_check_that_lists_directories(
         assert checking.result(WAIT) == []
 
 
-@long_on_xfs
 def test_check_during_concurrent_calls_reports_nothing(full: Snapshotter) -> None:
     ended = threading.Event()
     failed: list[BaseException] = []

@@ -39,7 +39,10 @@ from tests.support.engine import (
     read,
     write,
 )
+from tests.support.file_systems import long_on_xfs
 from tests.support.waiting import WAIT
+
+pytestmark = long_on_xfs
 
 
 def test_a_running_prepare_reserves_its_key_and_its_parent(full: Snapshotter) -> None:

@@ -32,7 +32,7 @@ from tests.support.engine import (
     opened,
     read,
 )
-from tests.support.file_systems import long_on_xfs, mounted, on_ext4, unmount_when_free
+from tests.support.file_systems import mounted, on_ext4, unmount_when_free
 from tests.support.service import check_sentence
 from tests.support.waiting import WAIT, eventually
 
@@ -196,7 +196,6 @@ PREPARE, COMMIT = "engine.prepare('new', 'base')", "engine.commit('done', 'work'
 EMPTY, VIEW, REMOVE = "engine.prepare('new')", "engine.view('new', 'base')", "engine.remove('work')"
 
 
-@long_on_xfs
 @pytest.mark.parametrize(
     ("where", "call", "after"),
     [
@@ -237,6 +236,8 @@ POWER_CUT = """
 import fcntl, os, struct, sys
 from pathlib import Path
 from snapd_native.snapshotter import Snapshotter
+
+pytestmark = long_on_xfs
 
 root = Path(sys.argv[1])
 engine = Snapshotter(root / "state", lambda *_: None)

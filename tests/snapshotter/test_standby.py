@@ -16,8 +16,11 @@ from snapd_native.snapshotter import Snapshotter
 from tests.support import torture_tree
 from tests.support.descriptors import THIS, nothing_left_open
 from tests.support.engine import directories, identity, opened, read, write
+from tests.support.file_systems import long_on_xfs
 from tests.support.standby_clones import await_standby, based, clones, frozen, idle_worker, label
 from tests.support.waiting import becomes, eventually
+
+pytestmark = long_on_xfs
 
 
 def inode(mount: Mount) -> int:

@@ -30,7 +30,6 @@ from tests.support.engine import (
     read,
     write,
 )
-from tests.support.file_systems import long_on_xfs
 from tests.support.standby_clones import (
     await_standby,
     based,
@@ -48,6 +47,8 @@ from pathlib import Path
 from snapd_native import trees
 from snapd_native.snapshotter import Snapshotter
 from snapd_native.snapshotter.state import StateDirectory
+
+pytestmark = long_on_xfs
 
 engine = Snapshotter(Path(sys.argv[1]), lambda *_: None)
 owner = trees.Crew if sys.argv[2] == "clone" else StateDirectory
@@ -103,7 +104,6 @@ def making_frozen(engine: Snapshotter) -> Iterator[None]:
         yield
 
 
-@long_on_xfs
 @pytest.mark.parametrize("where", ["create_standby", "clone", "complete_standby"])
 def test_a_crash_while_a_clone_is_made_loses_only_that_clone(state: Path, where: str) -> None:
     with opened(state) as engine:

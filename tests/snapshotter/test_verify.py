@@ -27,7 +27,10 @@ from snapd_native.model import DIGEST_LABEL, Usage
 from snapd_native.snapshotter import Snapshotter
 from tests.support.disk_damage import damage_on_disk
 from tests.support.engine import opened, state_of, write
+from tests.support.file_systems import long_on_xfs
 from tests.support.service import Service, request
+
+pytestmark = long_on_xfs
 
 LABEL = f"labels.{DIGEST_LABEL}"
 

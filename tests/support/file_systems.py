@@ -171,10 +171,8 @@ def filesystem(request: pytest.FixtureRequest) -> FileSystem:
 on_ext4 = pytest.mark.parametrize("filesystem", ["ext4"], indirect=True)
 """For tests that do not depend on the file system."""
 
-long_on_xfs = pytest.mark.parametrize(
-    "filesystem", ["ext4", pytest.param("xfs", marks=pytest.mark.long)], indirect=True
-)
-"""For slow tests that depend little on the file system: only `make test-all` runs them on xfs."""
+long_on_xfs = pytest.mark.long_on_xfs
+"""For tests that depend little on the file system: only `make test-all` runs them on xfs."""
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ own. A test needs a marker where that is not enough:
   only once, such as the directory ``/mnt``, or it measures what other tests would disturb.
 - ``long``: the test takes many seconds by its nature. ``make test`` leaves it out, as ``pytest``
   by itself does; ``make test-all`` runs it, and so does ``pytest -m long``.
+- ``long_on_xfs``: the test depends little on the file system. On xfs it is ``long``.
 """
 
 from __future__ import annotations
@@ -33,6 +34,15 @@ def needs(program: str) -> pytest.MarkDecorator:
     """
     reason = f"needs {program}: make test installs it"
     return pytest.mark.skipif(shutil.which(program) is None, reason=reason)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests with `long_on_xfs` as long where they run on xfs, before pytest selects tests."""
+    for item in items:
+        on = getattr(item, "callspec", None)
+        if item.get_closest_marker("long_on_xfs") and on and on.params["filesystem"] == "xfs":
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.hookimpl(hookwrapper=True, tryfirst=True)

@@ -16,8 +16,10 @@ from snapd_native import trees
 from snapd_native.model import Usage
 from snapd_native.trees.digest import AHEAD, ALONE, BLOCK, Digester
 from tests.support import torture_tree
-from tests.support.file_systems import mounted
+from tests.support.file_systems import long_on_xfs, mounted
 from tests.support.sample_trees import opened
+
+pytestmark = long_on_xfs
 
 
 @pytest.fixture
