@@ -13,9 +13,9 @@ from tests.support.package import said
 
 FILES = {
     "/usr/bin/snapd-native": "-rwxr-xr-x",
-    "/lib/systemd/system/snapd-native.service": "-rw-r--r--",
-    "/lib/systemd/system/snapd-native@.service": "-rw-r--r--",
-    "/lib/systemd/system/snapd-native@.service.d/instance.conf": "-rw-r--r--",
+    "/usr/lib/systemd/system/snapd-native.service": "-rw-r--r--",
+    "/usr/lib/systemd/system/snapd-native@.service": "-rw-r--r--",
+    "/usr/lib/systemd/system/snapd-native@.service.d/instance.conf": "-rw-r--r--",
     "/usr/lib/tmpfiles.d/snapd-native.conf": "-rw-r--r--",
     "/usr/lib/python3/dist-packages/snapd_native/client/__init__.py": "-rw-r--r--",
     "/usr/lib/python3/dist-packages/snapd_native/bus/org.snapdnative1.xml": "-rw-r--r--",

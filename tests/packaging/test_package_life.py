@@ -1,4 +1,4 @@
-"""The package in a Debian of its own: installed, upgraded, removed and purged."""
+"""The package in three releases of Debian: installed, upgraded, removed and purged."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ class Machine:
 
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
+SUITES = {"bookworm": (), "trixie": (), "testing": ("--aptopt=Acquire::Check-Valid-Until false",)}
+"""Releases of Debian, and options of mmdebstrap. A mirror may have an old state of testing."""
+
 START = """
 set -eu
 mount --bind "$1" "$1"
@@ -72,17 +75,20 @@ def started(root: Path, packages: Path) -> Iterator[Machine]:
             process.communicate()
 
 
-@pytest.fixture(scope="module")
-def debian(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Make a Debian with what the package depends on, and nothing else."""
+@pytest.fixture(scope="module", params=SUITES)
+def debian(
+    request: pytest.FixtureRequest, package: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """Make a Debian that contains the dependencies of the package, and little else."""
     depends = said("dpkg-deb", "--field", package, "Depends")
-    wanted = re.findall(r"(?:^|, )([a-z0-9.+-]+)", depends)
+    wanted = ["e2fsprogs", *re.findall(r"(?:^|, )([a-z0-9.+-]+)", depends)]
     root = tmp_path_factory.mktemp("debian") / "root"
     try:
         subprocess.run(
             [
                 *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase"),
-                *(f"--include={','.join(sorted(set(wanted)))}", "bookworm", str(root)),
+                *SUITES[request.param],
+                *(f"--include={','.join(sorted(set(wanted)))}", request.param, str(root)),
             ],
             check=True,
             capture_output=True,
