@@ -24,6 +24,7 @@ from tools.vm import machine, package, plan
 from tools.vm.box import Box, fastest_driver, known_driver
 from tools.vm.machine import NAME, Machine
 from tools.vm.plan import Command, Situation
+from tools.vm.release import suite
 from tools.vm.steps import ROOT, StepError, Steps
 
 LOCK = Path("/run") / f"{NAME}.lock"
@@ -31,6 +32,7 @@ POWERCUT = [f"{plan.TESTS}/test_powercut.py", "--cuts=20"]
 
 ENVIRONMENT = """
 environment:
+  VM_DEBIAN  the release of Debian in the machine: 13 (default) or 12
   VM_DRIVER  kvm or qemu; by default kvm where it works, else qemu
   VM_CACHE   where the box and the durations of the steps stay for the next run; by default
              /var/cache/snapd-native-vm
@@ -220,8 +222,9 @@ def main() -> int:
     status = 1
     begin = time.monotonic()
     try:
+        steps = Steps(logs, cache, suite())
         with alone():
-            session = Session(command, tests, Steps(logs, cache))
+            session = Session(command, tests, steps)
             session.announce()
             status = session.execute()
     except StepError as error:

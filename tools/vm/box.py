@@ -1,4 +1,4 @@
-"""The box: a Debian 12 machine's image with all that the package depends on."""
+"""The box: the image of a Debian machine with everything that the package depends on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from tools.vm import package
+from tools.vm.release import suite
 from tools.vm.steps import ROOT, StepError, Steps, run
 
 BUILD_BOX = ROOT / "tools/vm/build-box"
@@ -21,8 +22,10 @@ class Box:
         self._steps = steps
         self._vagrant_home = steps.cache / "vagrant"
         self._needed = package.dependencies(deb)
+        self._suite = suite()
         made_from = BUILD_BOX.read_bytes() + " ".join(self._needed).encode()
-        self.name = f"snapd-native/bookworm-{hashlib.sha256(made_from).hexdigest()[:12]}"
+        digest = hashlib.sha256(made_from).hexdigest()[:12]
+        self.name = f"snapd-native/{self._suite}-{digest}"
 
     @property
     def image(self) -> Path | None:
@@ -31,15 +34,16 @@ class Box:
         return next(directory.glob("*/libvirt/box.img"), None)
 
     def build(self) -> Path:
-        """Build the box and return its image; delete the last box."""
-        for old in (self._vagrant_home / "boxes").glob("snapd-native-VAGRANTSLASH-*"):
+        """Build the box and return its image; delete the last box of the same release."""
+        old_boxes = f"snapd-native-VAGRANTSLASH-{self._suite}-*"
+        for old in (self._vagrant_home / "boxes").glob(old_boxes):
             shutil.rmtree(old)
         self._steps.cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._steps.cache) as new:
             self._steps.step(
                 "box",
                 900,
-                [BUILD_BOX, self.name, "1.0.0", f"{new}/new.box", *self._needed],
+                [BUILD_BOX, self._suite, self.name, "1.0.0", f"{new}/new.box", *self._needed],
                 ["vagrant", "box", "add", "--no-tty", f"{new}/new.json"],
             )
         if self.image is None:

@@ -22,10 +22,11 @@ class StepError(Exception):
 class Steps:
     """Runs the steps of one command, in one environment."""
 
-    def __init__(self, logs: Path, cache: Path) -> None:
+    def __init__(self, logs: Path, cache: Path, suite: str) -> None:
+        """Keep the durations of each release in a file of its own."""
         self.logs = logs
         self.cache = cache
-        self.durations = Durations(cache / "durations.json")
+        self.durations = Durations(cache / f"durations-{suite}.json")
         self.environment = {
             **{name: value for name, value in os.environ.items() if "MAKE" not in name},
             "DEBIAN_FRONTEND": "noninteractive",
