@@ -1,1 +1,1 @@
-"""Programs for those who develop the project; none of them is installed."""
+"""Programs for developers of the project. They are not installed."""

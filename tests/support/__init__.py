@@ -1,4 +1,4 @@
-"""Real buses, daemons, file systems and engines for tests, and ways to hold them up and to wait.
+"""Real buses, daemons, file systems and engines for tests, with ways to block and await them.
 
 `README.md` in this directory lists the modules.
 """

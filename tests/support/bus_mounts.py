@@ -27,7 +27,7 @@ MOUNT, UNMOUNT, OPEN_TREE = "ssa{sv}", "sa{sv}", "sa{sv}"
 
 
 def stock(client: BlockingClient) -> None:
-    """Make `base`, which is committed, and `work` and `look` of it."""
+    """Make the committed `base`, and from it the active `work` and the view `look`."""
     committed(client, "base", files={"file": "text"})
     client.prepare("work", "base")
     client.view("look", "base")
@@ -35,7 +35,7 @@ def stock(client: BlockingClient) -> None:
 
 @contextmanager
 def stocked_with_snapshots(service: Service) -> Iterator[Service]:
-    """Lend a service with the snapshots of `stock`; everything is unmounted at the end."""
+    """Yield a service with the snapshots of `stock`, and unmount everything at the end."""
     with BlockingClient() as client:
         stock(client)
     try:

@@ -17,7 +17,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @contextmanager
 def canary(path: Path) -> Iterator[Path]:
-    """Lend a directory with a file, a directory and a FIFO that no process may open or change."""
+    """Yield a directory with a file, a directory and a FIFO that no process may open or change."""
     (path / "directory").mkdir(parents=True)
     for file in (path / "secret", path / "directory" / "secret"):
         file.write_bytes(SECRET)
@@ -38,7 +38,7 @@ def canary(path: Path) -> Iterator[Path]:
 
 
 def _described(events: bytes) -> list[str]:
-    """Return the events of an access, and the name of the file."""
+    """Return the mask of each event, in hexadecimal, and the name of its file."""
     found = []
     while events:
         _, mask, _, length = struct.unpack_from("iIII", events)
@@ -48,7 +48,7 @@ def _described(events: bytes) -> list[str]:
 
 
 def holds_secret(tree: Path) -> bool:
-    """Tell whether a file in a tree contains the secret of the files outside."""
+    """Return whether a file in a tree contains the secret of the files outside."""
     for top, _, names in os.walk(tree):
         for name in names:
             fd = os.open(f"{top}/{name}", os.O_PATH | os.O_NOFOLLOW)

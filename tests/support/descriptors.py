@@ -49,7 +49,7 @@ THIS: Process = _This()
 
 
 def workers(daemon: Process, *priorities: str) -> list[int]:
-    """Find the worker processes of a daemon, all or those that have one of ``priorities``."""
+    """Return the pids of a daemon's workers: all, or those with one of ``priorities``."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -137,7 +137,7 @@ def _aligned(length: int) -> int:
 
 
 def wait_until_idle(process: Process) -> None:
-    """Wait until the workers of a process do nothing."""
+    """Wait until the workers of a process have no job."""
     eventually(lambda: not any("memfd:snapd-native-job" in link for link in links(process.pid)))
 
 
@@ -150,7 +150,7 @@ def wait_until_closed(process: Process, before: Counter[str]) -> None:
 def nothing_left_open(process: Process) -> Iterator[None]:
     """Check that a process soon has no other descriptors than before the block.
 
-    It can close some a moment after its last reply.
+    The process can close descriptors a moment after its last reply.
     """
     wait_until_idle(process)
     # Unreachable files of this process are closed first.

@@ -46,8 +46,8 @@ def engine(state: Path) -> Iterator[Snapshotter]:
 
 
 def fill(engine: Snapshotter) -> None:
-    """Make the committed `base`, `work` and `look` from it, and `lone` without a parent."""
-    # The first test that needs workers starts them.
+    """Make the committed `base`, then `work` and `look` from it, and `lone` without a parent."""
+    # No workers are started here: the first test that needs workers starts them.
     with without_workers():
         write(engine.prepare("preparing"), file="base", other="more")
         engine.commit("base", "preparing", {"of": "base"})
@@ -64,7 +64,7 @@ def full(engine: Snapshotter) -> Snapshotter:
 
 @pytest.fixture
 def left(state: Path) -> Path:
-    """Lend a filled state directory that no engine has open."""
+    """Return a filled state directory that no engine has open."""
     with opened(state) as engine:
         fill(engine)
     return state
@@ -107,7 +107,7 @@ def identity(engine: Snapshotter, key: str) -> str:
 
 
 class Gate:
-    """Holds up calls of a function until it is opened."""
+    """Blocks calls of a function until the gate is opened."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()
@@ -122,7 +122,7 @@ class Gate:
 
 @contextmanager
 def gated(name: str) -> Iterator[Gate]:
-    """Hold up the next calls of a function of `trees`, or of a method of its crew."""
+    """Block the calls of a function of `trees`, or of a method of `trees.Crew`."""
     owner = trees.Crew if hasattr(trees.Crew, name) else trees
     gate, real = Gate(), getattr(owner, name)
 
@@ -147,7 +147,7 @@ def fail(code: int) -> Callable[..., None]:
 
 
 def kill_where_it_stands(program: str, *arguments: str | Path) -> None:
-    """Run a program with an engine until it prints ``there``, and then kill it."""
+    """Run a program with an engine until it prints ``there``, then kill it."""
     command = [sys.executable, "-c", program, *arguments]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=PROJECT) as process:

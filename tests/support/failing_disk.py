@@ -26,12 +26,12 @@ _MKFS = {
 }
 
 KINDS = ("ext4 without its journal", "ext4", "xfs")
-"""The kinds of file systems, with and without a journal on a part of the disk that works."""
+"""The kinds of failing disks. On all but the first, the journal can be written after a failure."""
 
 
 @dataclass(frozen=True)
 class FailingDisk:
-    """A mounted file system on a disk. After `fail`, only blocks with data can be written."""
+    """A mounted file system on a disk. After `fail`, only allocated blocks can be written."""
 
     kind: str
     root: Path
@@ -44,7 +44,7 @@ class FailingDisk:
         return self.kind != KINDS[0]
 
     def sync(self) -> None:
-        """Write everything to its place, and not only to the journal."""
+        """Write all changes to their final blocks, and not only to the journal."""
         fd = os.open(self.root, os.O_RDONLY | os.O_CLOEXEC)
         try:
             linux.syncfs(fd)
@@ -57,8 +57,8 @@ class FailingDisk:
         _run("fstrim", str(self.root))
 
     def fail(self) -> None:
-        """Lose all data that is written to new blocks from now on."""
-        # Until it holds more by the time it is told.
+        """Let all writes to new blocks fail from now on."""
+        # A remount fails if the tmpfs has grown since its usage was read.
         eventually(self._is_full)
 
     def _is_full(self) -> bool:
@@ -68,7 +68,7 @@ class FailingDisk:
         return not os.statvfs(self.backing).f_bfree
 
     def heal(self) -> None:
-        """Write all data again."""
+        """Let all writes succeed again."""
         self._resize(_ENOUGH)
 
     def shut_down(self) -> None:
@@ -88,16 +88,16 @@ class FailingDisk:
         if heal:
             self.heal()
         if self.kind != "xfs":
-            # Some damage is repaired with -y only.
+            # e2fsck repairs some damage only with -y.
             done = _e2fsck("-p", self.device)
             if done.returncode & 4:
                 done = _e2fsck("-fy", self.device)
-            # The status 1 means that it has repaired something.
+            # The status 1 means that e2fsck has repaired something.
             assert done.returncode in (0, 1), done.stdout
         self.mount()
 
     def mount(self) -> None:
-        """Mount the file system, so that only data of files is written to blocks."""
+        """Mount the file system. ext4 must not write zeros in place of unwritten extents."""
         _run("mount", "--make-private", self.device, str(self.root))
         if self.kind != "xfs":
             settings = Path("/sys/fs/ext4") / Path(self.device).name
@@ -116,7 +116,7 @@ class FailingDisk:
 
 @contextmanager
 def failing_disk(kind: str, directory: Path) -> Iterator[FailingDisk]:
-    """Lend a disk; skip the test if that is impossible here."""
+    """Yield a disk, or skip the test if this machine cannot provide one."""
     if os.geteuid() != 0:
         pytest.skip("only root can mount file systems")
     name = kind.split()[0]
@@ -141,7 +141,7 @@ def failing_disk(kind: str, directory: Path) -> Iterator[FailingDisk]:
         disk.mount()
         stack.callback(unmount, root)
         stack.callback(disk.heal)
-        # The journal, the tables of inodes and other used blocks stay.
+        # Used blocks are not discarded, such as the journal and the tables of inodes.
         disk.trim()
         yield disk
 
@@ -150,8 +150,8 @@ def failing_disk(kind: str, directory: Path) -> Iterator[FailingDisk]:
 def _page_by_page(device: str) -> Iterator[None]:
     """Limit each request to a loop device to one page.
 
-    A tmpfs that becomes full during a write has written a part of it. The loop driver takes that
-    for all, so that the disk would lose data without an error.
+    A tmpfs that becomes full during a write has written only a part of the data. The loop driver
+    reports the whole write as successful. So the disk would lose data without an error.
     """
     limit = Path("/sys/block") / Path(device).name / "queue" / "max_sectors_kb"
     before = limit.read_text()
@@ -159,7 +159,7 @@ def _page_by_page(device: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # The next user of the device would get this limit.
+        # Otherwise the next user of the device would get this limit.
         limit.write_text(before)
 
 

@@ -33,14 +33,14 @@ class FileSystem:
 
 @pytest.fixture(scope="session", autouse=True)
 def loop_directory() -> Iterator[Path]:
-    """Own the images and mount points of all tests, of which nothing may be left at the end.
+    """Yield a directory for the images and mounts of all tests; check that none is left at the end.
 
     The directory is a shared mount, as / is under systemd. So a file system that is unmounted here
     is also unmounted in the mount namespaces of other programs, such as a virtual machine that was
-    started meanwhile.
+    started during the tests.
     """
     path = Path(tempfile.mkdtemp(prefix="snapd-native-"))
-    # Where mounts are forbidden, the tests that need file systems skip themselves.
+    # If mounts are forbidden, the tests that need file systems are skipped.
     share = ["mount", "--bind", "--make-shared", str(path), str(path)]
     shared = os.geteuid() == 0 and subprocess.run(share, check=False).returncode == 0
     yield path
@@ -57,10 +57,10 @@ def loop_directory() -> Iterator[Path]:
 def mounted(
     name: str, size: int, directory: Path, options: Sequence[str] = ()
 ) -> Iterator[FileSystem]:
-    """Mount a new file system of ``size`` bytes below ``directory``; skip the test if none can be.
+    """Mount a new file system of ``size`` bytes below ``directory`` for the block.
 
-    ``options`` are for mkfs. The image is unlinked when it is mounted, so that it ends with the
-    mount.
+    If that is impossible, the test is skipped. ``options`` are options of mkfs. The image is
+    unlinked after the mount, so that an unmount frees its space.
     """
     image, root = _make(name, size, directory, options)
     try:
@@ -107,7 +107,7 @@ def _run(command: list[str], what: str) -> None:
 
 
 def unmount(root: Path) -> None:
-    """Unmount ``root`` and the mounts inside that a failed test has left; lazily if necessary."""
+    """Unmount ``root`` and the mounts that a failed test has left inside; lazily if necessary."""
     for extra in ([], ["--lazy"]):
         subprocess.run(["umount", "--recursive", *extra, str(root)], check=False)
         if not _mounts_below(root):
@@ -115,9 +115,9 @@ def unmount(root: Path) -> None:
 
 
 def unmount_when_free(root: Path) -> None:
-    """Unmount ``root``, which has no mounts inside.
+    """Unmount ``root``, which has no mounts inside; retry while it is busy.
 
-    A Commit in another test examines the files of all processes, and can have one of this file
+    A Commit in another test examines the files of all processes, and can have a file of this file
     system open for a moment.
     """
 
@@ -142,7 +142,7 @@ def _loops_below(path: Path) -> list[str]:
         try:
             image = backing.read_text().strip()
         except OSError:
-            continue  # The device was detached meanwhile.
+            continue  # The device was detached after it was listed.
         if Path(image).is_relative_to(path):
             found.append(f"{backing.parts[3]}: {image}")
     return found
@@ -183,7 +183,7 @@ def scratch(filesystem: FileSystem) -> Iterator[Path]:
 
 @contextmanager
 def scratch_on(filesystem: FileSystem) -> Iterator[Path]:
-    """Lend an empty directory, which is deleted afterwards with its contents."""
+    """Yield an empty directory, and delete it with its contents at the end."""
     path = Path(tempfile.mkdtemp(prefix="scratch", dir=filesystem.root))
     try:
         yield path

@@ -25,16 +25,16 @@ from tests.support.waiting import eventually
 MIB = 1 << 20
 
 SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB}
-"""mkfs.xfs makes no smaller ones."""
+"""The sizes of small file systems, in bytes. mkfs.xfs refuses sizes below 300 MiB."""
 
 BTRFS_SIZE = 128 * MIB
 
 FEW_INODES = {"ext4": ("-N", "512"), "xfs": ("-i", "maxpct=1")}
-"""Options of mkfs."""
+"""Options of mkfs for a file system with few inodes."""
 
 
 def use_up(root: Path) -> None:
-    """Use the last free byte."""
+    """Fill the file system up to the last free byte."""
     fd = os.open(root / "hog", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         for size in (MIB, 4096, 1):
@@ -52,7 +52,7 @@ def use_up(root: Path) -> None:
 
 
 def use_up_inodes(root: Path) -> None:
-    """Use the last free inode."""
+    """Create files until no inode is free."""
     herd = root / "herd"
     herd.mkdir(exist_ok=True)
     number = len(os.listdir(herd))
@@ -66,7 +66,7 @@ def use_up_inodes(root: Path) -> None:
 
 
 def make_room(root: Path) -> None:
-    """Free what `use_up` and `use_up_inodes` have used."""
+    """Free the space and the inodes that `use_up` and `use_up_inodes` have used."""
     if (root / "hog").exists():
         with suppress(OSError):
             os.truncate(root / "hog", 0)
@@ -78,7 +78,7 @@ def make_room(root: Path) -> None:
 
 
 def fill(engine: Snapshotter) -> None:
-    """Make `base 0` to `base 3` of a MiB each, and `work` and `look` of the first."""
+    """Make `base 0` to `base 3` of 1 MiB each, and `work` and `look` from `base 0`."""
     for number in range(4):
         tree = Path(engine.prepare("preparing").source)
         (tree / "file").write_bytes(os.urandom(MIB))
@@ -101,7 +101,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill(state: Path) -> None:
-    """Leave the state of a killed service: a WAL to recover, and directories to delete."""
+    """Leave ``state`` as a killed service does: with a WAL to recover and directories to delete."""
     done = subprocess.run([sys.executable, "-c", KILLED, state], check=False, cwd=PROJECT)
     assert done.returncode == -signal.SIGKILL
     assert (state / "metadata.db-wal").stat().st_size > 0
@@ -122,7 +122,7 @@ def everything(engine: Snapshotter) -> object:
 
 
 def check_refused(engine: Snapshotter, calls: dict[str, Callable[[], object]]) -> None:
-    """Make calls that have no space, twice, and check that each only raises an error."""
+    """Make each call twice without free space; check that it raises and changes nothing."""
     before = everything(engine)
     for _ in range(2):
         for name, call in calls.items():

@@ -1,7 +1,7 @@
-"""Hold up other processes where they open a file or a directory; see fanotify(7).
+"""Block other processes when they open a file or a directory; see fanotify(7).
 
-A copy, a deletion or a digest that arrives at the chosen file always waits there, whatever the
-speed and the load of the machine.
+A copy, a deletion or a digest always waits at the chosen file. This does not depend on the speed or
+the load of the machine.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ class Held:
 
 @contextmanager
 def held(*paths: Path, after: int = 0) -> Iterator[Held]:
-    """Let other processes wait in the block when they open a file or a directory.
+    """Block other processes that open one of ``paths``, or an entry of a directory in ``paths``.
 
-    It is one of ``paths``, or an entry of a directory among them. The first ``after`` opens do not
-    wait. A waiting process can be killed. This process never waits.
+    The first ``after`` opens do not wait. A waiting process can be killed. This process never
+    waits.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     notifications = libc.fanotify_init(

@@ -17,7 +17,7 @@ from snapd_native.trees.walk import Report
 
 
 class Nobody:
-    """Peers that take nothing."""
+    """Peers that accept no work."""
 
     def are_idle(self) -> bool:
         return False
@@ -33,7 +33,7 @@ class Nobody:
 
 
 def clone(source: int, target: int, report: Report, *, reflink: bool) -> None:
-    """Clone as `Crew.clone`; ``report`` is called for every entry."""
+    """Clone a tree as `Crew.clone` does; ``report`` is called for every entry."""
     with cloning(source, target) as table:
         cloner = Cloner(report, Links(table), Nobody(), reflink=reflink)
         cloner.directory(source, target)
@@ -41,7 +41,7 @@ def clone(source: int, target: int, report: Report, *, reflink: bool) -> None:
 
 
 def measure(root: int, report: Report) -> Usage:
-    """Measure as `Crew.measure`; ``report`` is called for every entry."""
+    """Measure a tree as `Crew.measure` does; ``report`` is called for every entry."""
     counter = Counter(report, Nobody())
     counter.tally.add(os.fstat(root))
     counter.directory(root)
@@ -59,6 +59,6 @@ def without_workers() -> Iterator[None]:
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
-    """Start no workers in the test: its many engines copy a few files each."""
+    """Start no workers in a test whose many engines copy only a few files each."""
     with without_workers():
         yield

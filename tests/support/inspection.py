@@ -1,4 +1,7 @@
-"""Print the contents of an instance as JSON, read through views; runs in the guest."""
+"""Print the contents of instances as JSON. Committed snapshots are read through views.
+
+`tests/vm` runs this in the guest, and `storm.found` runs it for a service of a test.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,10 @@ def snapshots(client: BlockingClient) -> Iterator[dict[str, object]]:
 
 
 def main() -> None:
-    """Print ``{INSTANCE: {"snapshots": [...], "left": [...]}}``, or its ``error``."""
+    """Print ``{INSTANCE: {"snapshots": [...], "left": [...]}}``, or ``{INSTANCE: {"error": ...}}``.
+
+    ``left`` has the directories that belong to no snapshot.
+    """
     report: dict[str, object] = {}
     for instance in sys.argv[1:]:
         try:

@@ -1,4 +1,4 @@
-"""Watch jobs on the bus, and hold one up."""
+"""Watch jobs on the bus, and stop the workers of a job."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Watch:
             await self._more.wait()
 
     def signals(self, *members: str) -> list[Message]:
-        """Return all signals so far, or those that are ``members``."""
+        """Return the signals so far: all, or those named in ``members``."""
         return [
             message
             for message in self.arrived
@@ -83,9 +83,9 @@ class Watch:
         ]
 
     def order(self) -> list[str]:
-        """Return the names of signals and the replies so far, in order.
+        """Return the names of the signals so far, and ``reply`` for each reply, in order.
 
-        Signals of progress are left out: they can come at any time.
+        Signals of progress are left out, because they can come at any time.
         """
         return [
             message.member if message.message_type is MessageType.SIGNAL else "reply"
@@ -108,7 +108,7 @@ async def watching() -> AsyncIterator[Watch]:
 
 
 def watch(scenario: Callable[[Watch], Coroutine[Any, Any, _T]]) -> _T:
-    """Run a coroutine that watches."""
+    """Run a coroutine with a new `Watch`, and return its result."""
 
     async def connected() -> _T:
         async with asyncio.timeout(PATIENCE), watching() as watched:
@@ -119,15 +119,15 @@ def watch(scenario: Callable[[Watch], Coroutine[Any, Any, _T]]) -> _T:
 
 @contextmanager
 def held_up(daemon: Process, priority: str = NORMAL) -> Iterator[None]:
-    """Stop the workers that wait for the next job, so that it does not proceed in the block.
+    """Stop the idle workers, so that the next job does not proceed in the block.
 
-    A job uses the workers of the job before it, unless both run at once. So there must have been
-    one before, for instance a Commit; before a Verify, which uses workers of the priority `IDLE`,
-    another Verify.
+    A job uses the workers of the job before it, unless both run at once. So the caller must have
+    run a job before, for instance a Commit. A Verify uses workers of the priority `IDLE`: before a
+    Verify, the caller must have run another Verify.
     """
     wait_until_idle(daemon)
     stopped = workers(daemon, priority)
-    # Missing workers would be started for the next job, and would not be stopped.
+    # The next job would start missing workers, and they would not be stopped.
     assert len(stopped) == (hands(daemon) if priority == NORMAL else 1)
     try:
         for pid in stopped:
@@ -152,7 +152,7 @@ def filled(shared: Service, shared_client: BlockingClient) -> Service:
 
 @pytest.fixture
 def job(filled: Service, shared_client: BlockingClient) -> Iterator[str]:
-    """Lend the path of a held up job: a Prepare of `key` from `base`."""
+    """Yield the path of a job whose workers are stopped: a Prepare of `key` from `base`."""
     with held_up(filled):
         (path,) = request("PrepareJob", "ssa{sv}", "key", "base", {})
         yield path

@@ -1,7 +1,7 @@
 """Worker processes that serve the engines of one test after the other.
 
 An engine starts workers at its first copy, and ends them when it is closed. In a run of a thousand
-engines their starts would take more time than the copies.
+engines, the starts of workers would take more time than the copies.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def idle_workers() -> Iterator[_Kept]:
 
 @pytest.fixture
 def kept_workers(idle_workers: _Kept, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let crews hire workers of closed crews."""
+    """Let crews take over the workers of closed crews."""
     start = crew._hire
 
     def hire(priority: str) -> crew._Worker:

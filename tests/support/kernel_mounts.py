@@ -29,7 +29,7 @@ def below(path: Path) -> list[str]:
 
 
 def writable(path: Path) -> bool:
-    """Tell whether a file can be created in a directory, by creating ``new``."""
+    """Return whether the file ``new`` can be created in a directory."""
     try:
         (path / "new").write_text("text")
     except OSError as error:
@@ -48,7 +48,7 @@ def propagation(path: Path | str) -> list[str]:
 
 @contextmanager
 def by_hand(*arguments: str | Path) -> Iterator[Path]:
-    """Run mount(8), and unmount the last of ``arguments`` in the end."""
+    """Run mount(8), and unmount the last of ``arguments`` at the end."""
     subprocess.run(["mount", *map(str, arguments)], check=True)
     target = Path(arguments[-1])
     try:
@@ -71,7 +71,7 @@ def user_in(path: Path | str) -> Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen(["cat"], stdin=pipe, stdout=pipe, cwd=path) as cat:
         assert cat.stdin is not None
         assert cat.stdout is not None
-        # A process gets its name a moment after its start.
+        # A process gets its name a moment after its start. Its first output proves the name.
         cat.stdin.write(b"\n")
         cat.stdin.flush()
         assert cat.stdout.readline() == b"\n"
@@ -80,7 +80,7 @@ def user_in(path: Path | str) -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.fixture
 def places(scratch: Path) -> Iterator[Path]:
-    """Lend a directory for mounts; everything is unmounted at the end."""
+    """Yield a directory for mounts, and unmount everything at the end."""
     path = scratch / "places"
     path.mkdir()
     yield path

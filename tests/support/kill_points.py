@@ -1,11 +1,12 @@
 """Kill a process between any two steps of a call.
 
-A step is a call of a function of `os` or `snapd_native.linux` that changes something, or such a
-statement of SQLite. The process can be killed before each step. The calling thread copies trees, so
-that every system call of a copy is a step, too. The service has no code for this.
+A step is a call of a function of `os` or `snapd_native.linux` that changes something, or an SQL
+statement that changes something. The process can be killed before each step. The calling thread
+copies trees, so that each changing system call of a copy is a step, too. The service has no code
+for this.
 
-Run as ``python -m tests.support.kill_points``, this is a server. It reads one `Order` a line,
-executes it in a fork of itself, and prints the outcome.
+With ``python -m tests.support.kill_points``, this module runs as a server. It reads one `Order` a
+line, executes it in a fork of itself, and prints the outcome.
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ class Case:
     """The call; its argument is a directory to mount on."""
     set_up: Callable[[Snapshotter, Path], object] = lambda *_: None
     spoil: Callable[[Path], object] = lambda _: None
-    """Changes the state directory that no engine has open."""
+    """A function that changes the state directory while no engine has it open."""
     starts: bool = False
-    """Whether the start of the engine is interrupted."""
+    """Whether the start of the engine is a part of the call that is killed."""
 
 
 def _wants_a_clone(engine: Snapshotter, _: Path) -> None:
@@ -121,7 +122,7 @@ def _leave_orphans(state: Path) -> None:
 
 def _leave_all(state: Path) -> None:
     _leave_orphans(state)
-    # Only a start finds an incomplete clone that no thread makes.
+    # Only the start of an engine finds an incomplete clone that no thread is making.
     _leave(state, "making-1-74")
 
 
@@ -132,7 +133,7 @@ def _leave(state: Path, name: str) -> None:
 
 
 def _cut_off(state: Path) -> None:
-    """Leave a snapshot of another boot whose tree is perhaps not on the disk."""
+    """Mark `lone` as made in another boot, so that its tree may not be on the disk."""
     with closing(sqlite3.connect(state / "metadata.db")) as db, db:
         db.execute("UPDATE snapshots SET boot = 'another' WHERE name = 'lone'")
 
@@ -200,9 +201,9 @@ class Order:
 
     case: str
     directory: str
-    """Holds the ``state``, the directory ``run`` and a ``place`` to mount on."""
+    """The parent of ``state``, ``run`` and ``place``, which is a directory to mount on."""
     kill: Point | None
-    """None to kill the process after the call."""
+    """The point before whose step the process is killed; None to let the process end normally."""
 
 
 @dataclass
@@ -212,12 +213,12 @@ class Course:
     points: dict[Point, str] = field(default_factory=dict)
     """The points that the process has passed, each with its step."""
     answered: bool = False
-    """Whether the call had returned."""
+    """Whether the call has returned."""
     status: int = 0
 
 
 class Deaths:
-    """The client of the server."""
+    """The client of the server that this module runs as."""
 
     def __enter__(self) -> Self:
         self._server = subprocess.Popen(
@@ -257,7 +258,7 @@ class Deaths:
 
 
 class _Killer:
-    """Counts the steps of each thread after it is armed."""
+    """Counts the steps of each thread while it is armed, and kills the process at one step."""
 
     def __init__(self, kill: Point | None) -> None:
         self._kill = kill
@@ -282,7 +283,7 @@ class _Killer:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Turn all functions that change something into steps."""
+        """Make each call of a function that changes something a step."""
         with pytest.MonkeyPatch.context() as patch, without_workers():
             for module, names in _STEPS.items():
                 for name in names:
@@ -315,7 +316,7 @@ class _Killer:
 
 
 def _say(*what: object) -> None:
-    # One write is atomic for other threads.
+    # A single write is not mixed with the writes of other threads.
     os.write(1, json.dumps(what).encode() + b"\n")
 
 
@@ -343,7 +344,7 @@ def _follow(order: Order) -> None:
 
 
 def _settle(engine: Snapshotter) -> None:
-    """Wait for the work in the background."""
+    """Wait until the work in the background is done."""
     engine._reaper.catch_up(lambda *_: None)
     engine._syncer.submit(lambda: None).result()
     eventually(lambda: all(complete for *_, complete in engine._state.standbys()))

@@ -1,4 +1,4 @@
-"""Check after a power cut or a failing disk that everything acknowledged to a load is there."""
+"""Check that all changes acknowledged to a load exist after a power cut or a disk failure."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ Labels = dict[str, str]
 
 @dataclass
 class Ledger:
-    """The promises of one instance, from the lines of output of the load."""
+    """The contents that one instance must have, from the output of the load."""
 
     committed: dict[str, Files] = field(default_factory=dict)
     """Snapshots whose Commit was acknowledged and whose Remove has not begun."""
     perhaps: dict[str, Files] = field(default_factory=dict)
-    """Snapshots whose Commit or Remove has begun without an answer."""
+    """Snapshots whose Commit or Remove has begun and has no reply."""
     active: dict[str, Files] = field(default_factory=dict)
     """Snapshots whose Prepare has begun, with the files of the parent."""
     views: dict[str, bool] = field(default_factory=dict)
-    """Views that were begun and not removed, and whether they must exist."""
+    """Views that can exist, and whether they must exist."""
     labels: dict[str, list[Labels]] = field(default_factory=dict)
-    """Possible labels of committed snapshots; more than one after an Update without an answer."""
+    """Possible labels of committed snapshots; more than one after an Update without a reply."""
     acknowledged: int = 0
-    """Commits."""
+    """The number of acknowledged commits."""
     failures: list[str] = field(default_factory=list)
-    """Errors of calls that could not be done."""
+    """The errors of failed calls."""
 
     def begin(self, call: dict[str, Any]) -> None:
         key = call["key"]
@@ -54,7 +54,7 @@ class Ledger:
         match call["operation"]:
             case "commit":
                 self.acknowledged += 1
-                # Another client can have begun to remove it before this line was written.
+                # Another client can have begun to remove the snapshot before this line.
                 self.committed[call["name"]] = self.perhaps.pop(call["name"])
                 self.active.pop(key)
             case "view":
@@ -62,7 +62,7 @@ class Ledger:
             case "update":
                 self.labels[key] = [call["labels"]]
             case "remove":
-                # It can exist again: the Remove of another client has failed.
+                # The snapshot is in `committed` again if the Remove of another client has failed.
                 self.committed.pop(key, None)
                 self.perhaps.pop(key, None)
                 self.active.pop(key, None)
@@ -78,7 +78,7 @@ class Ledger:
             self._undone(call, gone=gone)
 
     def _undone(self, call: dict[str, Any], *, gone: bool) -> None:
-        """All is as it was before the call, but for what another may have removed (``gone``)."""
+        """Restore the state before the call; ``gone``: another client may have removed the key."""
         key = call["key"]
         match call["operation"]:
             case "prepare":
@@ -98,7 +98,7 @@ class Ledger:
                 self.views[key] = True
 
     def compare(self, found: dict[str, Any]) -> list[str]:
-        """Return the differences from the promises, and accept the found state."""
+        """Return the differences from the expected contents, and expect ``found`` from now on."""
         if "error" in found:
             return [f"it does not answer: {found['error']}"]
         troubles = [f"an orphan directory: {name}" for name in found["left"]]
@@ -135,7 +135,7 @@ class Ledger:
         return troubles
 
     def _compare_active(self, key: str, files: Files) -> list[str]:
-        """Check the files of the parent in an active snapshot, which no client changes."""
+        """Check that an active snapshot has the files of its parent that no client changes."""
         if key not in self.active:
             return [f"{key} is there, and was removed, committed or never prepared"]
         kept = {p: d for p, d in self.active[key].items() if p.startswith("kept/")}
@@ -143,7 +143,7 @@ class Ledger:
 
 
 class Book:
-    """The promises of all instances, over several loads."""
+    """The contents that all instances must have, over several loads."""
 
     def __init__(self, instances: tuple[str, ...]) -> None:
         self.ledgers = {instance: Ledger() for instance in instances}
@@ -159,7 +159,7 @@ class Book:
             return
         call = self._calls.pop(told["call"])
         ledger = self.ledgers[call["instance"]]
-        # The Remove of another client can remove it, now or later.
+        # The Remove of another client can delete the snapshot, now or later.
         gone = told.get("gone", False) or any(
             (other["operation"], other["instance"], other["key"])
             == ("remove", call["instance"], call["key"])
@@ -174,16 +174,16 @@ class Book:
                 ledger.failed(call, f"{told['error']}: {told['message']}", gone=gone)
 
     def doubt(self) -> None:
-        """Accept that open calls have happened, whatever their answers are."""
+        """Accept that open calls may have changed something, even if they fail later."""
         for call in self._calls.values():
             call["doubtful"] = True
 
     def end(self) -> None:
-        """Note that open calls get no answer any more."""
+        """Forget the open calls, because they get no reply any more."""
         self._calls.clear()
 
     def acknowledged(self) -> int:
-        """Return the lowest number of acknowledged commits of an instance."""
+        """Return the number of acknowledged commits of the instance that has the fewest."""
         return min(ledger.acknowledged for ledger in self.ledgers.values())
 
     def story(self, troubles: list[str]) -> str:
@@ -195,7 +195,7 @@ class Book:
         return "".join(line for line in self._lines if json.loads(line)["call"] in calls)
 
     def order(self, seed: int, workers: int, patient: bool = False) -> str:
-        """Return the input of a new load, and forget the last one."""
+        """Return the input of a new load, and forget the lines of the last load."""
         self._lines.clear()
         return json.dumps(
             {

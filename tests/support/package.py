@@ -9,7 +9,7 @@ from tests.support import PROJECT
 
 
 def build(directory: Path) -> Path:
-    """Build the package from this tree, with uncommitted changes, in ``directory``."""
+    """Build the package from this tree, including uncommitted changes, in ``directory``."""
     subprocess.run([PROJECT / "tools" / "build-deb", directory], check=True, capture_output=True)
     (package,) = directory.glob("*.deb")
     return package

@@ -1,4 +1,4 @@
-"""Run a real polkitd on a private bus, with rules of a test."""
+"""Run a real polkitd on a private bus, with the rules of a test."""
 
 from __future__ import annotations
 

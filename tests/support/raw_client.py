@@ -20,11 +20,11 @@ from tests.support.service import PATIENCE, Service
 from tests.support.waiting import eventually
 
 MOST = 120
-"""About the number of open calls that the bus permits to a connection."""
+"""The approximate number of open calls that the bus permits to a connection."""
 
 
 class Raw:
-    """A connection of ``uid``, by a socket only."""
+    """A connection to the bus as the user ``uid``, over a plain socket."""
 
     def __init__(self, address: str, uid: int = 0) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
@@ -59,7 +59,7 @@ class Raw:
         destination: str = BUS_NAME,
         flags: MessageFlag = MessageFlag.NONE,
     ) -> bytes:
-        """Return a call as bytes; the next one has the next serial."""
+        """Return a call as bytes. Each call has the next serial."""
         self._serial += 1
         message = Message(
             destination=destination,
@@ -121,7 +121,7 @@ def _length(data: bytes) -> int:
 
 @contextmanager
 def crowd(address: str, count: int, uid: int = 0) -> Iterator[Sequence[Raw]]:
-    """Lend ``count`` connections."""
+    """Yield ``count`` connections."""
     with ExitStack() as stack:
         made = []
         for _ in range(count):
@@ -132,7 +132,7 @@ def crowd(address: str, count: int, uid: int = 0) -> Iterator[Sequence[Raw]]:
 
 
 def waiting(address: str, what: str = "Bytes") -> int:
-    """Return how many bytes, or ``FDs``, of the service wait at the bus for their receivers."""
+    """Return how many bytes, or ``FDs``, the bus holds of messages that the service has sent."""
     with crowd(address, 1) as (asking,):
         asking.socket.sendall(
             asking.packed(
@@ -157,7 +157,7 @@ def pid_of_bus(address: str) -> int:
 
 
 def names_of(replies: Iterable[Message]) -> set[str]:
-    """Return the last parts of the names of the errors, and ``""`` for results."""
+    """Return the last part of the name of each error, and ``""`` for results."""
     return {(reply.error_name or "").rpartition(".")[2] for reply in replies}
 
 
@@ -168,7 +168,7 @@ def peak(pid: int) -> int:
 
 
 def wait_until_asleep(pid: int) -> None:
-    """Wait until all threads of a process sleep, and none has run between two looks."""
+    """Wait until all threads of a process sleep, and none has run since the last check."""
     before: list[tuple[str, ...]] = []
 
     def is_asleep() -> bool:

@@ -1,4 +1,4 @@
-"""The shell blocks of the documents for users, by name, and where each of them is run."""
+"""The shell blocks of the documents for users, by name, and the tests that run each block."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HERE = {
     "in C": "gdbus-codegen ",
     "full disk": "df ",
 }
-"""What `tests/packaging` runs: how the blocks begin."""
+"""The blocks that `tests/packaging` runs: the name and the beginning of each."""
 
 ON_A_MACHINE = {
     "install": "make deb\n",
@@ -32,7 +32,7 @@ ON_A_MACHINE = {
     "rule": "groupadd ",
     "exposure": "systemd-analyze security ",
 }
-"""What needs systemd, and `tests/vm` runs."""
+"""The blocks that need systemd: `tests/vm` runs them."""
 
 
 def blocks(language: str) -> list[str]:

@@ -20,18 +20,18 @@ from tests.support import in_process, torture_tree
 from tests.support.file_systems import FileSystem
 
 LEVELS = 2000
-"""Directories below each other in a deep tree; their names alone exceed PATH_MAX by far."""
+"""The number of nested directories in a deep tree. A path to the last exceeds PATH_MAX by far."""
 
 MEMORY = 4 << 20
-"""Bytes that a process may need more for a wide directory than for a narrow one."""
+"""Bytes of memory that a process may need more for a wide directory than for a narrow one."""
 
 
 class Stopped(Exception):
-    """Raised by a step, as a cancelled job does."""
+    """Raised by a step, as a cancelled job raises an error."""
 
 
 def ignore(*_: int) -> None:
-    """Take no notice of progress."""
+    """Ignore the progress."""
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def clone(
 
 
 def measure(tree: Path, step: trees.Report = ignore, *, by: Copier = in_process) -> Usage:
-    """Return what a tree takes; ``step`` is called for every entry."""
+    """Return the usage of a tree; ``step`` is called for every entry."""
     with opened(tree) as root:
         return by.measure(root, step)
 
@@ -91,8 +91,8 @@ def run(*command: str | Path) -> str:
 
 
 def open_files() -> dict[str, str]:
-    """Describe the process's file descriptors, but for the one that lists them."""
-    # Unreachable files could be closed at any time.
+    """Return the targets of this process's descriptors, without the one that lists them."""
+    # Unreachable files could be closed at any time, so they are closed first.
     gc.collect()
     found = {}
     for name in os.listdir("/proc/self/fd"):
@@ -130,7 +130,7 @@ def original(filesystem: FileSystem) -> Path:
 
 
 def make_deep(root: int, levels: int, name: str) -> None:
-    """Make directories below each other, with a name of one file in every hundredth."""
+    """Make ``levels`` nested directories, with a hard link to one file in every hundredth."""
     here = os.dup(root)
     for level in range(levels):
         if level == 0:

@@ -1,4 +1,4 @@
-"""A real daemon on a real private bus, and what tests ask of it."""
+"""A real daemon on a real private bus, and the calls that tests make on it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from tests.support.descriptors import wait_until_idle
 from tests.support.file_systems import FileSystem, scratch_on
 
 NOBODY = 65534
-"""A uid that may not call anything."""
+"""The uid of a user without any permission."""
 
 PATIENCE = 240
-"""Seconds until something that hangs is given up."""
+"""Seconds after which a test gives up an operation that hangs."""
 
 AS_INSTALLED = dict(
     setting.removeprefix("Environment=").split("=", 1)
@@ -47,7 +47,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Service:
-    """A daemon, the bus it is on, and the mark that all its processes carry."""
+    """A daemon, its bus, and the mark in the environment of all its processes."""
 
     address: str
     daemon: Daemon
@@ -62,7 +62,7 @@ class Service:
         return self.daemon.state
 
     def directories(self) -> list[str]:
-        """Everything in the state directory's ``snapshots``, as paths."""
+        """Return the paths of everything in the state directory's ``snapshots``."""
         top = self.state / "snapshots"
         return sorted(str(path.relative_to(top)) for path in top.rglob("*"))
 
@@ -79,7 +79,7 @@ class Service:
     def call(
         self, member: str, *arguments: str, user: int = 0, interface: str = MANAGER
     ) -> subprocess.CompletedProcess[str]:
-        """Call a method as a person would type it."""
+        """Call a method with busctl; ``arguments`` are written as a person types them."""
         return self.busctl("call", BUS_NAME, OBJECT_PATH, interface, member, *arguments, user=user)
 
     def dbus_send(self, member: str, *arguments: str, user: int = 0) -> tuple[str, str]:
@@ -106,12 +106,12 @@ class Service:
 
 
 def as_user(uid: int) -> list[str]:
-    """Return the command that runs what follows it with another uid."""
+    """Return the beginning of a command that runs the rest with ``uid``; empty for root."""
     return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] if uid else []
 
 
 def run(scenario: Callable[[Client], Coroutine[Any, Any, _T]]) -> _T:
-    """Run a coroutine with a connected client of its own."""
+    """Run a coroutine with its own connected client, and return its result."""
 
     async def connected() -> _T:
         async with asyncio.timeout(PATIENCE), Client() as client:
@@ -121,7 +121,7 @@ def run(scenario: Callable[[Client], Coroutine[Any, Any, _T]]) -> _T:
 
 
 def request(member: str, signature: str, *body: object, interface: str = MANAGER) -> Body:
-    """Call a method with any signature, well or not; raises what the service answers."""
+    """Call a method with any signature, right or wrong; raise the error of the reply."""
 
     async def calling() -> Body:
         async with asyncio.timeout(PATIENCE), connection() as bus:
@@ -141,7 +141,7 @@ class connection(Connection):  # noqa: N801 - read as the function it stands for
         self.disconnect()
 
     async def ask(self, **fields: Any) -> Message:  # noqa: ANN401 - whatever Message takes
-        """Call a method of the manager, or what ``fields`` say, and return the reply's message."""
+        """Call a method of the manager, and return the reply; ``fields`` are those of `Message`."""
         given = {"destination": BUS_NAME, "path": OBJECT_PATH, "interface": MANAGER} | fields
         reply = await self.call(Message(**given))
         assert reply is not None
@@ -157,7 +157,7 @@ def serving(
 ) -> Iterator[Service]:
     """Run a daemon, which must end with ``status`` and leave no process.
 
-    The processes of one that was killed see that only when they look for it.
+    After a daemon is killed, its processes end only when they check whether it still runs.
     """
     mark = uuid.uuid4().hex
     with private_daemon(address, state, {**(environment or {}), _MARK: mark}) as daemon:
@@ -170,7 +170,7 @@ def serving(
 
 
 def await_end(pid: int) -> None:
-    """Wait until a process that need not be a child has ended."""
+    """Wait until a process has ended; it need not be a child of this process."""
     with suppress(ProcessLookupError):
         ended = os.pidfd_open(pid)
         try:
@@ -180,7 +180,7 @@ def await_end(pid: int) -> None:
 
 
 def processes(mark: str) -> list[int]:
-    """Find all that was started with ``mark`` in its environment, at whatever remove."""
+    """Return the pids of all processes with ``mark`` in the environment, also indirect children."""
     found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
@@ -191,14 +191,14 @@ def processes(mark: str) -> list[int]:
 
 @pytest.fixture(scope="session")
 def bus() -> Iterator[str]:
-    """Run a bus for daemons that live as long as one test; this is its address."""
+    """Run a bus for daemons that live as long as one test, and yield its address."""
     with private_bus() as address:
         yield address
 
 
 @pytest.fixture
 def on_bus(bus: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Make the bus known to every client in the test."""
+    """Let every client in the test use the bus."""
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", bus)
     return bus
 
@@ -228,10 +228,10 @@ def lasting_service(filesystem: FileSystem) -> Iterator[Service]:
 
 @pytest.fixture
 def shared(lasting_service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    """Lend a daemon that serves many tests, on each file system; it is emptied after each."""
+    """Yield a daemon that serves many tests, on each file system, and empty it after each test."""
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", lasting_service.address)
     yield lasting_service
-    # Calls of clients that have left may still go on.
+    # Calls of clients that have disconnected may still run.
     wait_until_idle(lasting_service)
     with BlockingClient() as client:
         empty(client)
@@ -256,7 +256,7 @@ def empty(client: BlockingClient) -> None:
 def committed(
     client: BlockingClient, name: str, parent: str = "", files: Mapping[str, str] | None = None
 ) -> Path:
-    """Commit a snapshot that holds ``files``, and return where its tree lies."""
+    """Commit a snapshot that contains ``files``, and return the directory of its tree."""
     key = f"{name[:100]} in the making"
     root = Path(client.prepare(key, parent).source)
     for path, text in (files or {}).items():
@@ -267,10 +267,10 @@ def committed(
 
 
 async def wait_until_held(client: Client, key: str) -> None:
-    """Return when a call that is still running holds ``key``; nothing is changed by asking."""
+    """Wait until a running call holds ``key``. The check changes nothing."""
     while True:
         try:
-            # The name is checked before the key, which is not there.
+            # Commit checks its name ``key`` before its key, which does not exist.
             await client.commit(key, "a key that nobody uses")
         except NotFound:
             continue
@@ -279,13 +279,13 @@ async def wait_until_held(client: Client, key: str) -> None:
 
 
 def everything(client: BlockingClient, service: Service) -> tuple[list[Info], list[str]]:
-    """All that a call that fails must not change."""
+    """Return everything that a failed call must not change."""
     return list(client.walk()), service.directories()
 
 
 @contextmanager
 def refused(kind: type[SnapdError], *says: str) -> Iterator[None]:
-    """Expect an error whose message is one clean sentence and says all of ``says``."""
+    """Expect an error whose message passes `check_sentence` and contains all of ``says``."""
     with pytest.raises(kind) as caught:
         yield
     assert type(caught.value) is kind
@@ -293,12 +293,12 @@ def refused(kind: type[SnapdError], *says: str) -> Iterator[None]:
 
 
 def brief(text: str) -> str:
-    """Return a test id for a text, however long or odd."""
+    """Return a short, printable test id for any text."""
     return ascii(text[:20])
 
 
 def check_sentence(text: str, *says: str) -> None:
-    """Check that a message is one line for a person, without anything of the service's inside."""
+    """Check that a message is one printable line without internals of the service."""
     assert text.isprintable()
     assert 10 < len(text) < 1000
     for inner in ("Traceback", "Error:", "/snapshots", ".py", "sqlite", " at 0x", "<class"):

@@ -1,10 +1,10 @@
-"""Which tests run beside others, which run alone, and which only `make test-all` runs.
+"""Decide which tests run in parallel, which run alone, and which only `make test-all` runs.
 
-Tests run in several processes at a time, each with a bus, file systems and a run directory of its
-own. A test needs a marker where that is not enough:
+Tests run in several processes at a time. Each process has its own bus, file systems and run
+directory. A test needs a marker where that is not enough:
 
-- ``alone``: nothing else may run on the machine meanwhile. The test uses something that there is
-  only once, such as the directory ``/mnt``, or it measures what other tests would disturb.
+- ``alone``: no other test may run on the machine at the same time. The test uses something that
+  exists only once, such as the directory ``/mnt``, or other tests would disturb its measurements.
 - ``long``: the test takes many seconds by its nature. ``make test`` leaves it out, as ``pytest``
   by itself does; ``make test-all`` runs it, and so does ``pytest -m long``.
 - ``long_on_xfs``: the test depends little on the file system. On xfs it is ``long``.
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(hookwrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Run a test when others let it; the wait does not count against the test's time limit."""
+    """Wait for the locks, then run a test. The wait does not count against its time limit."""
     with _turn(alone=item.get_closest_marker("alone") is not None):
         yield
 
@@ -56,7 +56,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 def _turn(*, alone: bool) -> Iterator[None]:
     gate, room = (os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in (_GATE, _ROOM))
     try:
-        # A test that waits to be alone keeps the gate, so that no other test begins before it.
+        # A test that waits to be alone keeps the lock of the gate, so that no other test begins.
         fcntl.flock(gate, fcntl.LOCK_EX)
         fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(gate, fcntl.LOCK_UN)

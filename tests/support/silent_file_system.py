@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _HEADER = struct.Struct("=IIQQIIIHH")
-"""``struct fuse_in_header``: length, opcode, request, inode, and who asks."""
+"""``struct fuse_in_header``: length, opcode, request, inode; uid, gid and pid of the caller."""
 _ANSWER = struct.Struct("=IiQ")
 """``struct fuse_out_header``."""
 _ATTRIBUTES = struct.Struct("=QQQQQQIIIIIIIIII")
@@ -26,9 +26,9 @@ _ROOT = 1
 
 
 class SilentFileSystem:
-    """Directories without end below a mount point, as long as its process answers.
+    """A mount in which every path is a directory, as long as its process answers.
 
-    Nothing is cached, so that the kernel asks for each part of each path again.
+    Nothing is cached, so the kernel asks again for each component of each path.
     """
 
     def __init__(self, root: Path) -> None:
@@ -50,19 +50,19 @@ class SilentFileSystem:
         self._answering.clear()
 
     def was_asked(self) -> bool:
-        """Tell whether somebody has asked since `stop_answering`."""
+        """Return whether the kernel has sent a request since `stop_answering`."""
         return self._asked.is_set()
 
     def wait_until_asked(self, seconds: float) -> None:
-        """Return when somebody has asked since `stop_answering`."""
+        """Wait until the kernel has sent a request since `stop_answering`."""
         assert self._asked.wait(seconds)
 
     def answer(self) -> None:
-        """Answer what was asked meanwhile, and all that will be."""
+        """Answer the waiting requests, and all later ones."""
         self._answering.set()
 
     def close(self) -> None:
-        """Answer once more, and be gone."""
+        """Answer again, unmount the file system, and wait for the end of the thread."""
         self.answer()
         ctypes.CDLL(None).umount2(os.fsencode(self.root), 2)
         self._thread.join()
@@ -74,9 +74,9 @@ class SilentFileSystem:
                 request = os.read(self._device, 1 << 17)
             except OSError as error:
                 if error.errno == errno.ENOENT:
-                    # The one who asked was interrupted.
+                    # The process that caused the request was interrupted.
                     continue
-                # ENODEV: it is unmounted.
+                # ENODEV: the file system is unmounted.
                 return
             _, opcode, number, inode, *_ = _HEADER.unpack_from(request)
             if opcode in (_FORGET, _BATCH_FORGET):
@@ -88,7 +88,7 @@ class SilentFileSystem:
                 answer = _ANSWER.pack(_ANSWER.size + len(body), -code, number)
                 os.write(self._device, answer + body)
             except FileNotFoundError:
-                # Nobody waits for it any more.
+                # No process waits for the answer any more.
                 continue
 
     def _reply(self, opcode: int, inode: int, argument: bytes) -> tuple[int, bytes]:
@@ -97,7 +97,7 @@ class SilentFileSystem:
         if opcode == _GETATTR:
             return 0, struct.pack("=QII", 0, 0, 0) + self._attributes(inode)
         if opcode == _LOOKUP:
-            # The same name is the same directory.
+            # A name always has the same inode.
             found = _ROOT + 1 + sum(argument.rstrip(b"\0"))
             return 0, struct.pack("=QQQQII", found, 0, 0, 0, 0, 0) + self._attributes(found)
         return errno.ENOSYS, b""
@@ -109,7 +109,7 @@ class SilentFileSystem:
 
 @contextmanager
 def silent_file_system(root: Path) -> Iterator[SilentFileSystem]:
-    """Mount one on a new directory ``root``."""
+    """Mount a `SilentFileSystem` on a new directory ``root``."""
     root.mkdir()
     lent = SilentFileSystem(root)
     try:

@@ -25,7 +25,7 @@ def label(engine: Snapshotter, number: int, name: str = "base") -> None:
 
 
 def await_standby(engine: Snapshotter, number: int, name: str = "base") -> None:
-    """Wait until a snapshot has as many clones as it wants, and nothing is left of others."""
+    """Wait until a snapshot has ``number`` complete clones, and no incomplete clone exists."""
     id_ = str(engine._store.get(name).id)
 
     def there() -> bool:
@@ -48,19 +48,22 @@ def making(engine: Snapshotter) -> set[str]:
 
 
 def idle_worker(engine: Snapshotter) -> int:
-    """Return the process that makes clones; there must have been one already, and none now."""
+    """Return the pid of the worker that makes clones.
+
+    A clone must have been made before, and none may be in the making.
+    """
     (worker,) = engine._standby._crew._idle
     return worker.process.pid
 
 
 @contextmanager
 def frozen(engine: Snapshotter) -> Iterator[None]:
-    """Stop the process that makes clones: one that is begun comes to no end meanwhile."""
+    """Stop the worker that makes clones, so that no clone is completed in the block."""
     pid = idle_worker(engine)
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
     finally:
-        # It is killed when the clone is not wanted anymore.
+        # The service kills the worker if the clone is not wanted any more.
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)

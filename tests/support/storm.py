@@ -1,4 +1,4 @@
-"""A load that ends in a disaster at any instant, and what is found after it."""
+"""A load that a failure interrupts at a random moment, and the contents after it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.support.service import Service
 def rage(
     book: Book, service: Service, order: str, commits: int, seconds: float, end: Callable[[], None]
 ) -> int:
-    """Have clients change all they can, and call ``end`` some ``seconds`` after so many commits.
+    """Run a load, and call ``end`` some ``seconds`` after ``commits`` acknowledged commits.
 
-    Returns how many calls were acknowledged before the load ended by what came of it.
+    The load ends when a call fails because of ``end``. Return the number of acknowledged calls.
     """
     enough = book.acknowledged() + commits
     acknowledged = 0
@@ -31,13 +31,13 @@ def rage(
             assert line, "the load has ended by itself"
             book.read(line)
             acknowledged += json.loads(line)["at"] == "done"
-        # The instant is anywhere in what comes next.
+        # Tests choose ``seconds`` at random, so that ``end`` interrupts any step.
         ended = os.pidfd_open(service.pid)
         assert not select.select([ended], [], [], seconds)[0]
         os.close(ended)
         end()
         for line in lines:
-            # The last one may be cut off: it ends when the first call fails.
+            # The load ends when the first call fails, so the last line may be incomplete.
             if line.endswith("\n"):
                 book.read(line)
                 acknowledged += json.loads(line)["at"] == "done"
@@ -47,7 +47,7 @@ def rage(
 
 @contextmanager
 def load(order: str) -> Iterator[IO[str]]:
-    """Run clients that change all they can, and lend what they tell."""
+    """Run the clients of `storm_load`, and yield their output."""
     with subprocess.Popen(
         [sys.executable, PROJECT / "tests" / "support" / "storm_load.py"],
         stdin=subprocess.PIPE,
@@ -65,7 +65,7 @@ def load(order: str) -> Iterator[IO[str]]:
 
 
 def found() -> dict[str, Any]:
-    """Return what there is, as `inspection` does in the machine."""
+    """Return the contents of the default instance, as `inspection` prints them."""
     command = [sys.executable, str(PROJECT / "tests" / "support" / "inspection.py"), ""]
     output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
     (one,) = json.loads(output).values()

@@ -1,10 +1,11 @@
-"""Runs in the guest: clients that change snapshots all the time, and tell of each call.
+"""Clients that change snapshots all the time and report each call.
 
-Reads from stdin one JSON object, ``{"seed": int, "workers": int, "known": {INSTANCE: {NAME:
-{PATH: DIGEST}}}, "keys": {INSTANCE: [KEY]}, "patient": bool}``, and prints a JSON line before each
-call and one after it, until it is killed. Clients that are patient go on when the service could
-not do what they asked for. What a tree holds is not read back from it: the digests are of what was
-written.
+`tests/vm` runs this in the guest, and `storm` runs it for a service of a test. The program reads
+from stdin one JSON object, ``{"seed": int, "workers": int, "known": {INSTANCE: {NAME: {PATH:
+DIGEST}}}, "keys": {INSTANCE: [KEY]}, "patient": bool}``. It prints a JSON line before each call and
+one after it, until it is killed or a client ends with an error. A client that is patient continues
+after a call that has failed with an error in `UNABLE`. The program does not read the contents of
+trees: it computes the digests from the data that it writes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from snapd_native.errors import (
 )
 
 KEEP = 12
-"""Committed snapshots of an instance, about: its disk is small."""
+"""The approximate number of committed snapshots of an instance, because its disk is small."""
 
 UNABLE = (DataLoss, ResourceExhausted, Internal)
 """The errors of calls that failed for lack of resources."""
@@ -106,12 +107,12 @@ class Worker:
         if self._chance.random() < 0.3:
             self._look(client, name)
         if len(self._known) > KEEP:
-            # Those that have children stay.
+            # The service does not remove snapshots that have children.
             for name in self._chance.sample(list(self._known), k=5):
                 self._remove(client, name)
 
     def _look(self, client: BlockingClient, name: str) -> None:
-        """Do what changes no tree; somebody else may remove the snapshot meanwhile."""
+        """Make calls that change no tree. Another client may remove the snapshot between them."""
         key = f"{name}-view"
         try:
             with told(self._instance, "view", key):
@@ -135,7 +136,7 @@ class Worker:
         self._known.pop(name, None)
 
     def _change(self, root: str, name: str, files: Files) -> None:
-        """Add files for good, and add, overwrite, rename and delete others."""
+        """Add files that no client changes later, and add, overwrite, rename and delete others."""
         for number in range(self._chance.randrange(1, 4)):
             self._write(root, f"kept/{name}/{number}", files)
         loose = [path for path in files if path.startswith("loose/")]

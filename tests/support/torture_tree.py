@@ -1,4 +1,4 @@
-"""A tree with everything in it that a copy can get wrong, and a judge of copies."""
+"""A tree with everything in it that a copy can get wrong, and a comparison of trees."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ NAMES = (
     b"...",
     b"\x01\x7f",
 )
-"""Names that a careless program trips over."""
+"""Names that a careless program handles wrongly."""
 
 RESERVED = (".links", ".links-", ".links-0", ".links-1")
-"""Names that a copy might want for itself."""
+"""Names that a copy might use for its own files."""
 
 TIMES = (
-    -(1 << 40),  # A file system clamps what it cannot store: 1901 on both.
+    -(1 << 40),  # File systems clamp times that they cannot store: ext4 and xfs to 1901.
     -(1 << 31) + 1,
     -1,
     0,
@@ -53,7 +53,7 @@ exec rsync -aHAXn --numeric-ids --delete --itemize-changes "$1/" "$2/"
 
 
 def build(root: Path) -> None:
-    """Make the torture tree at ``root``, which is made if it is not there; root only."""
+    """Make the torture tree in the directory ``root``; create ``root`` if missing. Needs root."""
     root.mkdir(exist_ok=True)
     _types(root)
     _links(root)
@@ -84,7 +84,7 @@ def _types(root: Path) -> None:
     try:
         (here / "symlink of 4095").symlink_to("s" * 4095)
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # xfs stops at 1023.
+        if error.errno != errno.ENAMETOOLONG:  # xfs permits at most 1023 bytes.
             raise
     os.mkfifo(here / "fifo")
     os.mknod(here / "socket", stat.S_IFSOCK | 0o755)
@@ -94,7 +94,7 @@ def _types(root: Path) -> None:
 
 
 def _links(root: Path) -> None:
-    """Give things names in different directories, so that no name is next to the other."""
+    """Make hard links to entries of each type, each link in another directory."""
     first, second = root / "links", root / "more links"
     (first / "deep" / "deeper").mkdir(parents=True)
     second.mkdir()
@@ -264,7 +264,10 @@ def _names(root: Path) -> None:
 
 
 def _times(root: Path) -> None:
-    """Give every entry times of its own, access before change, so that reading it would show."""
+    """Give every entry its own times.
+
+    The access time is before the modification time, so that with relatime a read would change it.
+    """
     here = root / "times"
     here.mkdir()
     for seconds in TIMES:
@@ -290,9 +293,9 @@ def _bottom_up(path: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
 
 
 def differences(a: Path, b: Path) -> str:
-    """Say how the tree ``b`` differs from ``a``, a line for each difference; empty if it does not.
+    """Describe how the tree ``b`` differs from ``a``, one line for each difference; empty if equal.
 
-    Neither tree is changed by looking, not even in its access times.
+    The comparison changes nothing in the trees, not even access times.
     """
     with _looked_at(a) as here, _looked_at(b) as there:
         lines = list(_compare(here, there))
@@ -305,7 +308,7 @@ def differences(a: Path, b: Path) -> str:
 
 @contextmanager
 def _looked_at(tree: Path) -> Iterator[int]:
-    """Open ``tree`` so that reading leaves no access times, with all its data on disk."""
+    """Write the data of ``tree`` to disk, and open it so that reads change no access times."""
     parent = os.open(tree.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with trees.open_tree(parent, tree.name) as root:
@@ -328,7 +331,7 @@ def _compare(here: int, there: int) -> Iterator[str]:
 
 
 def _entries(root: int) -> dict[bytes, os.stat_result]:
-    """Everything in a tree by its path from the root, which is ``.`` itself."""
+    """Return the status of each entry of a tree by its path from the root, which is ``.``."""
     top = _path(root, b".")
     return {os.path.relpath(path, top): status for path, status in _bottom_up(top)}
 
@@ -347,7 +350,7 @@ def _link_groups(entries: Mapping[bytes, os.stat_result]) -> set[frozenset[bytes
 def _facts(
     here: int, there: int, name: bytes, a: os.stat_result, b: os.stat_result
 ) -> Iterator[tuple[str, object, object]]:
-    """Name what must be equal of two entries, with its value on either side."""
+    """Yield the name and both values of each fact that must be equal for two entries."""
     for field in ("st_mode", "st_uid", "st_gid", "st_nlink", "st_rdev"):
         yield field, getattr(a, field), getattr(b, field)
     for field in ("st_atime_ns", "st_mtime_ns"):
@@ -375,7 +378,7 @@ def _xattrs_of(path: bytes) -> dict[str, bytes]:
 
 
 def _segments(path: bytes) -> list[tuple[int, int]]:
-    """List the parts of a file that are no holes."""
+    """Return the start and the end of each part of a file that is not a hole."""
     found: list[tuple[int, int]] = []
     with open(path, "rb", buffering=0) as file:
         end = 0

@@ -1,8 +1,8 @@
 """Changes trees as fast as it can until it is killed.
 
 Run as ``python -m tests.support.tree_mutator TOP OUTSIDE SEED``.
-It is at all trees in the directory TOP whose names do not begin with ``new-``: what snapshots hold,
-and what is being deleted. Links are made to OUTSIDE, which is never touched.
+It changes all trees in the directory TOP whose names do not begin with ``new-``: trees of snapshots
+and trees that are being deleted. It makes symbolic links to OUTSIDE, but never accesses OUTSIDE.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 
 MOST = 300 << 10
-"""Bytes that a file grows to."""
+"""The size in bytes at which a file stops growing."""
 
 
 class Mutator:
-    """One who changes what is in trees at random."""
+    """Changes the contents of trees at random."""
 
     def __init__(self, top: Path, outside: Path, seed: int) -> None:
         self._top = top
@@ -41,7 +41,7 @@ class Mutator:
         ]
 
     def run(self) -> None:
-        """Go on for ever."""
+        """Change trees until the process is killed."""
         while True:
             with suppress(OSError):
                 names = [name for name in os.listdir(self._top) if not name.startswith("new-")]
@@ -74,7 +74,7 @@ class Mutator:
                 self._replace(path)
 
     def _replace(self, path: Path) -> None:
-        """Put something else in the place of a file, at once or with a moment between."""
+        """Replace an entry by another one, at once or with a moment in which neither exists."""
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         new = path.parent / "next"

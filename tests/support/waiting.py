@@ -1,4 +1,4 @@
-"""Wait for a state that is not announced by any event."""
+"""Wait for a state that no event announces."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 
 WAIT = 120
-"""Seconds after which a state is taken to never come."""
+"""Seconds after which a wait fails."""
 
 
 def eventually(condition: Callable[[], bool], found: Callable[[], object] = lambda: "") -> None:
-    """Return when ``condition`` holds; if that takes too long, fail with what is ``found`` then."""
+    """Wait until ``condition`` holds; after `WAIT` seconds, fail with the result of ``found``."""
     deadline = time.monotonic() + WAIT
     while not condition():
         assert time.monotonic() < deadline, f"the state that was waited for did not come: {found()}"
@@ -18,7 +18,7 @@ def eventually(condition: Callable[[], bool], found: Callable[[], object] = lamb
 
 
 def becomes(read: Callable[[], object], expected: object) -> None:
-    """Return when ``read`` returns ``expected``; if that takes too long, say what it returned."""
+    """Wait until ``read`` returns ``expected``; after `WAIT` seconds, fail with its last result."""
     deadline = time.monotonic() + WAIT
     while (last := read()) != expected:
         assert time.monotonic() < deadline, f"{last!r} has not become {expected!r}"

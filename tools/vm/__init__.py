@@ -1,1 +1,1 @@
-"""The virtual machine in which `tests/vm` run: how it is made, kept and destroyed."""
+"""Make, keep and destroy the virtual machine in which `tests/vm` run."""

@@ -1,8 +1,8 @@
-"""Prove the service in a virtual machine, from nothing: package, box, machine, tests.
+"""Test the service in a virtual machine: build package and box, make the machine, run tests.
 
-`up` makes a machine and keeps it running, or brings the kept machine up to date. `down` destroys
-it. `test` and `powercut` use the kept machine if there is one, and leave it running. Otherwise they
-make a machine and destroy it at the end, whatever happens; only the box stays for the next run.
+`up` makes a machine and keeps it running, or updates the kept machine. `down` destroys the machine.
+`test` and `powercut` use the kept machine if there is one, and leave it running. Otherwise they
+make a machine and destroy it at the end, also after an error. Only the box stays for the next run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ environment:
 
 
 class Session:
-    """One command, while no other one runs."""
+    """One command. No other command runs at the same time."""
 
     def __init__(self, command: Command, tests: Sequence[str], steps: Steps) -> None:
         self._command = command
@@ -53,7 +53,7 @@ class Session:
         self._plan = plan.planned(command, self._now)
 
     def announce(self) -> None:
-        """Say what the command will do."""
+        """Print what the command will do."""
         if not self._plan:
             print("no machine is kept", flush=True)
             return
@@ -64,7 +64,7 @@ class Session:
         print(flush=True)
 
     def execute(self) -> int:
-        """Do it; return the status of the command."""
+        """Execute the command, and return its status."""
         with ExitStack() as undo:
             undo.callback(self._machine.hang_up)
             match self._command:
@@ -87,7 +87,7 @@ class Session:
                     return status
 
     def _bring_up(self, undo: ExitStack) -> None:
-        """Have a machine with the package; ``undo`` destroys one that was made here."""
+        """Provide a machine with the package; ``undo`` destroys a machine that was made here."""
         if self._now.kept:
             self._machine.answer()
         if "packages" in self._plan:
@@ -110,16 +110,16 @@ class Session:
         self._steps.step(
             "packages",
             900,
-            # An update may fail for a source that nothing here is taken from.
+            # An update can fail because of a package source that is not needed here.
             ["sh", "-c", "apt-get -qy update || true"],
             [*install, "--no-install-recommends", *self._missing],
         )
 
     def _check_choice(self) -> None:
-        """Ask pytest whether it finds the tests, before a machine is made for them.
+        """Check that pytest finds the tests, before a machine is made for them.
 
         Raises:
-            StepError: it finds none, or cannot read them.
+            StepError: pytest finds no tests, or cannot read them.
         """
         if self._now.kept:
             return
@@ -166,7 +166,7 @@ def _situation(steps: Steps, missing: Sequence[str]) -> Situation:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Wait until no other run is going on."""
+    """Wait until no other run is active, and let no other run begin in the block."""
     with LOCK.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -177,7 +177,7 @@ def alone() -> Iterator[None]:
 
 
 def leave(number: int, _frame: object) -> None:
-    """End by a signal; a second one does not disturb what is undone."""
+    """End the program after a signal, and ignore more signals, so that the clean-up completes."""
     for each in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
     sys.exit(128 + number)

@@ -52,12 +52,12 @@ class Box:
 
 
 def known_driver() -> str | None:
-    """Name the driver that is asked for, or the only one there is; None if KVM has to be tried."""
+    """Return the driver in VM_DRIVER, or ``qemu`` without /dev/kvm; None if KVM must be tried."""
     return os.environ.get("VM_DRIVER") or (None if Path("/dev/kvm").exists() else "qemu")
 
 
 def fastest_driver(steps: Steps, image: Path) -> str:
-    """Name the fastest driver that works. That /dev/kvm exists does not prove that it does."""
+    """Return the fastest driver that works. KVM may not work although /dev/kvm exists."""
     with steps.timed("kvm"):
         works = _ends_by_itself(steps) and _logs_in(steps, image)
         return "kvm" if works else "qemu"

@@ -1,4 +1,4 @@
-"""The machine: made by Vagrant, kept between commands or not, and destroyed."""
+"""The machine, which Vagrant makes and destroys. It can be kept between commands."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from tools.vm.box import Box
 from tools.vm.steps import ROOT, StepError, Steps, end_group
 
 NAME = "snapd-native-test"
-"""The name of libvirt's domain, pool and network. What a killed run has left is found by it."""
+"""The name of libvirt's pool and network, and the prefix of the domain's name.
+
+By these names, a command finds the machine that a killed run has left.
+"""
 DOMAIN = f"{NAME}_default"
 IMAGES = Path("/var/lib/libvirt/images") / NAME
 NOTES = Path("/run") / NAME
 VAGRANT_STATE = NOTES / "vagrant"
 SSH_CONFIG = NOTES / "ssh-config"
 KEPT = NOTES / "kept"
-"""Exists while a machine is kept, and says what the machine was made from."""
+"""A file that exists while a machine is kept, and says what the machine was made from."""
 HOST = ROOT / "tools/vm/host"
 PACKAGES = (
     *("vagrant", "vagrant-libvirt", "libvirt-daemon-system", "libvirt-clients"),
@@ -37,7 +40,7 @@ RENEW = "run make vm-down, then make vm-up"
 
 
 def missing_packages() -> list[str]:
-    """Name the Debian packages that have to be installed."""
+    """Return the names of the Debian packages that must be installed."""
     asked = subprocess.run(
         ["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n", *PACKAGES],
         capture_output=True,
@@ -54,16 +57,16 @@ def is_kept() -> bool:
 
 
 def remains() -> bool:
-    """Return whether there is a machine, or something that a killed run has left."""
+    """Return whether there is a machine, or leftovers of a killed run."""
     return NOTES.exists() or IMAGES.exists()
 
 
 class Machine:
-    """The machine, whether there is one or not."""
+    """The machine, which need not exist."""
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
-        # The caller's own use of Vagrant, here or elsewhere, is not touched.
+        # These settings do not affect machines that the caller has made with Vagrant.
         steps.environment |= {
             "VAGRANT_DOTFILE_PATH": str(VAGRANT_STATE),
             "VM_NAME": NAME,
@@ -92,7 +95,7 @@ class Machine:
             self._let_root_log_in()
 
     def keep(self, box: Box) -> None:
-        """Declare that the machine stays when the command ends."""
+        """Record that the machine stays when the command ends."""
         KEPT.write_text(_made_from(box))
 
     def answer(self) -> None:
@@ -134,7 +137,7 @@ class Machine:
     def test(self, arguments: Sequence[str]) -> int:
         """Run tests with their output on the terminal; return pytest's status."""
         command = [
-            # Some tests need what the test before them has left, such as those of the package.
+            # Some tests use the state that the test before them has left, such as package tests.
             *(sys.executable, "-m", "pytest", "-p", "no:randomly", "-v", "-s", "--durations=10"),
             *("--hosts=ssh://default", f"--ssh-config={SSH_CONFIG}", f"--domain={DOMAIN}"),
             *arguments,
@@ -161,13 +164,13 @@ class Machine:
             self._steps.quietly("ssh", "-F", SSH_CONFIG, "-O", "exit", "default")
 
     def destroy(self) -> None:
-        """Remove the machine and everything of it, as a step.
+        """Remove the machine and everything that belongs to it, as a step.
 
         Raises:
             StepError: the machine is still there.
         """
         with self._steps.timed("destroy"):
-            # Where libvirt was stopped by someone else, its files still describe the machine.
+            # If another program has stopped libvirt, libvirt's files still describe the machine.
             self._steps.run("destroy", 60, [HOST, "start", NOTES])
             self._remove()
             if self._steps.quietly("virsh", "-q", "domstate", DOMAIN):
@@ -202,7 +205,7 @@ class Machine:
         SSH_CONFIG.write_text("\n".join([*lines, *(f"  {line}" for line in shared + alive), ""]))
 
     def _remove(self) -> None:
-        """Remove machine, pool and network; none of them needs to exist."""
+        """Remove the machine, the pool and the network; none of them needs to exist."""
         KEPT.unlink(missing_ok=True)
         self.hang_up()
         for command in (
@@ -224,7 +227,7 @@ class Machine:
             shutil.rmtree(directory, ignore_errors=True)
 
     def _stop_libvirt(self) -> None:
-        """Stop the daemons that were started here; the directory of notes is gone then."""
+        """Stop the daemons that were started here, and delete the directory `NOTES`."""
         self._steps.quietly(HOST, "stop", NOTES)
 
 
@@ -234,7 +237,10 @@ def _made_from(box: Box) -> str:
 
 
 def _free_subnet() -> str:
-    """Choose addresses that no interface has: else libvirt would take the network that does."""
+    """Return a subnet that no interface uses.
+
+    Otherwise libvirt would take the existing network with these addresses.
+    """
     taken = subprocess.run(
         ["ip", "-4", "-oneline", "address"], capture_output=True, text=True, check=True
     ).stdout

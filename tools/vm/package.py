@@ -1,4 +1,4 @@
-"""The package that is installed in the machine, built again only if its source changed."""
+"""The package that is installed in the machine. It is rebuilt only if its source has changed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tools.vm.steps import ROOT, Steps
 
 DIST = ROOT / "dist"
 BUILT_FROM = DIST / ".built-from"
-"""Holds the digest of the source, and the digest of the package that was built from it."""
+"""A file with the digest of the source, and of the package that was built from it."""
 
 
 def newest() -> Path | None:
@@ -21,7 +21,7 @@ def newest() -> Path | None:
 
 
 def build(steps: Steps) -> None:
-    """Build the package, and note what it was built from."""
+    """Build the package, and record the digest of its source."""
     source = _source()
     steps.step("package", 900, [ROOT / "tools/build-deb"])
     package = newest()
@@ -40,7 +40,7 @@ def is_current() -> bool:
 
 
 def dependencies(package: Path) -> list[str]:
-    """Name the packages that a package depends on; of alternatives the first."""
+    """Return the names of the packages that a package depends on; the first of alternatives."""
     fields = subprocess.run(
         ["dpkg-deb", "-f", package, "Depends"], capture_output=True, text=True, check=True
     ).stdout
@@ -54,7 +54,7 @@ def _note(source: str, package: Path) -> str:
 def _source() -> str | None:
     """Return a digest of all tracked files that may be in the package, or None without git."""
     listed = subprocess.run(
-        # The repository may be another user's.
+        # The repository may belong to another user.
         [
             *("git", "-c", f"safe.directory={ROOT}"),
             *("ls-files", "-z", "--", ".", ":!tests", ":!bench", ":!tools/vm"),

@@ -42,19 +42,19 @@ class Situation:
     kept: bool = False
     """`up` has made a machine, and `down` has not destroyed it."""
     remains: bool = False
-    """There is a machine, or something of one, kept or not."""
+    """There is a machine, kept or not, or a part of one."""
     packages: bool = True
-    """All Debian packages are installed that a step needs."""
+    """All Debian packages that the steps need are installed."""
     package: bool = True
     """The package was built from this source."""
     box: bool = True
-    """The box has all that the package depends on. False if that is not known yet."""
+    """The box has all dependencies of the package. False if that is not known yet."""
     driver: bool = True
-    """The driver of the machine is known without a try."""
+    """The driver of the machine is known without trying KVM."""
 
 
 def planned(command: Command, now: Situation) -> list[str]:
-    """Name the steps of a command, in order."""
+    """Return the names of the steps of a command, in order."""
     if command is Command.DOWN:
         return ["destroy"] if now.remains else []
     needed = {
@@ -74,7 +74,7 @@ def planned(command: Command, now: Situation) -> list[str]:
 
 
 def machine_of(command: Command, now: Situation) -> str:
-    """Say which machine a command uses, and what becomes of it."""
+    """Describe the machine that a command uses, and whether the machine stays."""
     if command is Command.DOWN:
         return "the kept machine" if now.kept else "what an earlier run has left"
     if now.kept:
@@ -85,7 +85,7 @@ def machine_of(command: Command, now: Situation) -> str:
 
 
 def chosen(only: str | None, root: Path) -> list[str]:
-    """Return what pytest is to run: all, or the paths or the -k expression in ``only``."""
+    """Return arguments for pytest: all tests, or the paths or the -k expression in ``only``."""
     if not only:
         return [TESTS]
     words = only.split()
@@ -95,13 +95,13 @@ def chosen(only: str | None, root: Path) -> list[str]:
 
 
 class Durations:
-    """Seconds that each step took when it last succeeded, in a file."""
+    """A file with the seconds that each step took when it last succeeded."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def read(self) -> dict[str, float]:
-        """Return all of them. A file that is missing, unreadable or damaged is an empty one."""
+        """Return all durations; none if the file is missing, unreadable or damaged."""
         try:
             read = json.loads(self._path.read_bytes())
         except (OSError, ValueError):
@@ -127,7 +127,7 @@ def key(step: str, tests: Sequence[str]) -> str:
 
 
 def lines(steps: Sequence[str], tests: Sequence[str], last: dict[str, float]) -> Iterator[str]:
-    """Describe each step, and say how long it took."""
+    """Yield a line for each step: its description, and its last duration."""
     for step in steps:
         seconds = last.get(key(step, tests))
         took = "not run yet" if seconds is None else f"{seconds:.1f} s last time"

@@ -1,4 +1,4 @@
-"""Steps that run programs: their logs, their durations and their end."""
+"""Steps that run programs, with their logs, durations and time limits."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Steps:
                 self.run(name, limit, command)
 
     def run(self, step: str, limit: float, command: Sequence[str | Path]) -> None:
-        """Run one program of a step that is being timed, as `step` does."""
+        """Run one program of a step that `timed` measures, as `step` does."""
         log = self.logs / f"{step}.log"
         status = run(command, self.environment, log, limit)
         if status != 0:
@@ -59,7 +59,7 @@ class Steps:
         return run(command, self.environment, self.logs / "quiet.log", limit) == 0
 
     def output(self, *command: str | Path) -> str:
-        """Return what a program prints that must succeed."""
+        """Run a program that must succeed, and return its output."""
         return subprocess.run(
             command,
             cwd=ROOT,
@@ -86,7 +86,10 @@ class Steps:
 
 
 def run(command: Sequence[str | Path], environment: dict[str, str], log: Path, limit: float) -> int:
-    """Run a program, and end it with all its children when this one is ended or time is up."""
+    """Run a program, and return its status; 124 if it takes longer than ``limit`` seconds.
+
+    At the end, also if this process is ended, the program and its children are ended.
+    """
     with (
         log.open("ab") as out,
         subprocess.Popen(

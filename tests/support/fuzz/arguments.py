@@ -1,4 +1,4 @@
-"""Strategies for arguments: what the contract knows, what it refuses, and anything else."""
+"""Strategies for arguments: valid ones, ones that the contract refuses, and random ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from snapd_native.wire.values import Body
 
 
 class Long(str):
-    """A text that nobody wants to read as a whole."""
+    """A long text, whose representation is short."""
 
     __slots__ = ()
 
@@ -23,12 +23,12 @@ class Long(str):
 
 
 def mixed(*weighted: tuple[int, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
-    """Choose each strategy as often as its number says; ``one_of`` takes no heed of repeats."""
+    """Choose among strategies with the given weights; ``one_of`` ignores repeated strategies."""
     choices = [strategy for count, strategy in weighted for _ in range(count)]
     return st.sampled_from(range(len(choices))).flatmap(choices.__getitem__)
 
 
-# Never an absolute path: a random one might be a directory of the machine's.
+# No absolute path: a random one could be an existing directory of the machine.
 RANDOM = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12
 ).filter(lambda text: not text.startswith("/"))
@@ -172,7 +172,7 @@ TAKES: dict[str, list[str]] = {
 
 @dataclass(frozen=True)
 class Type:
-    """A type of D-Bus, and what is of it."""
+    """A type of D-Bus, and a strategy for its values."""
 
     signature: str
     values: st.SearchStrategy[Any]
@@ -199,7 +199,7 @@ KEYED = [
     Type("o", st.sampled_from(["/", "/a/b", OBJECT_PATH, f"{JOB_PATH}/1"])),
     Type("g", st.sampled_from(["", "s", "a{sv}", "(a(ss)v)", "a" * 32 + "y"])),
 ]
-"""The types that keys of a dictionary may have."""
+"""The types that the keys of a dictionary may have."""
 
 DOUBLE = Type("d", st.sampled_from([0.0, -1.5, float("inf"), float("nan"), 5e-324]))
 
@@ -253,7 +253,7 @@ def _boxed(levels: int) -> Any:  # noqa: ANN401 - a list of lists of lists
 
 
 Arguments = tuple[str, Body]
-"""A signature, and what is of it."""
+"""A signature, and values of its types."""
 
 
 def _arguments(types: list[Type]) -> st.SearchStrategy[Arguments]:
@@ -273,11 +273,11 @@ EXTREME: list[Arguments] = [
 ARGUMENTS: st.SearchStrategy[Arguments] = mixed(
     (8, st.lists(TYPES, max_size=4).flatmap(_arguments)), (1, st.sampled_from(EXTREME))
 )
-"""Any arguments at all."""
+"""Any arguments."""
 
 
 def wrong_options(member: str) -> st.SearchStrategy[dict[str, Variant]]:
-    """Options of which at least one is none of the method's, or has another type."""
+    """Return a strategy for options of which at least one has an unknown name or a wrong type."""
     unknown = st.sampled_from(["", "Labels", "force", "\x01", "😀", Long("o" * 5000)])
     wrong = st.dictionaries(unknown, VARIANTS, min_size=1, max_size=2)
     if takes := TAKES.get(member):

@@ -1,4 +1,4 @@
-"""Strategies for any call that a caller may make of the service, well-formed or not."""
+"""Strategies for any call that a caller may send to the service, well-formed or not."""
 
 from __future__ import annotations
 
@@ -47,10 +47,13 @@ RETURNS = {
     "GetAll": "a{sv}",
     "Cancel": "",
 }
-"""The signature of the answer of each member that can succeed."""
+"""The signature of the reply of each member that can succeed."""
 
 LAST_JOB = "the last job but "
-"""Begins a path that is known only when the message is sent, and ends in a number."""
+"""The beginning of a placeholder for the path of a job; a number follows.
+
+The path is known only when the message is sent.
+"""
 
 
 def _argument(member: str, name: str) -> st.SearchStrategy[Any]:
@@ -67,7 +70,10 @@ def _argument(member: str, name: str) -> st.SearchStrategy[Any]:
 
 
 def _call(member: str, **instead: st.SearchStrategy[Any]) -> st.SearchStrategy[Packet]:
-    """Call a method of the manager with arguments of its types, or what is given by name."""
+    """Return a strategy for calls of a method of the manager with arguments of its types.
+
+    ``instead`` replaces the strategies of arguments by name.
+    """
     values = [
         instead[name] if name in instead else _argument(member, name)
         for name in SHAPE.arguments[member]
@@ -117,7 +123,7 @@ NO_INTERFACES = st.sampled_from(
 )
 MEMBERS = st.sampled_from([*SHAPE.methods])
 MAKING = ("Prepare", "PrepareJob", "View", "Commit", "CommitJob")
-"""Without these there is nothing to call the others for."""
+"""The methods that make snapshots. The other methods need snapshots to work on."""
 STANDARD = [
     *((PEER, member) for member in ("Ping", "GetMachineId")),
     (INTROSPECTABLE, "Introspect"),
@@ -189,7 +195,7 @@ _BAD = {
 
 
 def _bad(member: str) -> st.SearchStrategy[Packet]:
-    """Call a method with its types, and one argument that cannot be."""
+    """Return a strategy for calls with arguments of the right types, one of which is invalid."""
     names = [name for name in SHAPE.arguments[member] if name in _BAD and member != "ListMounts"]
     return st.one_of(*(_call(member, **{name: _BAD[name](member)}) for name in names))
 
@@ -197,7 +203,7 @@ def _bad(member: str) -> st.SearchStrategy[Packet]:
 BAD = st.one_of(*(_bad(member) for member in SHAPE.methods))
 ILL_FORMED = mixed((3, ILL_TYPED), (1, UNKNOWN), (2, BAD))
 WITH_REPLY = [0] * 20 + [2, 4, 6, 0x80, 0xF8, 0xFE]
-"""Flags of calls that are answered, and of whose bits some mean nothing."""
+"""Flags of calls that want a reply. Some of their bits have no meaning."""
 
 WITHOUT_REPLY = [1, 3, 0xFF]
 
@@ -225,10 +231,10 @@ _ANY = mixed(
 )
 
 REFUSED = _dressed(ILL_FORMED, WITH_REPLY)
-"""Calls that are refused whatever the state of the service."""
+"""Calls that the service refuses in any state."""
 
 ANSWERED = _dressed(_ANY, WITH_REPLY)
-"""Any call that waits for an answer."""
+"""Any call that wants a reply."""
 
 CALLS = _dressed(_ANY, WITH_REPLY + WITHOUT_REPLY)
 """Any call."""

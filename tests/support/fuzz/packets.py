@@ -1,4 +1,4 @@
-"""Messages as bytes, and a connection that sends whatever the bus lets pass."""
+"""Messages as bytes, and a connection that sends any message that the bus permits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _REPLIES = (MessageType.METHOD_RETURN, MessageType.ERROR)
 
 @dataclass(frozen=True)
 class Packet:
-    """A message that need not be what anybody expects."""
+    """A call with any member, path, arguments, flags and header fields, valid or not."""
 
     member: str
     interface: str = MANAGER
@@ -45,7 +45,7 @@ class Packet:
         return not self.flags & MessageFlag.NO_REPLY_EXPECTED
 
     def marshalled(self, serial: int, place: Callable[[str], str]) -> bytes:
-        """Return it as bytes; ``place`` says what each text stands for."""
+        """Return the message as bytes; ``place`` replaces the placeholders in paths and texts."""
         texts = [place(value) if isinstance(value, str) else value for value in self.body]
         body = Marshaller(self.signature, texts).marshall()
         fields = [
@@ -67,13 +67,13 @@ class Packet:
 
 
 class Peer:
-    """A client of the bus that blocks, and keeps what it was not asked for."""
+    """A blocking client of the bus. It keeps signals that arrive while it waits for a reply."""
 
     def __init__(self, address: str, place: Callable[[str], str] = str) -> None:
         self._place = place
         self._serial = 0
         self.signals: list[Message] = []
-        """Signals that have arrived and were not looked at yet."""
+        """Signals that have arrived and that `signal` has not returned yet."""
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(PATIENCE)
         self._socket.connect(address.removeprefix("unix:path="))
@@ -95,7 +95,7 @@ class Peer:
         self._socket.close()
 
     def subscribe(self, rule: str) -> None:
-        """Receive signals too."""
+        """Receive the signals that match ``rule``, too."""
         self.call(Packet("AddMatch", DRIVER, DRIVER_PATH, "s", [rule], destination=DRIVER))
 
     def send(self, packet: Packet) -> int:
@@ -122,7 +122,7 @@ class Peer:
         return message
 
     def answer(self) -> Message:
-        """Wait for the next answer to a message of this connection; signals are kept."""
+        """Wait for the next reply to a message of this connection, and keep signals."""
         while True:
             message = self.receive()
             if message.message_type is not MessageType.SIGNAL:
@@ -131,7 +131,7 @@ class Peer:
             self.signals.append(message)
 
     def call(self, packet: Packet) -> Message:
-        """Send a message, and return what it is answered with."""
+        """Send a message, and return its reply."""
         serial = self.send(packet)
         answer = self.answer()
         assert answer.reply_serial == serial, "something else was answered"

@@ -1,1 +1,1 @@
-"""Clients of the soak test, their books, and the gauges of the daemon."""
+"""Clients of the soak test, the state that they expect, and measurements of the daemon."""

@@ -1,8 +1,9 @@
-"""A process of a soak: some of its clients, which work in rounds and rest between them.
+"""A process with some clients of a soak, which work in rounds and rest between them.
 
-Run as ``python -m tests.support.soak.clients``. Reads from stdin one JSON object, an `Order`, and
-then a line for each round: ``work`` to begin it, ``rest`` to end it, and at last ``leave``. Prints
-JSON lines: what was done meanwhile, what has failed, and where all of its clients have arrived.
+Run as ``python -m tests.support.soak.clients``. The process reads one JSON object from stdin, an
+`Order`. Then it reads two lines for each round: ``work`` begins the round, and ``rest`` ends it.
+The last line is ``leave``. The process prints JSON lines: reports of the calls since the last
+report, failures, and a line when all of its clients rest or have left.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ from tests.support.soak.errands import ERRANDS, leave
 from tests.support.soak.tenants import Report, Tenant
 
 PAUSE = 0.25
-"""Seconds between a tenant's errands on average: it does something with what it got. What a call
-takes where more is asked for than the processors can do says nothing of the service."""
+"""The average pause between two operations of a tenant, in seconds. A real client also pauses, to
+use the results. On overloaded processors, the durations of calls show nothing about the service."""
 
 STAT_PAUSE = 0.03
-"""Seconds between two calls of a client that calls nothing but Stat."""
+"""Seconds between two calls of a client that calls only Stat."""
 
 
 class Order(TypedDict):
-    """The identity of a client process."""
+    """The input of a client process."""
 
     seed: int
     bases: dict[str, int]
-    """Snapshots that are always there, with their inodes."""
+    """Snapshots that always exist, with their numbers of inodes."""
     tenants: list[int]
-    """Their numbers."""
+    """The numbers of the tenants."""
     onlookers: int
-    """How many clients call nothing but Stat."""
+    """The number of clients that call only Stat."""
 
 
 class Crowd:
@@ -53,7 +54,7 @@ class Crowd:
         self._onlookers = [Client() for _ in range(order["onlookers"])]
 
     async def run(self) -> None:
-        """Do what is ordered on stdin."""
+        """Execute the commands from stdin."""
         for tenant in self._tenants:
             await tenant.open()
         for onlooker in self._onlookers:
@@ -84,7 +85,7 @@ class Crowd:
             await asyncio.sleep(tenant.chance.uniform(0, 2 * PAUSE))
 
     async def _guarded(self, tenant: Tenant, work: Callable[[Tenant], Awaitable[None]]) -> None:
-        """Have a tenant work; say so and end if it finds something wrong."""
+        """Run ``work`` for a tenant; if that fails, print the error and end the process."""
         try:
             await work(tenant)
         except Exception as error:
@@ -108,7 +109,7 @@ class Crowd:
             self._flush()
 
     def _flush(self) -> None:
-        """Say what was done, and forget it."""
+        """Print the report, and clear it."""
         report = self._report
         say(seconds=report.seconds, changes=report.changes, refused=report.refused)
         report.seconds.clear()

@@ -22,13 +22,13 @@ from tests.support.soak.mount_errands import come_back, mount, open_tree, unmoun
 from tests.support.soak.tenants import REPLY, Known, Signal, Tenant, expect
 
 KEEP = 10
-"""Snapshots that a tenant has at most, about."""
+"""The approximate maximum number of a tenant's snapshots."""
 
 INODES = 12_000
-"""Inodes that a tenant's snapshots have at most, with those that may not be deleted yet."""
+"""The maximum number of a tenant's inodes, with removed ones that may not be deleted yet."""
 
 SMALL = 1500
-"""Inodes of a tree that is read as a whole."""
+"""The number of inodes below which a tree is small: it may be read as a whole or kept as clones."""
 
 Errand = Callable[[Tenant], Awaitable[None]]
 
@@ -102,7 +102,7 @@ async def update(tenant: Tenant) -> None:
 
 
 async def stand_by(tenant: Tenant) -> None:
-    """Have clones of something small kept ready, more or fewer than before."""
+    """Set the number of standby clones of a small committed snapshot to 0, 1 or 2."""
     name = tenant.choose(lambda _, known: known.kind is Kind.COMMITTED and known.inodes < SMALL)
     if name is None:
         return
@@ -110,7 +110,7 @@ async def stand_by(tenant: Tenant) -> None:
     await _update(tenant, name, STANDBY_LABEL, f"{number}" if number else "")
     standby = await tenant.ask("Standby", tenant.client.standby(name))
     expect(standby.wanted, number, f"the standby clones of {name}")
-    # One that is too many is dropped in a while.
+    # The service deletes superfluous clones a while later.
     assert standby.ready <= 2
 
 
@@ -142,7 +142,7 @@ async def mounts(tenant: Tenant) -> None:
 
 
 async def select(tenant: Tenant) -> None:
-    """List what filters say, all of which is the tenant's own."""
+    """List snapshots with filters that select only snapshots of the tenant."""
     kind = tenant.chance.choice([*Kind])
     chosen: list[tuple[list[str], Callable[[Known], bool]]] = [
         ([f"labels.owner=={tenant.number},kind=={kind}"], lambda known: known.kind is kind),
@@ -165,7 +165,7 @@ async def select(tenant: Tenant) -> None:
 
 
 async def walk(tenant: Tenant) -> None:
-    """Go through all pages, with changes of one's own between them."""
+    """Read all pages of List, and change the tenant's snapshots between some of them."""
     limit = tenant.chance.choice([20, 60, 150, 1000])
     always, ever, names = {*tenant.there}, {*tenant.there}, list[str]()
     page: list[Info] | None = None
@@ -225,7 +225,7 @@ async def look_around(tenant: Tenant) -> None:
 
 
 async def err(tenant: Tenant) -> None:
-    """Ask for what cannot be."""
+    """Make a call with invalid arguments, which must fail."""
     client, name = tenant.client, tenant.choose(lambda *_: True)
     wrong: list[tuple[type[SnapdError], str, Callable[[], Awaitable[object]]]] = [
         (NotFound, "Stat", partial(client.stat, f"{tenant.prefix}none")),
@@ -269,11 +269,11 @@ ERRANDS: dict[Errand, int] = {
     look_around: 2,
     err: 6,
 }
-"""How often what is done."""
+"""The relative frequency of each operation."""
 
 
 async def leave(tenant: Tenant) -> None:
-    """Remove all that is the tenant's, and go."""
+    """Remove all mounts and snapshots of the tenant, and disconnect."""
     for target in [*tenant.mounted]:
         await tenant.ask("Unmount", tenant.client.unmount(target))
         del tenant.mounted[target]
@@ -283,7 +283,7 @@ async def leave(tenant: Tenant) -> None:
 
 
 async def _find_room(tenant: Tenant) -> str:
-    """Choose a parent for a new snapshot, or none, and make room for the copy of it."""
+    """Choose a parent for a new snapshot, or ``""``; remove snapshots until its copy fits."""
     while len(tenant.there) > KEEP:
         await tenant.chance.choice([remove, unmount])(tenant)
     parent = _parent(tenant, {**tenant.bases, "": 1})
@@ -297,7 +297,7 @@ async def _find_room(tenant: Tenant) -> str:
 
 
 def _parent(tenant: Tenant, others: dict[str, int]) -> str:
-    """Choose one of the own snapshots, or of others, the rarer the larger."""
+    """Choose a committed snapshot of the tenant, or one of ``others``: large ones more rarely."""
     own = tenant.choose(lambda _, known: known.kind is Kind.COMMITTED)
     if own and tenant.chance.random() < 0.4:
         return own
@@ -308,7 +308,7 @@ def _parent(tenant: Tenant, others: dict[str, int]) -> str:
 async def _work(
     tenant: Tenant, member: str, one: str, other: str, options: dict[str, Variant], change: Signal
 ) -> bool:
-    """Have a job do what makes one change, and perhaps cancel it; tell whether it was done."""
+    """Start a job that makes one change, and sometimes cancel it; return whether it was done."""
     arguments = [one, other, options]
     calling = tenant.bus.request(BUS_NAME, OBJECT_PATH, MANAGER, member, "ssa{sv}", arguments)
     tenant.ear.begin()
@@ -323,7 +323,7 @@ async def _work(
             await tenant.time("Job.Cancel", tenant.client.cancel(number))
             cancelled = True
         except (NotFound, FailedPrecondition):
-            pass  # It was done already.
+            pass  # The job was done already.
     end = await tenant.ear.end_of(path)
     *_, result, error, text = end
     expected = "cancelled" if cancelled else "done"
@@ -344,7 +344,7 @@ async def _update(tenant: Tenant, name: str, label: str, value: str) -> None:
 
 
 def _become(tenant: Tenant, key: str, name: str, labels: dict[str, str]) -> None:
-    """Book that an active snapshot was committed."""
+    """Record that the active snapshot ``key`` was committed as ``name``."""
     known = tenant.there.pop(key)
     known.kind, known.labels = Kind.COMMITTED, labels
     tenant.there[name] = known
@@ -355,7 +355,7 @@ def _become(tenant: Tenant, key: str, name: str, labels: dict[str, str]) -> None
 
 
 def _check_digest(tenant: Tenant, name: str) -> None:
-    """Compare the digest of a copy that nobody has changed with that of its parent."""
+    """Check that an unchanged copy has the same digest as its parent."""
     known = tenant.there[name]
     parent = tenant.there.get(known.parent)
     if parent and not known.changed and DIGEST_LABEL in parent.labels:

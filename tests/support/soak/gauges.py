@@ -17,48 +17,50 @@ KIB = 1 << 10
 MIB = 1 << 20
 
 SLACK = 2 * MIB
-"""By how much the daemon's memory may differ between two rests without any leak.
+"""Bytes by which the daemon's memory may grow between two rests without a leak.
 
-SQLite keeps pages of the database for each connection, and what is freed in the middle of a heap is
-given back by the page. That holds with one heap and no caches of threads, as in the unit: otherwise
-glibc keeps 231 KiB for each thread (``tcache`` in malloc/malloc.c), which it takes hours to reach.
+SQLite keeps pages of the database for each connection. glibc returns memory that is freed in the
+middle of a heap only in whole pages. The bound holds with one heap and without thread caches, as in
+the unit. Otherwise glibc keeps 231 KiB for each thread (``tcache`` in malloc/malloc.c), and a cache
+takes hours to reach that size.
 """
 
 THREAD = 192 * KIB
-"""What each thread that was not there before may take, with its connection to the database."""
+"""Bytes that each new thread may take, with its connection to the database."""
 
 WORKER_SLACK = 4 * MIB
-"""By how much the largest worker, which may be another one by then, may differ.
+"""Bytes by which the memory of the largest worker may grow between two rests.
 
-A worker that is alone has all of what workers share.
+The largest worker may be a different process at the second rest. If only one worker is left, its
+Pss includes all memory that workers share.
 """
 
 WAL = 8 * MIB
-"""What the write-ahead log may take at any time, though readers are always there.
+"""Bytes that the write-ahead log may have at any time, although there are always readers.
 
-SQLite checkpoints it at 4 MiB and begins it anew when no reader needs its end. One that is never
-begun anew grows by some 10 KiB a change, and is over this after a thousand of them.
+SQLite checkpoints the log at 4 MiB, and restarts it when no reader needs its end. A log that is
+never restarted grows by about 10 KiB a change. It exceeds this bound after a thousand changes.
 """
 
 DATABASE = 8 * MIB
-"""Size that the database may have; hundreds of snapshots need less than one mebibyte."""
+"""Bytes that the database may have; hundreds of snapshots need less than one mebibyte."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gauge:
-    """The resources at one moment; sizes in bytes."""
+    """The resources of a daemon and its workers at one moment; sizes in bytes."""
 
     memory: int
-    """The daemon's, with its part of what it shares (Pss)."""
+    """The daemon's memory, with its part of shared memory (Pss)."""
     resident: int
     descriptors: int
-    """The daemon's, without those of the database and the sockets of the workers."""
+    """The daemon's descriptors, without those of the database and the sockets of the workers."""
     readers: int
     """The daemon's descriptors of the database."""
     threads: int
     workers: int
     worker_memory: int
-    """That of the largest worker (Pss); at a rest each of them has done work."""
+    """The memory of the largest worker (Pss); at a rest, each worker has done work."""
     database: int
     wal: int
     disk: int
@@ -83,18 +85,20 @@ class Gauge:
 
 
 def growth(rests: Sequence[Gauge], rounds: int) -> list[str]:
-    """Tell what has grown from the first of several rests to the last.
+    """Return a message for each resource that has grown from the first rest to the last.
 
-    Memory is judged over the last ``rounds``: it also grows in a warm-up, which is the longer the
-    fewer calls a slow machine makes in a round, but a leak grows in any rounds.
+    Memory is compared with the rest ``rounds`` rounds before the last. Memory also grows in a
+    warm-up. A slow machine makes fewer calls in a round, so its warm-up takes more rounds. A leak
+    grows in all rounds.
 
-    There is a worker at each rest: had the first rest none, the last would have no bound. At rest
-    nothing is taken for calls that are under way. So what is more at the last rest than at the
-    first, before which there was enough work for every thread, worker and connection to be
-    made, was left behind by one of the calls between. Of descriptors that is exact: where one call
-    in ten thousand leaves one, a soak of minutes shows it. What is forgotten takes about 1 KiB with
-    what it refers to: one call in thirty that leaves it is over the bound in half an hour. Threads
-    and workers have bounds of their own, which one for a hundred calls is far over by then.
+    There must be a worker at that earlier rest: otherwise the bound for workers would be too low.
+
+    At a rest, no calls run. Before the first rest, there was enough work to start every thread and
+    worker, and to open every connection. So a resource that has grown since then was leaked by a
+    call. Descriptors are compared exactly: a soak of minutes detects a leak of one descriptor in
+    ten thousand calls. A leaked object takes about 1 KiB with the objects that it refers to: if one
+    call in thirty leaks one, the bound is exceeded in half an hour. Threads and workers have bounds
+    of their own: a leak of one in a hundred calls exceeds them by far in that time.
     """
     first, before, last = rests[0], rests[-1 - rounds], rests[-1]
     assert before.worker_memory
@@ -115,7 +119,7 @@ def growth(rests: Sequence[Gauge], rounds: int) -> list[str]:
 
 
 def too_large(gauges: Sequence[Gauge]) -> list[str]:
-    """Tell what of the database was too large at some time, be it under load."""
+    """Return a message for each file of the database that was too large at any time."""
     most = {
         "metadata.db": (max(gauge.database for gauge in gauges), DATABASE),
         "metadata.db-wal": (max(gauge.wal for gauge in gauges), WAL),
@@ -124,7 +128,7 @@ def too_large(gauges: Sequence[Gauge]) -> list[str]:
 
 
 def table(rests: Sequence[Gauge], rounds: Sequence[Sequence[Gauge]]) -> str:
-    """Return a table of what was taken at each rest, and the most under load before it."""
+    """Return a table of the resources at each rest, and of their peaks under load before it."""
     lines = [
         "| at rest after round | memory (Pss), MiB | VmRSS, MiB | descriptors | of the database |"
         " threads | workers | largest worker, MiB | metadata.db, KiB | WAL, KiB |"
@@ -147,16 +151,19 @@ def table(rests: Sequence[Gauge], rounds: Sequence[Sequence[Gauge]]) -> str:
 
 
 def most_threads() -> int:
-    """Return how many threads the daemon has when all lanes were full once.
+    """Return the number of the daemon's threads after all lanes were full once.
 
-    Beside them: the event loop, the default executor's one, the reaper, the syncer, the releaser,
-    and the one that makes standby clones.
+    The daemon also has 6 other threads: the event loop, one of the default executor, the reaper,
+    the syncer, the releaser, and the thread that makes standby clones.
     """
     return sum(lane.threads for lane in Lane) + 6
 
 
 def most_workers() -> int:
-    """Return how many workers wait for work: two crews of a processor each, and the standbys'."""
+    """Return the maximum number of idle workers.
+
+    There are two crews with one worker for each processor, and one worker for standby clones.
+    """
     return 2 * len(os.sched_getaffinity(0)) + 1
 
 
@@ -169,7 +176,7 @@ def _memory(process: Path) -> int:
 
 
 def _field(path: Path, name: str) -> int:
-    # A worker may have ended meanwhile.
+    # A worker may have ended since it was listed.
     with suppress(OSError):
         for line in path.read_text().splitlines():
             if line.startswith(f"{name}:"):

@@ -56,7 +56,7 @@ async def open_tree(tenant: Tenant) -> None:
 
 
 async def come_back(tenant: Tenant) -> None:
-    """Leave the bus and connect anew; what was mounted for the connection goes with it."""
+    """Disconnect from the bus and connect again; the mounts of the connection must disappear."""
     await tenant.close()
     await tenant.open()
     tenant.mounted = {
@@ -75,6 +75,6 @@ async def _check_mounts(tenant: Tenant) -> None:
 
 
 async def _standing(tenant: Tenant) -> dict[str, str]:
-    """Return what of the tenant's is mounted, as the service says."""
+    """Return the keys of the tenant's mounts by target, as the service lists them."""
     found = await tenant.ask("ListMounts", tenant.client.list_mounts())
     return {one.target: one.key for one in found if one.key.startswith(tenant.prefix)}

@@ -1,6 +1,6 @@
-"""Clients that know what there must be: the keys below its own prefix are one tenant's alone.
+"""Clients that know which snapshots must exist. Only one tenant uses the keys below its prefix.
 
-So each answer has one right value, each call one right outcome, and each change one signal.
+So each reply has one right value, each call has one right outcome, and each change has one signal.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ Signal = tuple[object, ...]
 REPLY: Signal = ("reply",)
 
 WORDS = ("a b", "z", "~", "é", "Ω", "豈", "😀")
-"""What keys begin with, so that their order is told from that of any other encoding."""
+"""Beginnings of keys. Their order in UTF-8 differs from their order in any other encoding."""
 
 
 def expect(found: object, expected: object, what: str) -> None:
-    """Compare; a process of its own has no pytest that shows what an assertion was about."""
+    """Raise an error that shows both values if they differ.
+
+    The clients run outside of pytest, where a failed ``assert`` does not show the values.
+    """
     if found != expected:
         raise AssertionError(f"{what}: {found} was found where {expected} was expected")
 
@@ -50,11 +53,11 @@ class Known:
     labels: dict[str, str]
     inodes: int
     changed: bool = False
-    """Whether its tree is another than its parent's."""
+    """Whether the tenant has changed its tree, so that it differs from its parent's."""
 
 
 class Ear:
-    """What one connection hears of a tenant's snapshots, and of jobs, in the order of arrival."""
+    """The replies, and the signals about a tenant's snapshots and about jobs, as they arrive."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
@@ -62,7 +65,7 @@ class Ear:
         self._more = asyncio.Event()
 
     async def open(self, bus: Connection) -> None:
-        """Listen on a connection from now on."""
+        """Receive the signals on a connection from now on."""
         rule = f"type='signal',sender='{BUS_NAME}',interface='{MANAGER}'"
         for more in (f"arg0path='{self._prefix}'", f"arg2path='{self._prefix}'", "member='JobNew'"):
             await bus.ask_driver("AddMatch", "s", [f"{rule},{more}"])
@@ -77,17 +80,17 @@ class Ear:
             self.arrived.append(REPLY)
 
     def begin(self) -> None:
-        """Begin a call; nothing may have been sent since the last one was answered."""
+        """Begin a call. No signal of a change may have arrived after the last reply."""
         expect(self.changes(), [], "heard after the answer")
         self.arrived.clear()
 
     def changes(self, until: Signal | None = None) -> list[Signal]:
-        """Return the changes that were heard of since `begin`, or those before one signal."""
+        """Return the signals of changes since `begin`: all, or those before ``until``."""
         end = len(self.arrived) if until is None else self.arrived.index(until)
         return [heard for heard in self.arrived[:end] if str(heard[0]).startswith("Snapshot")]
 
     async def end_of(self, job: str) -> Signal:
-        """Wait for the signal that a job of the tenant has ended."""
+        """Wait for the signal that a job has ended, and return the signal."""
         while True:
             self._more.clear()
             for heard in self.arrived:
@@ -101,17 +104,17 @@ class Report:
     """The operations of tenants since the last report."""
 
     seconds: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """How long calls took, by what was called."""
+    """The durations of calls, by the names of the calls."""
     changes: list[tuple[int, Signal]] = field(default_factory=list)
-    """Every change that was acknowledged, with the tenant's number."""
+    """All acknowledged changes, each with the tenant's number."""
     refused: int = 0
 
 
 class Tenant:
-    """A client with a connection of its own, and books of all that it has."""
+    """A client with its own connection, and a record of all its snapshots and mounts."""
 
     def __init__(self, number: int, bases: Mapping[str, int], seed: int, report: Report) -> None:
-        """Own the keys below ``/<number>/``; ``bases`` are everybody's, with their inodes."""
+        """Own the keys below ``/<number>/``; all tenants share ``bases``, with their inodes."""
         self.number = number
         self.prefix = f"/{number}/"
         self.bases = bases
@@ -120,25 +123,25 @@ class Tenant:
         self.mounted: dict[str, tuple[str, Lifetime]] = {}
         """Keys by targets."""
         self.garbage = 0
-        """Inodes that were removed and perhaps not deleted yet."""
+        """The inodes of removed snapshots that may not be deleted yet."""
         self.recent: deque[str] = deque(maxlen=12)
-        """The last call, for the message of a failure."""
+        """The last calls, for the message of a failure."""
         self._report = report
         self._numbers = count(1)
 
     async def open(self) -> None:
-        """Connect."""
+        """Connect to the bus."""
         self.client = await Client().__aenter__()
         self.bus = self.client._connected()
         self.ear = Ear(self.prefix)
         await self.ear.open(self.bus)
 
     async def close(self) -> None:
-        """Leave the bus."""
+        """Disconnect from the bus."""
         await self.client.__aexit__(None, None, None)
 
     async def ask(self, what: str, coming: Awaitable[_T], *changes: Signal) -> _T:
-        """Make a call that must succeed, and before its answer be told of ``changes`` alone."""
+        """Make a call that must succeed; before its reply, exactly ``changes`` must arrive."""
         self.ear.begin()
         answer = await self.time(what, coming)
         expect(self.ear.changes(REPLY), [*changes], f"heard before the answer to {what}")
@@ -146,7 +149,7 @@ class Tenant:
         return answer
 
     async def refused(self, kind: type[SnapdError], what: str, coming: Awaitable[object]) -> None:
-        """Make a call that must fail, with ``kind`` and without any change."""
+        """Make a call that must fail with ``kind`` and cause no signal of a change."""
         self.ear.begin()
         self._report.refused += 1
         try:
@@ -158,7 +161,7 @@ class Tenant:
         expect(changes, [], f"heard of what was refused, {what}")
 
     async def time(self, what: str, coming: Awaitable[_T]) -> _T:
-        """Make a call, and report how long it took."""
+        """Make a call, and report its duration."""
         self.recent.append(what)
         begun = time.perf_counter()
         try:
@@ -167,17 +170,17 @@ class Tenant:
             self._report.seconds[what].append(time.perf_counter() - begun)
 
     def acknowledge(self, *changes: Signal) -> None:
-        """Book changes that were both answered and heard of."""
+        """Report changes whose replies and signals have arrived, and forget the signals."""
         self._report.changes += [(self.number, change) for change in changes]
         for change in changes:
             self.ear.arrived.remove(change)
 
     def new_name(self) -> str:
-        """Return a name that nobody has ever had."""
+        """Return a name that was never used before."""
         return f"{self.prefix}{self.chance.choice(WORDS)} {next(self._numbers)}"
 
     def choose(self, fits: Callable[[str, Known], bool]) -> str | None:
-        """Return one of the own snapshots that fit, if any does."""
+        """Return one of the tenant's snapshots that fit, or None if none fits."""
         found = [name for name, known in self.there.items() if fits(name, known)]
         return self.chance.choice(found) if found else None
 
@@ -188,7 +191,7 @@ class Tenant:
         return any(key == name for key, _ in self.mounted.values())
 
     def inodes(self, parent: str) -> int:
-        """Return what a copy of ``parent`` has."""
+        """Return the number of inodes that a copy of ``parent`` has."""
         if not parent:
             return 1
         return self.bases.get(parent) or self.there[parent].inodes
@@ -205,14 +208,14 @@ class Tenant:
         self.there[key].changed = True
 
     def check_info(self, info: Info) -> None:
-        """Compare the record of an own snapshot with the books."""
+        """Compare the record of one of the tenant's snapshots with the expected one."""
         known = self.there[info.name]
         found = (info.kind, info.parent, dict(info.labels))
         expect(found, (known.kind, known.parent, known.labels), f"the record of {info.name}")
         assert info.created <= info.updated
 
     def check_page(self, page: list[Info], after: str, limit: int) -> None:
-        """Compare a page of all snapshots with the books, and with itself."""
+        """Check the order of a page, its snapshots of the tenant, and that no parent is missing."""
         names = [info.name for info in page]
         encoded = [name.encode() for name in names]
         expect(encoded, sorted(set(encoded)), "the order of a page")
