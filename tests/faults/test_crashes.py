@@ -1,4 +1,4 @@
-"""Each changing call, killed before each of its steps, is complete or undone."""
+"""A call that is killed before any of its steps is complete or undone."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from tests.support.kernel_mounts import below
 from tests.support.kill_points import CASES, Case, Course, Deaths, Order, Point
 
 Entry = tuple[str, int, int, str]
-"""A path in a tree, its mode, its number of names, and what it holds."""
+"""A path in a tree: its mode, its number of hard links (1 for a directory), and its content."""
 
 AT_REST: Point = ("MainThread", 1)
-"""Before the call."""
+"""The point before the first step of the calling thread."""
 
 
 @dataclass
 class Portrait:
-    """All that a service knows and has."""
+    """The snapshots and the mounts of an engine."""
 
     snapshots: dict[str, tuple[Kind, str, dict[str, str], list[Entry]]]
     mounts: list[tuple[str, str, bool]]
-    """Target and key of what it says is mounted, and whether that is read-only, really."""
+    """The target and the key of each listed mount, and whether the kernel has it read-only."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 @pytest.fixture
 def template(scratch: Path) -> Path:
-    """Leave a state in which every call finds something to do."""
+    """Return a state directory in which every call has work to do."""
     template = scratch / "template"
     with opened(template) as engine:
         tree = Path(engine.prepare("preparing").source)
@@ -71,7 +71,7 @@ def template(scratch: Path) -> Path:
 
 
 class Runs:
-    """A case on the same state again and again."""
+    """Runs of one case, each on a fresh copy of the same state."""
 
     def __init__(self, deaths: Deaths, template: Path, name: str) -> None:
         self._deaths = deaths
@@ -82,7 +82,7 @@ class Runs:
         self.place = self.directory / "place"
 
     def run(self, kill: Point | None) -> Course:
-        """Do it until it dies."""
+        """Run the case until it ends or is killed before the step ``kill``."""
         subprocess.run(["rm", "-rf", str(self.directory)], check=True)
         self.place.mkdir(parents=True)
         state = self.directory / "state"
@@ -122,13 +122,13 @@ def test_a_call_killed_at_any_step_is_complete_or_undone(
                 runs.case.call(engine, runs.place)
                 assert portrait(engine) == after, f"called again after it was {at}"
     if before != after:
-        # There is one moment at which it happens.
+        # The call takes effect at one step. A kill before that undoes it, and a later one does not.
         course_of_call = happened["MainThread"]
         assert course_of_call == sorted(course_of_call)
 
 
 class recovered:  # noqa: N801 - read as the function it stands for
-    """The engine of the next start, which leaves nothing mounted."""
+    """The engine of the next start; at the end of the block everything is unmounted."""
 
     def __init__(self, runs: Runs) -> None:
         self._runs = runs
@@ -143,7 +143,7 @@ class recovered:  # noqa: N801 - read as the function it stands for
 
 
 def portrait(engine: Snapshotter) -> Portrait:
-    """Return all there is, read through the engine and by what lies on the disk."""
+    """Return the snapshots and mounts; check that the engine, the disk and the kernel agree."""
     engine.upkeep.cleanup()
     snapshots = {}
     directories = set()
@@ -152,7 +152,7 @@ def portrait(engine: Snapshotter) -> Portrait:
         tree = engine.state_directory / "snapshots" / str(engine._store.get(info.name).tree_id)
         directories.add(tree.name)
         snapshots[info.name] = (info.kind, info.parent, dict(info.labels), [*entries(tree)])
-    # A clone that stands by is nobody's yet, and may be under way.
+    # A standby clone belongs to no snapshot yet, and can be incomplete. Its name is no number.
     there = {name for name in os.listdir(engine.state_directory / "snapshots") if name.isdigit()}
     assert there == directories
     table = {entry.target: entry for entry in Table.read()}
@@ -164,7 +164,7 @@ def portrait(engine: Snapshotter) -> Portrait:
 
 
 def entries(tree: Path) -> Iterator[Entry]:
-    """Yield all that is in a tree, and the tree."""
+    """Yield an entry for the tree itself and for everything in it."""
     for path in [tree, *sorted(tree.rglob("*"))]:
         status = path.lstat()
         content = ""

@@ -37,7 +37,7 @@ pytestmark = [long_on_xfs, pytest.mark.usefixtures("one_process")]
 
 
 def damage(state: Path, *statements: str) -> None:
-    """Change the database as no rule of its own lets anybody."""
+    """Execute statements on the database without its CHECK constraints and triggers."""
     with closing(sqlite3.connect(state / "metadata.db", isolation_level=None)) as db:
         db.execute("PRAGMA ignore_check_constraints = ON")
         triggers = db.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'")
@@ -292,12 +292,12 @@ def test_commit_with_a_lost_parent_raises_data_loss(left: Path, how: str) -> Non
 
 
 def test_repair_of_a_wrong_index_key_keeps_the_ledger_lines(left: Path) -> None:
-    """And no line of the ledger is struck out for it."""
+    """The wrong key does not make Repair delete the line of its snapshot."""
     with opened(left) as engine:
         last = engine._store.get("lone").id
     path = left / "metadata.db"
     content = path.read_bytes()
-    # The entry in the index of names: the key, and the id as a byte.
+    # An entry in the index of names consists of the key, and of the id as a byte.
     key, other = b"lone" + bytes([last]), b"lone" + bytes([last + 2])
     assert content.count(key) == 1
     path.write_bytes(content.replace(key, other))

@@ -40,17 +40,20 @@ def disk(request: pytest.FixtureRequest, loop_directory: Path) -> Iterator[Faili
 
 
 only_alive = pytest.mark.parametrize("disk", ALIVE, indirect=True)
-"""For tests in which the file system outlives the failure."""
+"""For tests whose file system can be written to again after the disk is healed."""
 
 
 on_xfs = pytest.mark.parametrize("disk", ["xfs"], indirect=True)
-"""It keeps what it cannot write of directories until the disk is healed; ext4 gives up."""
+"""For tests on xfs only.
+
+xfs keeps unwritten directories in memory until the disk is healed; ext4 fails as a whole.
+"""
 
 
 @contextmanager
 def opened(disk: FailingDisk, runtime: Path) -> Iterator[Snapshotter]:
     with closing(Snapshotter(disk.root / "state", ignore, runtime=runtime)) as made:
-        # Nothing is done in the background any more.
+        # Wait until the background work of the start is done.
         made._syncer.submit(lambda: None).result()
         yield made
 
@@ -66,22 +69,23 @@ def fill(engine: Snapshotter, disk: FailingDisk) -> None:
 
 
 def change(mount: Mount, text: str) -> None:
-    """Write a file of its own, so large that most of it is where nothing was before."""
+    """Write a new file that is so large that most of it needs blocks that had no data before."""
     (Path(mount.source) / text).write_text(text * LENGTH)
 
 
 def lose(mount: Mount) -> None:
     """Change a tree on a disk that has failed.
 
-    What is written before that could be on the disk by then: the kernel writes it whenever it
-    likes, and anybody may call sync(2). A file system without a journal may have given up already.
+    Data that is written before the failure can already be on the disk: the kernel can write it back
+    at any time, and any process can call sync(2). A file system without a journal can already
+    refuse the change.
     """
     with suppress(OSError):
         change(mount, "lost")
 
 
 def holds(mount: Mount, text: str) -> bool:
-    """Tell whether the disk, and not only the memory, has what `change` has written."""
+    """Return whether the disk, and not only the page cache, has the data that `change` wrote."""
     fd = os.open(Path(mount.source) / text, os.O_RDONLY)
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -106,7 +110,7 @@ def test_a_write_to_the_failing_disk_raises_enospc(disk: FailingDisk) -> None:
         os.close(fd)
 
 
-def test_commit_of_lost_data_raises_and_stays_refused(disk: FailingDisk, tmp_path: Path) -> None:
+def test_every_commit_of_lost_data_raises_an_error(disk: FailingDisk, tmp_path: Path) -> None:
     with opened(disk, tmp_path) as engine:
         fill(engine, disk)
         work = engine.mounts("work")
@@ -142,7 +146,7 @@ def test_commit_of_lost_data_raises_and_stays_refused(disk: FailingDisk, tmp_pat
 def test_commit_of_lost_data_is_still_refused_after_a_restart(
     disk: FailingDisk, tmp_path: Path
 ) -> None:
-    """The kernel has told the one who ended; to the next one, all looks as if it were written."""
+    """The kernel reports the error to the first process only; the next one sees no error."""
     with opened(disk, tmp_path) as engine:
         fill(engine, disk)
         work = engine.mounts("work")
@@ -188,7 +192,7 @@ def wait(gate: threading.Event) -> None:
 
 
 def rewind_wal(disk: FailingDisk) -> None:
-    """Have the next records written over the head of the WAL, where a failed disk takes them."""
+    """Make the next records overwrite the start of the WAL, where a failed disk still writes."""
     with closing(sqlite3.connect(disk.root / "state" / "metadata.db")) as db:
         db.execute("PRAGMA wal_checkpoint(RESTART)")
     disk.sync()
@@ -198,7 +202,7 @@ def rewind_wal(disk: FailingDisk) -> None:
 def test_a_copy_that_the_disk_lost_is_dropped_at_the_next_boot(
     disk: FailingDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also after later syncs, and after a restart of the service."""
+    """Later syncs that succeed and a restart of the service do not change that."""
     with opened(disk, tmp_path) as engine:
         fill(engine, disk)
         gate = threading.Event()
@@ -223,7 +227,7 @@ def test_a_copy_that_the_disk_lost_is_dropped_at_the_next_boot(
 def test_a_standby_clone_that_the_disk_lost_is_dropped(
     disk: FailingDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where another has been told of the failure, and its own sync succeeds."""
+    """The rule also holds when another sync gets the error and the sync of the clone succeeds."""
     real = trees.Crew.clone
 
     def clone(*arguments: Any, **options: Any) -> None:  # noqa: ANN401 - as it is
@@ -245,11 +249,11 @@ def test_a_standby_clone_that_the_disk_lost_is_dropped(
         monkeypatch.setattr(trees.Crew, "clone", clone)
         engine.update("base", {STANDBY_LABEL: "1"})
         assert made.wait(WAIT)
-        # If the label was seen before its change was told of, the next try waits already.
+        # If the thread sees the label before Update wakes it, the next try has begun and waits.
         eventually(lambda: not any(name.endswith("-1") for name in directories(engine)))
         assert engine.standby("base") == (0, 1)
         seen.set()
-        # It is tried again when something has changed.
+        # The clone is tried again after the next change.
         engine.update("base", {STANDBY_LABEL: "1", "a": "b"})
         eventually(lambda: engine.standby("base") == (1, 1))
         assert holds(engine.prepare("work", "base"), "base")
@@ -285,7 +289,7 @@ CALLS = {
     "engine.update('base', {'a': 'b'})": ALIVE,
     "engine.view('new', 'base')": ALIVE,
     "engine.commit('done', 'gone')": ALIVE,
-    # ext4 gives up when it cannot write a new directory, be it half a minute later.
+    # ext4 fails as a whole when it cannot write a new directory, even half a minute later.
     "engine.prepare('new')": ["xfs"],
 }
 
@@ -298,13 +302,13 @@ CALLS = {
 def test_a_refused_call_has_no_effect_after_a_crash(
     disk: FailingDisk, tmp_path: Path, call: str
 ) -> None:
-    """SQLite finds in the WAL what could not be synced, as long as it is in memory."""
+    """SQLite finds records in the WAL that were not synced, as long as the page cache has them."""
     with opened(disk, tmp_path) as engine:
         fill(engine, disk)
         engine.remove("work")
         engine.upkeep.cleanup()
         before = directories(engine), outline(engine)
-    # Now the blocks that xfs frees later are free.
+    # After a new mount, the blocks that xfs frees with a delay are free.
     disk.mount_again()
     disk.trim()
     command = [sys.executable, "-c", REFUSED, str(disk.root / "state"), str(tmp_path), call]
@@ -335,7 +339,7 @@ def outline(engine: Snapshotter) -> list[tuple[str, Kind, dict[str, str]]]:
 def test_calls_on_a_failed_file_system_raise_data_loss_or_resource_exhausted(
     disk: FailingDisk, tmp_path: Path, how: str
 ) -> None:
-    """Nothing is called a bug, and nothing half done is left on the disk."""
+    """No error is Internal, and no call leaves a partial change on the disk."""
     target = tmp_path / "target"
     target.mkdir()
     with opened(disk, tmp_path / "run") as engine:
@@ -384,7 +388,7 @@ def test_an_unreadable_disk_is_not_reported_as_a_damaged_database(
     with opened(disk, tmp_path) as engine:
         fill(engine, disk)
         for name in names(engine):
-            # More than SQLite has in memory.
+            # This is more data than SQLite caches.
             engine.update(name, {str(number): "x" * 4000 for number in range(250)})
         disk.shut_down()
         with pytest.raises(DataLoss, match="check the disk"):
@@ -394,7 +398,7 @@ def test_an_unreadable_disk_is_not_reported_as_a_damaged_database(
 
 @on_xfs
 def test_a_checkpoint_during_a_read_loses_no_record(disk: FailingDisk, tmp_path: Path) -> None:
-    """SQLite syncs the database only when it has put all of the WAL into it."""
+    """SQLite syncs the database only after it has copied the whole WAL into it."""
     long = {"long": "x" * 3000}
     names_of = iter(map(str, count(1000)))
 
@@ -405,7 +409,7 @@ def test_a_checkpoint_during_a_read_loses_no_record(disk: FailingDisk, tmp_path:
 
     with opened(disk, tmp_path) as engine:
         fill(engine, disk)
-        # The WAL is so long then that the disk does not fail there, and the database has to grow.
+        # The WAL is so long now that writes to it do not fail. The database has to grow.
         add(300)
         engine.update("look", {str(number): "x" * 4000 for number in range(250)})
         add(5)

@@ -35,13 +35,13 @@ from tests.support.waiting import eventually
 
 @pytest.fixture(params=[*SIZES, pytest.param("btrfs", marks=pytest.mark.long)])
 def small(request: pytest.FixtureRequest, loop_directory: Path) -> Iterator[FileSystem]:
-    """Lend a file system that is soon full; on btrfs, overwriting a page takes room too."""
+    """Yield a small file system; on btrfs, overwriting a page needs free space, too."""
     with mounted(request.param, SIZES.get(request.param, BTRFS_SIZE), loop_directory) as made:
         yield made
 
 
 overwriting = pytest.mark.parametrize("small", SIZES, indirect=True)
-"""For tests with nothing free at all, in which only pages that are in the WAL can be written."""
+"""For tests without any free block, in which only existing pages of the WAL can be written."""
 
 
 def test_a_call_refused_on_a_full_disk_changes_nothing(small: FileSystem, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_every_snapshot_can_be_removed_while_others_take_the_freed_space(small: 
 
 
 def remove_all(engine: Snapshotter, root: Path) -> None:
-    """Remove every snapshot; each time, somebody is faster in taking what becomes free."""
+    """Remove every snapshot; each time another program takes the freed space before the ballast."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine._state.ballast, "take", lambda: None)
         for info in sorted(engine.list(), key=lambda info: info.created, reverse=True):
@@ -122,9 +122,9 @@ def remove_all(engine: Snapshotter, root: Path) -> None:
 
 @overwriting
 def test_a_full_disk_that_blocks_the_wal_checkpoint_loses_no_record(small: FileSystem) -> None:
-    """It stays as long as it once was, so much is written on a full disk before there is no room.
+    """The WAL keeps its largest size, so many records fit into it on a full disk.
 
-    Then the database has to grow, and cannot.
+    Then the database has to grow, which fails.
     """
     long = {"long": "x" * 3000}
     with opened(small.root / "state") as engine:
@@ -148,7 +148,7 @@ def test_a_full_disk_that_blocks_the_wal_checkpoint_loses_no_record(small: FileS
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_start_works_on_a_full_disk(small: FileSystem, killed: bool) -> None:
-    """Also where SQLite finds a WAL to recover from, and directories have to be deleted."""
+    """Start also works when SQLite recovers from a WAL and directories have to be deleted."""
     state = small.root / "state"
     with opened(state) as engine:
         fill(engine)
@@ -248,7 +248,7 @@ def test_watchdog_pings_continue_on_a_full_disk(
     with started(on_bus, small.root / "state", notifications, WATCHDOG_USEC="600000") as daemon:
         notifications.until("READY=1")
         use_up(small.root)
-        # So many that the last ones are of after that.
+        # So many that the last pings are sent when the disk is full.
         for _ in range(20):
             assert notifications.until("WATCHDOG=1")[-1] == "WATCHDOG=1"
         daemon.terminate()

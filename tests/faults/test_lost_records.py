@@ -45,7 +45,7 @@ def test_trees_newer_than_a_restored_database_are_kept(left: Path, tmp_path: Pat
         assert troubles(engine) == {Trouble.DATABASE, Trouble.ORPHAN, Trouble.TREE}
         engine.upkeep.cleanup()
         engine.upkeep.repair()
-        # Its id is not given again.
+        # The id is not reused.
         another = commit(engine, "another")
         assert int(another) > int(new)
     with opened(left) as engine:
@@ -64,7 +64,7 @@ def test_trees_newer_than_a_restored_database_are_kept(left: Path, tmp_path: Pat
 def test_trees_whose_records_were_in_a_lost_wal_are_kept(
     left: Path, tmp_path: Path, how: str
 ) -> None:
-    """As after a kill, with the database's log gone: nothing has reached the database itself."""
+    """The daemon was killed before a checkpoint, so only the WAL had the records."""
     copy = tmp_path / "state"
     with opened(left) as engine:
         new = commit(engine, "new")
@@ -73,7 +73,7 @@ def test_trees_whose_records_were_in_a_lost_wal_are_kept(
     if how == "gone":
         wal.unlink()
     else:
-        # Its header, and three of its frames, which have a page each.
+        # Keep the header and three frames, each with one page.
         os.truncate(wal, 32 + 3 * (24 + 4096))
     with opened(copy) as engine:
         assert names(engine) == BEFORE
@@ -82,7 +82,10 @@ def test_trees_whose_records_were_in_a_lost_wal_are_kept(
 
 
 def updated_and_killed(state: Path, killed: Path) -> str:
-    """Commit a snapshot, and change another until the log begins anew; return its directory."""
+    """Commit `new`, update `base` until the WAL restarts, and copy the state as a kill leaves it.
+
+    Return the name of the directory of `new`.
+    """
     with opened(state) as engine:
         new = commit(engine, "new")
         for number in range(100):
@@ -91,16 +94,17 @@ def updated_and_killed(state: Path, killed: Path) -> str:
     return new
 
 
-def test_trees_are_kept_when_a_restored_database_meets_a_newer_wal(
+def test_trees_are_kept_when_a_database_is_restored_beside_a_newer_wal(
     left: Path, tmp_path: Path
 ) -> None:
-    """As after a kill, with the copy put in place of the database, and the log still there.
+    """A backup replaces the database of a killed daemon, and the WAL of the daemon stays.
 
-    SQLite puts the log's pages into it: they have the last changes, and not those before them.
+    SQLite copies the pages of the WAL into the database. They have the last changes, and lack
+    earlier ones.
     """
     with opened(left) as engine:
         for number in range(10):
-            # So many that the new record is on another page than the one that is changed.
+            # So many that the new record and the changed record are on different pages.
             engine.view(f"view {number}", "base", {"long": "x" * 1000})
         before = names(engine)
     shutil.copy2(left / "metadata.db", tmp_path / "old")

@@ -1,4 +1,4 @@
-"""A disk without a free inode: calls that make no file work, and the others are undone."""
+"""A disk without a free inode: calls that create no file succeed, and others are undone."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_call_refused_without_free_inodes_changes_nothing(
 def test_start_without_inodes_is_refused_unless_deletions_free_some(
     few: FileSystem, killed: bool
 ) -> None:
-    """It is refused in so many words, unless what is to be deleted leaves some."""
+    """The start raises ResourceExhausted, unless it deletes directories and so frees inodes."""
     state = few.root / "state"
     with opened(state) as engine:
         fill(engine)

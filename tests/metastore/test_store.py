@@ -81,7 +81,7 @@ def names(store: Metastore, *filters: str, after: str = "", limit: int = 1000) -
 
 @pytest.fixture
 def store(database: Path) -> Iterator[Metastore]:
-    """Make a metastore with `base`, `work` and `look`, both of `base`, and `lone`."""
+    """Yield a metastore with `base`, its children `work` and `look`, and `lone`."""
     with opened(database) as made:
         add(made, "preparing base")
         commit(made, "base", "preparing base")
@@ -162,7 +162,7 @@ def test_a_database_that_another_process_has_open_raises_unavailable(
 
 
 def test_no_file_of_the_database_is_mapped_into_memory(store: Metastore) -> None:
-    """Where a file system has no room for a page of a mapped file, the process is killed."""
+    """The kernel kills a process if the disk has no space for a page of a file that it maps."""
     add(store, "another")
     assert len(names(store)) == 5
     assert "metadata.db" not in Path("/proc/self/maps").read_text()
@@ -360,7 +360,7 @@ def test_a_metastore_on_a_full_disk_raises_resource_exhausted(loop_directory: Pa
 
 
 def fill(path: Path) -> None:
-    """Use up a file system, to the last block."""
+    """Use the last free block of a file system."""
     with path.open("wb", buffering=0) as file:
         for size in (1 << 20, 4096):
             try:

@@ -1,1 +1,1 @@
-"""`snapd_native.mounts` and the mounter of the engine: what is mounted where, and what uses it."""
+"""`snapd_native.mounts` and the mounter: mounts, their targets and their users."""

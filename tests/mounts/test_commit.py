@@ -41,20 +41,20 @@ def part(engine: Snapshotter, _: Path) -> list[str | Path]:
 
 
 def alias(engine: Snapshotter, places: Path) -> list[str | Path]:
-    """Through another mount of the state directory."""
+    """Return the arguments of a bind mount through another mount of the state directory."""
     other = place(places, "alias")
     return ["--bind", other / "snapshots" / identity(engine, "work")]
 
 
 @contextmanager
 def namespace(*more: str) -> Iterator[int]:
-    """Have a process in a mount namespace of its own, with a copy of each mount; yield its pid."""
+    """Run a process in its own mount namespace, with a copy of each mount; yield its pid."""
     pipe = subprocess.PIPE
     command = ["unshare", "--mount", *more, "cat"]
     with subprocess.Popen(command, stdin=pipe, stdout=pipe) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        # It answers when it is in its namespace.
+        # The process answers as soon as it is in its namespace.
         process.stdin.write(b"\n")
         process.stdin.flush()
         assert process.stdout.readline() == b"\n"
@@ -62,7 +62,7 @@ def namespace(*more: str) -> Iterator[int]:
 
 
 def write_inside(pid: int, path: Path) -> str:
-    """Write to a file in the mount namespace of a process; return what is said of a failure."""
+    """Write to a file in the mount namespace of a process; return the error message."""
     command = ["nsenter", "--mount", "--target", str(pid), "sh", "-c", 'echo new > "$1"', "sh"]
     done = subprocess.run([*command, path], capture_output=True, text=True, check=False)
     return done.stderr
@@ -74,7 +74,7 @@ def test_commit_makes_the_mounts_in_other_namespaces_read_only(
     here, there = place(places), place(places, "there")
     with by_hand("--bind", places, places):
         subprocess.run(["mount", "--make-shared", str(places)], check=True)
-        # One gets its copy when the snapshot is mounted, the other one when it is made.
+        # One namespace gets its copies when the snapshot is mounted, the other at its creation.
         with namespace("--propagation", "slave") as before:
             full.mounter.mount("work", str(here))
             full.mounter.mount("work", str(there), read_only=True)
@@ -174,7 +174,7 @@ def test_commit_with_a_file_open_for_writing_in_another_namespace_is_refused(
 def test_commit_is_refused_while_a_process_hides_its_copy_of_a_mount(
     full: Snapshotter, places: Path
 ) -> None:
-    """A file that was opened before could still be written to through the copy."""
+    """A process could still write to a file that it has opened through the copy."""
     here = place(places)
     full.mounter.mount("work", str(here))
     with namespace() as pid:
@@ -287,7 +287,7 @@ def written(path: Path) -> Iterator[None]:
 def mapped(path: Path) -> Iterator[None]:
     with path.open("r+b") as file:
         memory = mmap.mmap(file.fileno(), 0)
-    # The map has a descriptor of its own; that one is closed, and the map stays.
+    # The mapping has its own copy of the descriptor, and stays when the file is closed.
     try:
         yield
     finally:
@@ -354,7 +354,7 @@ def test_mount_and_open_tree_during_commit_raise_failed_precondition(
         ):
             with pytest.raises(FailedPrecondition, match="is being committed"):
                 call()
-        # Others are not concerned, and do not wait.
+        # Calls on other snapshots succeed, and do not wait.
         full.mounter.mount("lone", str(there))
         gate.open()
         committing.result(WAIT)

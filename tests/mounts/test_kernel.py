@@ -78,7 +78,7 @@ def bind(path: Path) -> None:
 
 
 def test_the_mount_table_is_complete_while_mounts_change(places: Path) -> None:
-    """Also while others come and go."""
+    """Another thread mounts and unmounts a tmpfs all the time."""
     here, there = place(places), place(places, "there")
     ended = threading.Event()
 
@@ -136,7 +136,7 @@ def test_users_returns_the_processes_that_use_a_mount(places: Path, use: str) ->
         (here / "file").write_text("text")
         with user(here, use) as pid:
             expected = [(pid, Path(f"/proc/{pid}/comm").read_text().strip())]
-            # A service of a test beside this one, which looks for users too, is one for a moment.
+            # A service of a parallel test also searches for users, and is a user for a moment.
             becomes(lambda: mounts.users(entry_on(here)), expected)
             writes = use in ("writes", "mapped")
             writers = expected if writes else []
@@ -153,7 +153,7 @@ def test_users_returns_a_process_whose_program_is_on_the_mount(places: Path) -> 
         program.write_bytes(Path("/bin/cat").read_bytes())
         program.chmod(0o755)
         with subprocess.Popen([program], stdin=subprocess.PIPE) as process:
-            # It has its name a moment after it was started.
+            # The process gets its name a moment after its start.
             becomes(lambda: mounts.users(entry_on(here)), [(process.pid, "cat")])
             process.communicate()
 
@@ -162,7 +162,7 @@ _SYS_MOUNT_SETATTR, _ENOSYS = 442, 38
 
 
 def forget_mount_setattr() -> None:
-    """Have this process and its children meet a kernel that does not know the call; seccomp(2)."""
+    """Make mount_setattr(2) fail with ENOSYS in this process and its children, by seccomp(2)."""
     load, equal, give = 0x20, 0x15, 0x06
     errno_, allow = 0x00050000, 0x7FFF0000
     program = b"".join(
@@ -225,7 +225,7 @@ engine.close()
 def test_mount_in_a_slave_mount_namespace_raises_failed_precondition(
     state: Path, places: Path, second: str
 ) -> None:
-    """Process 1 of a namespace of processes stands for systemd."""
+    """Process 1 of a new PID namespace plays the role of systemd."""
     with opened(state) as engine:
         fill(engine)
         engine.mounter.mount("look", str(place(places)))

@@ -156,7 +156,7 @@ STEPS = ("openat2", "open_tree", "mount_id", "mount_setattr", "move_mount", "umo
 
 @contextmanager
 def stepping(before: Callable[[], object], after: Callable[[], object]) -> Iterator[None]:
-    """Call something before and after each step."""
+    """Call ``before`` and ``after`` around each step."""
     with pytest.MonkeyPatch.context() as patch:
         for name in STEPS:
             patch.setattr(linux, name, _stepped(getattr(linux, name), before, after))
@@ -282,7 +282,7 @@ def test_a_second_mount_on_a_target_raises_already_exists(full: Snapshotter, pla
     with pytest.raises(AlreadyExists, match=f'"{here}" already'):
         full.mounter.mount("work", str(here))
     assert targets(full) == [str(here)]
-    # Where it was unmounted by hand, it may be mounted again.
+    # After an unmount by hand, the target can be used again.
     subprocess.run(["umount", str(here)], check=True)
     full.mounter.mount("work", str(here))
     assert [mounted.key for mounted in full.mounter.list_mounts()] == ["work"]
@@ -325,7 +325,7 @@ def test_unmount_of_a_covered_mount_raises_failed_precondition(
     full.mounter.unmount(str(here))
 
 
-def test_unmount_and_commit_name_what_is_mounted_over_a_directory_above_the_target(
+def test_unmount_and_commit_name_the_mount_that_covers_a_parent_of_the_target(
     full: Snapshotter, places: Path
 ) -> None:
     above = places / "above"
@@ -374,7 +374,7 @@ def test_unmount_of_a_busy_mount_names_the_process_that_uses_it(
 def test_mount_never_follows_a_target_that_becomes_a_symlink(
     full: Snapshotter, places: Path, linked: bool
 ) -> None:
-    """Before each step of mounting and unmounting in turn; nothing is ever mounted elsewhere."""
+    """Each round replaces the target before another step of Mount or Unmount."""
     here, elsewhere = places / "here", place(places, "elsewhere")
     aside = places / "aside"
     left = 0
@@ -419,7 +419,7 @@ def test_mount_never_follows_a_target_that_becomes_a_symlink(
 
 
 def toggle(here: Path, aside: Path, elsewhere: Path) -> None:
-    """Put a link to another directory where a directory was, or that where the link is."""
+    """Replace the directory ``here`` by a link to ``elsewhere``, or the link by the directory."""
     # A mount point cannot be renamed.
     with suppress(OSError):
         if here.is_symlink():
@@ -542,7 +542,7 @@ def test_mount_and_unmount_ignore_extra_slashes_in_a_target(
 def test_unmount_waits_while_another_call_has_the_mount_open(
     full: Snapshotter, places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would find the mount in use, by the service itself."""
+    """Without the wait, Unmount would find that the service itself uses the mount."""
     here = place(places)
     full.mounter.mount("work", str(here))
     subprocess.run(["mount", "--make-shared", str(here)], check=True)
@@ -560,7 +560,7 @@ def test_unmount_waits_while_another_call_has_the_mount_open(
         try:
             assert opened.wait(WAIT)
             unmounting = pool.submit(full.mounter.unmount, str(here))
-            # It is refused well before that, if at all.
+            # A refusal would come in less than this time.
             assert not wait([unmounting], timeout=0.5).done
         finally:
             go_on.set()
@@ -569,10 +569,10 @@ def test_unmount_waits_while_another_call_has_the_mount_open(
     assert mounted_on(here) is None
 
 
-def test_check_and_repair_leave_a_mount_alone_that_is_being_unmounted(
+def test_check_and_repair_ignore_a_mount_that_is_being_unmounted(
     full: Snapshotter, places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mount is gone a moment before its record, also for a Mount that comes then."""
+    """Unmount detaches the mount before it deletes the record; a Mount can run between the two."""
     here, there = place(places), place(places, "there")
     full.prepare("other")
     full.mounter.mount("work", str(here))

@@ -38,7 +38,7 @@ def number(path: str | Path) -> int:
 
 @contextmanager
 def another_boot(monkeypatch: pytest.MonkeyPatch, scratch: Path) -> Iterator[None]:
-    """Have the machine restarted: nothing is mounted, and what lay in /run is gone."""
+    """Simulate a reboot: remove all mounts and the runtime directory, and change the boot id."""
     for target in reversed(below(scratch)):
         subprocess.run(["umount", target], check=True)
     run = scratch / "run" / "mounts"
@@ -101,7 +101,7 @@ def test_a_foreign_mount_on_a_recorded_target_is_not_listed(state: Path, places:
 def test_a_persistent_mount_unmounted_by_others_is_restored_after_a_reboot(
     state: Path, places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Systemd unmounts it at shutdown; no call that comes before the service's end loses it."""
+    """Systemd unmounts it at shutdown; calls before the end of the service keep its record."""
     here = place(places)
     with opened(state) as engine:
         fill(engine)
@@ -156,7 +156,7 @@ def test_a_foreign_mount_with_a_recorded_id_is_not_listed(state: Path, places: P
         (line,) = engine._store.ledger.lines()
         subprocess.run(["umount", str(here)], check=True)
         with by_hand("--bind", engine.mounts("work").source, there):
-            # The number is given again sooner or later.
+            # The kernel reuses mount ids sooner or later.
             engine._store.ledger.made_again(line.id, line.boot, number(there))
             assert engine.mounter.list_mounts() == []
             assert mounted_on(there)
@@ -221,7 +221,7 @@ def test_a_mount_that_cannot_be_restored_is_retried_at_the_next_start(
             sentences = [record.getMessage() for record in caplog.records]
             for key, path in (("look", here), ("work", there)):
                 assert any(f'"{key}"' in text and str(path) in text for text in sentences)
-            # It can be given up, and stands in nobody's way.
+            # The mount can be unmounted, and then its snapshot can be removed.
             engine.mounter.unmount(str(there))
             engine.remove("work")
         here.mkdir()
@@ -297,7 +297,7 @@ STEPS = [
     (COMMIT, "syncfs", 1),
     (COMMIT, "publish_commit", 1),
 ]  # fmt: skip
-"""A call, a step of it, and which one of its name."""
+"""A call, a function that it calls as one of its steps, and which call of that function."""
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -312,7 +312,7 @@ def test_after_a_crash_at_any_step_mounts_and_records_agree(
     kill_where_it_stands(CRASH, state, call, step, when, str(turn))
     with opened(state) as engine:
         check_agreement(engine, state.parent)
-        # All or nothing.
+        # The call is complete or undone.
         assert names(engine) in (
             ["base", "lone", "look", "work"],
             ["base", "done", "lone", "look"],
@@ -333,7 +333,7 @@ def test_after_a_crash_at_any_step_mounts_and_records_agree(
 
 
 def check_agreement(engine: Snapshotter, scratch: Path) -> None:
-    """Check that what is listed, is mounted, as it was asked for, and nothing else."""
+    """Check that each listed mount exists with its flags, and that there is no other mount."""
     listed = {mounted.target: mounted for mounted in engine.mounter.list_mounts()}
     assert sorted(listed) == sorted(below(scratch))
     for target, mounted in listed.items():

@@ -176,7 +176,7 @@ def test_remove_frees_the_name_and_cleanup_deletes_the_directory(full: Snapshott
     assert not directories(full) & gone
 
 
-def test_list_ends_when_it_is_not_wanted_any_more(full: Snapshotter) -> None:
+def test_list_raises_cancelled_as_soon_as_is_wanted_returns_false(full: Snapshotter) -> None:
     asked: list[None] = []
 
     def is_wanted() -> bool:

@@ -108,7 +108,7 @@ def test_check_reports_a_mount_missing_from_the_ledger(full: Snapshotter, places
 
 
 def mounted_in_another_boot(state: Path, places: Path) -> Path:
-    """Leave `work` mounted by the records only, on a directory that is gone; return that."""
+    """Leave a record of another boot for a mount of `work`, and return its deleted target."""
     target = place(places)
     with opened(state) as engine:
         fill(engine)
@@ -184,7 +184,7 @@ def test_repair_restores_a_missing_mount(state: Path, places: Path) -> None:
 
 def test_repair_rebuilds_the_indexes_of_the_database(left: Path) -> None:
     with closing(sqlite3.connect(left / "metadata.db", isolation_level=None)) as db:
-        # An index that lacks what its table has, as a write that was lost leaves it.
+        # Make an index that lacks entries of its table, as a lost write does.
         query = "SELECT sql FROM sqlite_schema WHERE name = 'children'"
         (index,) = db.execute(query).fetchone()
         db.execute("DROP INDEX children")
@@ -248,7 +248,7 @@ def test_check_reports_damaged_database_pages(left: Path) -> None:
     path = left / "metadata.db"
     with opened(left) as engine:
         with path.open("r+b") as file:
-            # The leaves of the tables and indexes, not what leads to them.
+            # Damage the leaves of the tables and indexes, not the pages that refer to them.
             for page in range(2, path.stat().st_size // 4096):
                 file.seek(page * 4096)
                 file.write(b"\xff" * 512)
@@ -326,7 +326,7 @@ def test_check_waits_for_running_deletions(full: Snapshotter) -> None:
 def test_check_during_a_removal_reports_nothing(
     full: Snapshotter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The directory has its new name, and the reaper knows nothing of it yet, when Check looks."""
+    """Check runs after Remove renames the directory, and before the reaper knows the new name."""
     asks, waits = threading.Event(), threading.Event()
     unmounted, catch_up, retire = Mounter.unmounted, Reaper.catch_up, StateDirectory.retire
     found: list[Sequence[Finding]] = []

@@ -73,7 +73,7 @@ def test_a_running_prepare_reserves_its_key_and_its_parent(full: Snapshotter) ->
 
 
 def call_everything(engine: Snapshotter) -> None:
-    """Use each call that copies nothing."""
+    """Make each call that copies no tree."""
     write(engine.prepare("an empty one"), file="x")
     engine.view("another view", "base")
     engine.update("base", {"a": "b"})

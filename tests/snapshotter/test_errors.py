@@ -161,7 +161,7 @@ def test_a_bad_name_raises_invalid_argument(engine: Snapshotter, name: str) -> N
 
 
 MOST = {f"{number:03}": "x" * 4093 for number in range(256)}
-"""Labels of a MiB in all, each of 4096 bytes."""
+"""Labels of 4096 bytes each, and of 1 MiB in all."""
 
 
 @pytest.mark.parametrize(

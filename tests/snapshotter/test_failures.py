@@ -38,7 +38,7 @@ from tests.support.waiting import WAIT, eventually
 
 # The errors of open(2), read(2), write(2), copy_file_range(2), ioctl_ficlone(2), fallocate(2),
 # link(2), mkdir(2), mknod(2), symlink(2), rename(2), unlink(2), rmdir(2), setxattr(2), chown(2) and
-# utimensat(2), but for those of a wrong call and of a tree that changes meanwhile.
+# utimensat(2), without those of a wrong call and of a tree that changes during the call.
 DOCUMENTED = (
     *("EACCES", "EAGAIN", "EBUSY", "EDQUOT", "EEXIST", "EFBIG", "EIO", "EMFILE", "EMLINK"),
     *("ENAMETOOLONG", "ENFILE", "ENODEV", "ENOMEM", "ENOSPC", "ENOTEMPTY", "EOPNOTSUPP"),
@@ -48,7 +48,7 @@ DOCUMENTED = (
 
 @on_ext4
 @pytest.mark.parametrize("name", DOCUMENTED)
-def test_an_error_in_the_manual_pages_says_what_to_do(
+def test_prepare_says_what_to_do_about_each_documented_system_error(
     full: Snapshotter, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     for owner, function in ((StateDirectory, "create"), (trees.Crew, "clone")):
@@ -91,7 +91,7 @@ def test_a_failed_system_call_undoes_prepare_and_commit(
         call = full.commit if committing else full.prepare
         with pytest.raises(error) as caught:
             call("new", "work" if committing else "base")
-        # A sync in the background fails now or never.
+        # Wait for the background syncs, so that none of them fails later.
         full._syncer.submit(lambda: None).result(WAIT)
     assert "/a/path" not in str(caught.value)
     assert (directories(full), full.list()) == before
@@ -103,7 +103,7 @@ def test_a_failed_system_call_undoes_prepare_and_commit(
 def test_a_snapshot_active_at_a_failed_sync_can_never_be_committed(
     full: Snapshotter, code: int
 ) -> None:
-    """The kernel tells of it once, to whichever Commit comes first, and then forgets the data."""
+    """The kernel reports the error once, to the first Commit, and then drops the data."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StateDirectory, "sync", fail(code))
         with pytest.raises(SnapdError):
@@ -271,7 +271,7 @@ os._exit(0)
 def test_completed_calls_survive_a_power_cut(
     loop_directory: Path, name: str, reboot: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All but a Prepare that had no time to reach the disk, of which nothing is left."""
+    """A Prepare that was not synced before the cut is lost, and leaves nothing."""
     with mounted(name, 512 << 20, loop_directory) as disk:
         command = [sys.executable, "-c", POWER_CUT, str(disk.root)]
         done = subprocess.run(command, check=True, capture_output=True, cwd=PROJECT)
@@ -300,11 +300,11 @@ def mount_again(root: Path) -> None:
         capture_output=True,
         text=True,
     ).stdout.strip()
-    # An open device is not detached when its last mount goes.
+    # The kernel does not detach an open loop device with its last mount.
     fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:
         unmount_when_free(root)
-        # Workers that have not seen the end yet keep what was cut off by clones of its mount.
+        # Workers that have not ended yet hold clones of the mount.
         eventually(lambda: not _is_held(device))
         subprocess.run(["mount", device, str(root)], check=True)
     finally:
@@ -312,7 +312,7 @@ def mount_again(root: Path) -> None:
 
 
 def _is_held(device: str) -> bool:
-    """Tell whether a file system on a block device is mounted, wherever that is."""
+    """Return whether a file system on a block device is mounted, in any mount namespace."""
     try:
         os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
     except OSError as error:

@@ -112,7 +112,7 @@ def test_a_job_is_either_concluded_or_cancelled() -> None:
 def test_the_progress_of_prepare_ends_at_the_usage_of_the_parent(engine: Snapshotter) -> None:
     tree = Path(engine.prepare("making").source)
     torture_tree.build(tree)
-    # Written so late that the disk has none of it when it is measured.
+    # Written so late that none of the data is on the disk when the tree is measured.
     with open(tree / "large", "wb") as file:
         for _ in range(40):
             file.write(bytes(1 << 20))
@@ -170,7 +170,7 @@ def test_usage_and_commit_report_the_entries_they_measure(engine: Snapshotter) -
     assert (committing.operation, committing.key) == (Operation.COMMIT, "key")
     for job in (measuring, committing):
         assert job.total == Usage(0, 0)
-        # A file of which two workers meet names is counted by both at first.
+        # Two workers that find names of the same file both count it at first.
         assert job.done.inodes >= usage.inodes - 1
         assert job.done.size > 0
 

@@ -47,7 +47,7 @@ HELD: dict[str, tuple[str, Call]] = {
     "commit": ("measure", CALLS["commit"]),
     "usage": ("measure", CALLS["usage"]),
 }
-"""Calls that a gate can hold up, and where."""
+"""Calls that a gate can stop, and the function at which it stops them."""
 
 
 @pytest.mark.parametrize("member", CALLS)
@@ -195,7 +195,7 @@ RACES: dict[str, Call] = {
 
 
 class Stepped(Job):
-    """A job that another thread cancels at a step. Between two steps no call looks at its job."""
+    """A job that another thread cancels at a step. Calls use their jobs at these steps only."""
 
     def __init__(self, pool: Executor, step: str) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ def test_cancel_at_each_step_undoes_the_call_or_returns_false(
 
 
 def undo(engine: Snapshotter, changes: list[Change]) -> None:
-    """Take back the one change that a call has made, which must be there."""
+    """Check that a call has made exactly one change, and undo it."""
     (change,) = changes
     match change:
         case Added(key):

@@ -171,7 +171,7 @@ FILTERS: dict[tuple[str, ...], Callable[[str, Snapshot], bool]] = {
 
 
 class Comparison(RuleBasedStateMachine):
-    """The engine must do what the model does, call by call."""
+    """A state machine that makes each call on the engine and on the model, and compares them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class Comparison(RuleBasedStateMachine):
         shutil.rmtree(self.directory)
 
     def both(self, call: Callable[[], object], expected: Callable[[], object]) -> bool:
-        """Do the same on either side; tell whether it succeeded."""
+        """Make the same call on the engine and on the model; return whether it succeeded."""
         results: list[type[SnapdError] | None] = []
         for side in (call, expected):
             try:

@@ -1,4 +1,4 @@
-"""One run of long work for all callers who ask for it meanwhile."""
+"""Callers that ask for long work during a run of it share the next run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.waiting import WAIT, becomes
 
 
 class Work:
-    """Counts runs, each of which waits until it is let go; a run returns its number."""
+    """Work that counts its runs. Each run waits for `let_go`, and returns its number."""
 
     def __init__(self) -> None:
         self.begun = 0
@@ -32,12 +32,12 @@ class Work:
         self._go.release()
 
     def wait(self, *_: int) -> None:
-        """Be the report of a caller that waits."""
+        """Note that the calling thread waits for the run of another; a report of `Shared.run`."""
         self.waiting.add(threading.get_ident())
 
 
 class Left(Exception):
-    """Raised where a caller gives up."""
+    """Raised by the report of a caller that gives up."""
 
 
 def leave(*_: int) -> None:
@@ -58,7 +58,7 @@ def test_callers_during_a_run_share_the_next_one() -> None:
     assert work.begun == 2
 
 
-def test_a_caller_that_gives_up_leaves_the_work_to_the_next() -> None:
+def test_when_a_caller_gives_up_the_next_caller_does_the_work() -> None:
     work, shared = Work(), Shared[int]()
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(shared.run, work, leave)

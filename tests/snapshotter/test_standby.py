@@ -28,7 +28,7 @@ def inode(mount: Mount) -> int:
 
 
 def inodes(engine: Snapshotter) -> list[int]:
-    """Tell the inodes of all complete clones, in the order in which they were made."""
+    """Return the inodes of all complete clones, in the order in which they were made."""
     top = engine.state_directory / "snapshots"
     by_number = sorted(clones(engine), key=lambda name: int(name.rpartition("-")[2]))
     return [(top / name).stat().st_ino for name in by_number]
@@ -241,7 +241,7 @@ def test_complete_clones_survive_a_restart_and_are_used(state: Path) -> None:
 def test_unwanted_clones_are_deleted_at_start(state: Path, how: str) -> None:
     with opened(state) as engine:
         based(engine, 2)
-        # As if it had been killed just after what comes next.
+        # Without this thread, the state is as after a kill right after the next call.
         engine._standby.close()
         if how == "label":
             engine.update("base", {})
@@ -299,7 +299,7 @@ def test_standby_clones_leak_no_descriptors_and_no_threads(state: Path) -> None:
 def test_clones_and_trees_from_before_a_quota_project_are_copied_and_deleted(
     engine: Snapshotter,
 ) -> None:
-    """Nothing of another project can be renamed where new files inherit one."""
+    """A directory whose project new files inherit accepts no rename from another project."""
     based(engine, 2)
     old = inodes(engine)
     engine.prepare("lone")

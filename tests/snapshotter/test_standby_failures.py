@@ -76,14 +76,14 @@ sys.stdin.read()
 
 @pytest.fixture
 def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[list[logging.LogRecord]]:
-    """Expect that nothing is complained about."""
+    """Yield the log records; fail the test if the service logs a warning."""
     caplog.set_level(logging.WARNING, "snapd_native")
     yield caplog.records
     assert [record.getMessage() for record in caplog.get_records("call")] == []
 
 
 def committed_wide(engine: Snapshotter, files: int = 3000) -> None:
-    """Commit `base` with a tree that takes a while."""
+    """Commit `base` with a tree that takes some time to copy."""
     root = Path(engine.prepare("preparing").source)
     for number in range(files):
         if number % 100 == 0:
@@ -95,7 +95,7 @@ def committed_wide(engine: Snapshotter, files: int = 3000) -> None:
 
 @contextmanager
 def making_frozen(engine: Snapshotter) -> Iterator[None]:
-    """Have the second clone of `base` begun, and no more done for it."""
+    """Begin the second clone of `base`, and stop its worker during the block."""
     label(engine, 1)
     await_standby(engine, 1)
     with frozen(engine):
@@ -173,7 +173,7 @@ def test_close_does_not_wait_for_an_unfinished_clone(state: Path) -> None:
         stack.callback(engine.close)
         based(engine, None)
         with making_frozen(engine):
-            # It would not return.
+            # If it waited for the clone, it would never return.
             stack.close()
     with opened(state) as engine:
         assert len(clones(engine)) >= 1
@@ -192,7 +192,7 @@ def test_close_does_not_wait_for_deletions_begun_at_start(state: Path) -> None:
     begun, real = threading.Event(), Standby._check_closing
 
     def check(standby: Standby, *counts: int) -> None:
-        """Have the deletion, which reports each entry, wait at the next one for the end."""
+        """Make the deletion wait at its next report until the service stops."""
         begun.set()
         eventually(lambda: standby._closing)
         real(standby, *counts)
@@ -259,8 +259,8 @@ def test_a_failed_clone_is_not_retried_at_once(
             patch.setattr(trees.Crew, "clone", fail(code))
             patch.setattr(Standby, "_take_a_step", step)
             label(engine, 2)
-            # It rests after a try. Whether that was the only one depends on whether the label was
-            # seen before its change was told of.
+            # The thread stops after a failed try. It makes a second try if it has seen the label
+            # before Update wakes it.
             becomes(lambda: steps[-2:], [True, False])
             assert all("standby" in record.getMessage() for record in caplog.records)
             assert caplog.records
@@ -308,7 +308,7 @@ def test_prepare_that_fails_after_taking_a_clone_is_undone(state: Path, code: in
 
 
 def test_an_invalid_label_of_an_older_version_is_ignored(state: Path) -> None:
-    """It could be anything before it meant something."""
+    """Older versions gave the label no meaning, so it can have any value."""
     with opened(state) as engine:
         based(engine, 1)
         write(engine.prepare("preparing"), file="old")

@@ -21,7 +21,7 @@ from tests.support.waiting import WAIT, becomes, eventually
 MIB = 1 << 20
 
 SIZES = {"ext4": 96 * MIB, "xfs": 320 * MIB}
-"""xfs is not made smaller."""
+"""The sizes of the file systems; mkfs.xfs makes no smaller ones."""
 
 
 @pytest.fixture(params=SIZES)
@@ -31,20 +31,20 @@ def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FileSystem
 
 
 class Looks:
-    """How often the free space was looked at."""
+    """A counter of the checks of the free space."""
 
     def __init__(self) -> None:
         self._count = 0
         self._more = threading.Condition()
 
     def add(self) -> None:
-        """Count one that was the last for now."""
+        """Count a check after which there is nothing to do."""
         with self._more:
             self._count += 1
             self._more.notify_all()
 
     def pass_while(self, condition: Callable[[], bool], count: int = 20) -> None:
-        """Fail if ``condition`` does not hold after each of the next ``count`` looks."""
+        """Fail if ``condition`` does not hold after each of the next ``count`` checks."""
         for _ in range(count):
             with self._more:
                 seen = self._count
@@ -55,7 +55,7 @@ class Looks:
 
 @pytest.fixture(autouse=True)
 def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
-    """Have the free space looked at all the time, and count that."""
+    """Make the service check the free space every 5 ms, and count the checks."""
     looks, real = Looks(), standby.Standby._take_a_step
 
     def step(self: standby.Standby) -> bool:
@@ -71,7 +71,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
 
 @pytest.fixture
 def makings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return what grows with every clone that is begun."""
+    """Return a list that gets an entry for each clone that is begun."""
     begun: list[str] = []
     real = StateDirectory.create_standby
 
@@ -91,13 +91,13 @@ def commit_tree(engine: Snapshotter, files: int = 64, size: int = 64 << 10) -> N
 
 
 def room(filesystem: FileSystem) -> float:
-    """Return the part of the space that is free."""
+    """Return the share of the space that is free."""
     found = os.statvfs(filesystem.root)
     return found.f_bavail / found.f_blocks
 
 
 def fill(filesystem: FileSystem, part: float, more: int = 0) -> Path:
-    """Leave only ``part`` of the space free, and ``more`` bytes."""
+    """Fill a file system until the share ``part`` and ``more`` bytes are free; return the file."""
     found = os.statvfs(filesystem.root)
     take = int(found.f_bavail - part * found.f_blocks) * found.f_frsize - more
     path = filesystem.root / "filling"
@@ -119,7 +119,7 @@ def test_clones_are_dropped_when_space_is_scarce_and_not_made_again(
         label(engine, 3)
         await_standby(engine, 3)
         assert len(makings) == 3
-        # Where the last clone is gone, there is still no room for one.
+        # Even without any clone, there is no space for one.
         fill(small, 0.05 if small.reflink else 0.005)
         eventually(only_base(engine))
         assert engine.standby("base") == (0, 3)
@@ -160,7 +160,7 @@ def test_clones_are_made_after_a_removal_frees_space(small: FileSystem, looks: L
 def test_clones_are_not_made_and_dropped_repeatedly_at_the_space_limit(
     small: FileSystem, makings: list[str], spare: int, looks: Looks
 ) -> None:
-    """Room for none, for one, for two: never is one made again and again."""
+    """There is space for no clone, for one or for two, but no clone is made again and again."""
     with opened(small.root / "state") as engine:
         commit_tree(engine)
         fill(small, 0.1, spare)
@@ -177,7 +177,7 @@ def test_clones_are_not_made_and_dropped_repeatedly_at_the_space_limit(
 def test_clones_of_many_small_files_are_not_made_repeatedly(
     small: FileSystem, makings: list[str], spare: int, looks: Looks
 ) -> None:
-    """Where data is shared, a clone still takes room for its inodes."""
+    """A clone that shares its data still needs space for its inodes."""
     with opened(small.root / "state") as engine:
         commit_tree(engine, files=3000, size=10)
         fill(small, 0.1, spare)
@@ -188,7 +188,7 @@ def test_clones_of_many_small_files_are_not_made_repeatedly(
 def test_clones_of_many_hard_links_are_not_made_repeatedly(
     small: FileSystem, makings: list[str], looks: Looks
 ) -> None:
-    """While it is made, a clone takes room for what its links are known by."""
+    """While a clone is made, it needs space for a table of its hard links."""
     with opened(small.root / "state") as engine:
         root = Path(engine.prepare("preparing").source)
         for number in range(3000):
@@ -222,7 +222,7 @@ def test_clones_are_dropped_when_inodes_are_scarce(
 
 
 def test_clones_are_made_where_statvfs_reports_no_inodes(tmp_path: Path) -> None:
-    """As btrfs, which makes inodes as they are needed and says that it has none."""
+    """Btrfs creates inodes as needed and reports a total of 0; so does this tmpfs."""
     with unnumbered(tmp_path) as root:
         assert os.statvfs(root).f_files == 0
         with opened(root / "state") as engine:

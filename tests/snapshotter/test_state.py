@@ -76,7 +76,7 @@ engine.close()
 
 
 def test_cleanup_without_cap_linux_immutable_reports_an_immutable_file(state: Path) -> None:
-    """As under the unit, which does not give CAP_LINUX_IMMUTABLE."""
+    """The systemd unit does not give CAP_LINUX_IMMUTABLE to the service."""
     with opened(state) as engine:
         root = Path(engine.prepare("work").source)
         (root / "directory").mkdir()

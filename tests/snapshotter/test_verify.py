@@ -63,12 +63,12 @@ def test_commit_with_digest_records_the_digest(sealed: Snapshotter) -> None:
     assert DIGEST_LABEL not in sealed.stat("base").labels
 
 
-def test_verify_finds_what_the_disk_has_lost_though_memory_has_it(full: Snapshotter) -> None:
+def test_verify_finds_damage_on_disk_that_the_page_cache_hides(full: Snapshotter) -> None:
     file = Path(full.mounts("work").source) / "large"
     file.write_bytes(os.urandom(3 << 20))
     full.commit("done", "work", digest=True)
     content = file.read_bytes()
-    # Pages that are mapped and locked stay in memory, whoever wants it.
+    # Mapped and locked pages stay in memory, even when memory is short.
     flags = mmap.MAP_SHARED | MAP_LOCKED
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, flags, mmap.PROT_READ):
         damage_on_disk(file)
@@ -121,13 +121,13 @@ def test_update_cannot_change_or_remove_the_digest(sealed: Snapshotter) -> None:
         with unchanged(sealed, InvalidArgument, "only Commit"):
             sealed.update(name, labels, paths)
     assert sealed.update("base", {}, [LABEL]).labels == {"of": "base"}
-    # On what is not committed it is a label like any other.
+    # On a snapshot that is not committed, it is an ordinary label.
     sealed.update("lone", {DIGEST_LABEL: "sha256:1"})
     sealed.update("lone", {}, [LABEL])
 
 
 def test_update_can_remove_a_label_that_is_no_digest(left: Path) -> None:
-    """The label had no meaning once."""
+    """Older versions gave the label no meaning, so it can have any value."""
     with closing(sqlite3.connect(left / "metadata.db")) as db, db:
         labels = json.dumps({DIGEST_LABEL: "no", "a": "b"})
         db.execute("UPDATE snapshots SET labels = ? WHERE name = 'base'", (labels,))

@@ -1,4 +1,4 @@
-"""Exact copies on ext4 and xfs, checked with rsync and with what rsync does not compare."""
+"""Exact copies on ext4 and xfs, checked with rsync and with further comparisons."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_clone_copies_the_torture_tree_exactly(
 
 
 def test_clone_copies_data_where_reflink_fails(original: Path, scratch: Path) -> None:
-    """Reflink asked for where it cannot be is no error: file systems have many reasons."""
+    """A failed reflink is no error: file systems have many reasons to refuse it."""
     clone(original, scratch / "copy", reflink=True)
     assert torture_tree.differences(original, scratch / "copy") == ""
 
@@ -64,7 +64,7 @@ def fill_hole(copy: Path) -> None:
 
 
 def split_links(copy: Path) -> None:
-    """Give two files with two names each the same contents, but other partners."""
+    """Replace a hard link to an empty file by a separate empty file with the same times."""
     first, second = copy / "links" / "nothing", copy / "more links" / "nothing, too"
     before = first.stat()
     second.unlink()
@@ -174,7 +174,7 @@ def test_clone_works_with_any_names_in_the_source(scratch: Path) -> None:
 
 
 def test_clone_overrides_an_inherited_group_and_default_acl(scratch: Path) -> None:
-    """A setgid directory with a default ACL hands both on to the target, but not to the copy."""
+    """The target inherits the group and default ACL of its parent; the copy must not keep them."""
     source, home = scratch / "source", scratch / "home"
     (source / "directory").mkdir(parents=True)
     for place in (source, source / "directory"):
@@ -192,7 +192,7 @@ def test_clone_overrides_an_inherited_group_and_default_acl(scratch: Path) -> No
 def test_clone_keeps_apart_equal_inode_numbers_of_two_devices(
     loop_directory: Path, tmp_path: Path
 ) -> None:
-    """A tree can hold equal inode numbers: overlayfs shows them, and subvolumes of btrfs."""
+    """In overlayfs and btrfs subvolumes, different files in a tree can have equal inode numbers."""
     with (
         mounted("ext4", 16 << 20, loop_directory) as one,
         mounted("ext4", 16 << 20, loop_directory) as two,
@@ -251,7 +251,7 @@ def test_clone_reports_all_bytes_and_reports_within_large_files(scratch: Path) -
 
 
 def test_clone_keeps_holes_of_files_with_other_allocated_blocks(scratch: Path) -> None:
-    """Blocks of attributes, or beyond the end, are no reason to take a hole for data."""
+    """Blocks for attributes, or beyond the end of a file, do not turn its holes into data."""
     tree = scratch / "tree"
     tree.mkdir()
     for name in ("attribute", "beyond"):
@@ -296,7 +296,7 @@ def test_clone_copies_an_active_swap_file(filesystem: FileSystem, scratch: Path)
 
 @pytest.fixture
 def leased(scratch: Path) -> Iterator[Path]:
-    """Make a tree with a file whose lease another process gives up when it is asked to."""
+    """Yield a tree with a file. Another process has a lease on it, and gives it up on request."""
     path = scratch / "leased" / "file"
     path.parent.mkdir()
     path.write_text("text")
@@ -339,7 +339,7 @@ def test_a_digest_waits_for_a_lease_to_be_given_up(leased: Path, from_disk: bool
         assert blocks.read(0, 4096) == b"text"
 
 
-def test_opening_a_fifo_waits_for_nobody(scratch: Path) -> None:
+def test_opening_a_fifo_does_not_block(scratch: Path) -> None:
     os.mkfifo(scratch / "file")
     with directory(scratch) as tree:
         os.close(open_file(tree, "file"))

@@ -35,7 +35,7 @@ def crew(request: pytest.FixtureRequest) -> Iterator[trees.Crew]:
 
 
 def forest(root: Path, directories: int, files: int) -> None:
-    """Make many directories, whose files are all names of files in other directories too."""
+    """Make many directories, whose files are mostly hard links to the files in `first`."""
     (root / "first").mkdir(parents=True)
     for number in range(files):
         (root / "first" / f"file{number}").write_text(f"{number}\n" * 100)
@@ -87,7 +87,7 @@ def test_a_crew_copies_a_wide_directory_exactly(crew: trees.Crew, scratch: Path)
         if number % 10 == 0:
             os.link(wide / f"file{number}", wide / f"link{number}")
             (wide / f"directory{number}").mkdir()
-    # A default ACL and times tell whether anybody wrote into it after it was finished.
+    # A default ACL and times show whether a worker wrote to the directory after it was finished.
     subprocess.run(["setfacl", "-d", "-m", "u:1:rwx", wide], check=True)
     os.utime(wide, ns=(1, 1))
     clone(scratch / "tree", scratch / "copy", by=crew)
@@ -97,7 +97,7 @@ def test_a_crew_copies_a_wide_directory_exactly(crew: trees.Crew, scratch: Path)
 def test_measure_of_a_crew_agrees_with_du(crew: trees.Crew, scratch: Path) -> None:
     forest(scratch / "tree", directories=300, files=5)
     torture_tree.build(scratch / "tree" / "torture")
-    os.sync()  # what is not allocated yet may still change
+    os.sync()  # delayed allocation would still change the usage
     used = measure(scratch / "tree", by=crew)
     for unit, value in (("--block-size=1", used.size), ("--inodes", used.inodes)):
         said = subprocess.run(
@@ -111,7 +111,7 @@ def test_the_reports_of_clone_add_up_to_the_usage(crew: trees.Crew, scratch: Pat
     with (scratch / "tree" / "large").open("wb") as file:
         os.truncate(file.fileno(), 80 << 20)
         os.posix_fallocate(file.fileno(), 20 << 20, 50 << 20)
-    os.sync()  # what is not allocated yet may still change
+    os.sync()  # delayed allocation would still change the usage
     reports: list[tuple[int, int]] = []
     clone(scratch / "tree", scratch / "copy", lambda *report: reports.append(report), by=crew)
     reported = Usage(inodes=sum(r[0] for r in reports), size=sum(r[1] for r in reports))
@@ -128,7 +128,7 @@ def test_a_report_that_raises_stops_all_workers(
     with held(small / "branch3"), pytest.raises(Stopped):
         clone(small, scratch / "stopped", step, by=crew)
     assert list((scratch / "stopped" / "branch3").glob("*")) == []
-    # The workers are well, and do the next job.
+    # The crew can do the next job.
     clone(small, scratch / "copy", by=crew)
     assert torture_tree.differences(small, scratch / "copy") == ""
 
@@ -169,7 +169,7 @@ def test_a_killed_idle_worker_is_replaced(scratch: Path) -> None:
 def test_measure_raises_when_a_worker_ends_before_it_reports(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker that ends after its last task, before it tells, must not make a tree smaller."""
+    """The sum without a worker that was killed after its last task would be too small."""
     forest(scratch / "tree", directories=50, files=2)
     before = set(workers(THIS))
     with closing(trees.Crew(2)) as crew:
@@ -188,8 +188,8 @@ def test_measure_raises_when_a_worker_ends_before_it_reports(
         assert measure(scratch / "tree", by=crew) == right
 
 
-def test_a_failure_is_raised_though_its_worker_is_done_by_then() -> None:
-    """A busy crew may look at several reports late, when the worker has ended the job already."""
+def test_a_failure_is_raised_when_its_worker_has_already_ended_the_job() -> None:
+    """A busy crew can read several reports late, after the worker has ended the job."""
     crew, worker = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     reports, to_crew = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     fd = relay.Page.create()

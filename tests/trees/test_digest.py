@@ -38,7 +38,7 @@ def netstring(data: bytes) -> bytes:
 
 
 def blocks(path: Path) -> str:
-    """Hash a file that may have holes of any size: what is read of it is what is allocated."""
+    """Hash a file that can have holes of any size; only allocated parts are read."""
     lines = ""
     offset = 0
     with path.open("rb") as file:
@@ -56,7 +56,7 @@ def blocks(path: Path) -> str:
 
 
 def expected(root: Path) -> str:
-    """Hash the listing as the documentation describes it, written in another way."""
+    """Hash the listing, with a second implementation of the documentation."""
     numbers: dict[tuple[int, int], int] = {}
 
     def listed(path: Path, name: bytes) -> bytes:
@@ -97,7 +97,7 @@ def expected(root: Path) -> str:
 
 @pytest.fixture
 def tree(scratch: Path) -> Path:
-    """Make a tree with something of everything, and files of all sizes among each other."""
+    """Make a tree with all types of files, and with files of all sizes in mixed order."""
     root = scratch / "tree"
     (root / "b" / "c").mkdir(parents=True)
     for number in range(2 * AHEAD):
@@ -177,7 +177,7 @@ def test_zeros_and_holes_have_the_same_digest(crew: trees.Crew, tree: Path) -> N
 
 
 def keep_time(change: Callable[[Path], object]) -> Callable[[Path], None]:
-    """Return a change after which no time tells of it."""
+    """Return a function that makes a change and restores the times of the file and its parent."""
 
     def changed(path: Path) -> None:
         times = {p: p.lstat() for p in (path, path.parent) if os.path.lexists(p)}
@@ -191,7 +191,7 @@ def keep_time(change: Callable[[Path], object]) -> Callable[[Path], None]:
 
 
 def flip(path: Path) -> None:
-    """Change one bit in the middle."""
+    """Change one bit in the middle of a file."""
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 2)
         byte = file.read(1)[0]
@@ -200,7 +200,7 @@ def flip(path: Path) -> None:
 
 
 def part(path: Path) -> None:
-    """Make a file of its own of what was one more name."""
+    """Replace a hard link by a separate copy of its file."""
     copy = path.with_name("copy")
     subprocess.run(["cp", "-a", path, copy], check=True)
     copy.rename(path)

@@ -67,7 +67,7 @@ def describe_deep(root: int) -> list[list[tuple[str, int, int, int]]]:
 
 
 def fill(path: Path, names: int, inodes: int) -> None:
-    """Fill a directory; where files have two names, those come far apart in any order."""
+    """Fill a directory with ``inodes`` files; two names of one file are far apart."""
     path.mkdir()
     with directory(path) as fd:
         for number in range(names):
@@ -114,7 +114,7 @@ def test_many_hard_links_are_copied_in_bounded_memory(ext4: FileSystem) -> None:
 
 
 def peak(home: Path, names: int, inodes: int, *extra: str) -> int:
-    """Clone and delete a directory in a process of its own; return the memory that it took."""
+    """Clone and delete a directory in a separate process; return its peak memory in bytes."""
     fill(home / "source", names, inodes)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(home), *(extra or ["clone"])],
@@ -132,7 +132,7 @@ def peak(home: Path, names: int, inodes: int, *extra: str) -> int:
 def test_a_report_that_raises_stops_the_work_and_leaves_no_open_files(
     original: Path, scratch: Path, last: int
 ) -> None:
-    """An exception that is kept holds no files open."""
+    """An exception object that the caller keeps holds no files open."""
 
     def step(*_: int) -> None:
         steps.append(0)
@@ -213,7 +213,7 @@ def test_clone_on_a_full_disk_raises_enospc_and_leaves_no_open_files(
 
 
 def fill_up(ballast: Path) -> None:
-    """Take all free space but a few blocks."""
+    """Use all free space except a few blocks."""
     with ballast.open("wb") as file:
         position = 0
         # xfs frees the preallocation of growing files some time later.

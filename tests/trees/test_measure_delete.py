@@ -74,7 +74,7 @@ def measure_until(changes: Future[None], tree: Path) -> None:
 
 
 def stir(tree: Path) -> None:
-    """Make, move and remove things in ``tree`` again and again, also deep down in it."""
+    """Create, move and remove entries of ``tree`` repeatedly, also deep inside it."""
     for turn in range(200):
         deep = tree / f"deep {turn % 3}" / "/".join(["d"] * 80)
         deep.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def stir(tree: Path) -> None:
 
 
 def test_measure_raises_estale_when_a_directory_is_moved(scratch: Path) -> None:
-    """Far above the position no directory stays open, and ``..`` leads where it went."""
+    """Directories far above the current one are not open, and ``..`` leads to the new place."""
     tree = scratch / "tree"
     tree.mkdir()
     with directory(tree) as root:
@@ -149,13 +149,13 @@ def test_delete_removes_an_immutable_or_append_only_root(scratch: Path, flag: st
 
 
 @pytest.mark.parametrize("where", ["tree", "tree/inner"])
-def test_delete_succeeds_when_a_writer_adds_files_meanwhile(scratch: Path, where: str) -> None:
+def test_delete_removes_files_that_are_added_during_the_deletion(scratch: Path, where: str) -> None:
     (scratch / where).mkdir(parents=True)
     (scratch / where / "0").touch()
     left = iter(range(1, 6))
 
     def fill_again(*_: int) -> None:
-        # Unseen by the reading that goes on: the directory is not empty when its turn comes.
+        # The running scan does not see the new file, so the directory is not empty at its rmdir.
         if (number := next(left, None)) is not None and (scratch / where).is_dir():
             (scratch / where / str(number)).touch()
 
@@ -167,7 +167,7 @@ def test_delete_succeeds_when_a_writer_adds_files_meanwhile(scratch: Path, where
 def test_delete_spares_files_outside_when_a_directory_is_replaced(
     scratch: Path, instead: str
 ) -> None:
-    """It was entered already; what is outside by then loses no more than what it brought along."""
+    """Delete has already entered the moved directory. It deletes the files in it, and no others."""
     tree, outside = scratch / "tree", scratch / "outside"
     (tree / "inner").mkdir(parents=True)
     (tree / "inner" / "file").touch()
@@ -210,9 +210,9 @@ def test_delete_follows_no_symbolic_link(scratch: Path) -> None:
 
 @contextmanager
 def mounts_inside(tree: Path, outside: Path) -> Iterator[None]:
-    """Make ``tree`` with three mounts in it, each of which hides something and shows ``outside``.
+    """Make ``tree`` with three mounts in it, each of which hides a file and shows other files.
 
-    The tree has eight inodes, and 64 KiB and some.
+    The tree itself has eight inodes, and a little more than 64 KiB.
     """
     for name in ("tmpfs", "deep/bind"):
         (tree / name).mkdir(parents=True)

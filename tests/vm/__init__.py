@@ -1,1 +1,1 @@
-"""The service on a whole machine; collected only where pytest is given one, see docs."""
+"""The service on a whole machine; pytest collects this only with --hosts, see docs."""

@@ -1,4 +1,4 @@
-"""Runs in the guest: removes all mounts and snapshots of the instances that are named."""
+"""A program in the guest that removes all mounts and snapshots of the named instances."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures of a machine, which `tools/vm` gives by --hosts and --ssh-config."""
+"""Fixtures of the machine that `tools/vm` names with --hosts and --ssh-config."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from tests.vm.guest import Guest, clear
 
 LAST = ("test_powercut", "test_package")
-"""They restart the machine again and again, and remove the package."""
+"""The modules that run last: one cuts the power repeatedly, the other removes the package."""
 
 TEST_LIMIT = 3600
-"""Seconds until a test that hangs is given up; its steps have a limit of their own."""
+"""Seconds after which a test that hangs fails; its steps have their own limit."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
-    """Without a machine there is nothing to test."""
+    """Ignore the tests of this directory if no machine is given."""
     return None if config.getoption("--hosts", None) else True
 
 
@@ -41,7 +41,7 @@ def machine(request: pytest.FixtureRequest) -> Iterator[Guest]:
     ssh_config = Path(request.config.getoption("--ssh-config")).absolute()
     guest = Guest(str(ssh_config), request.config.getoption("--domain"))
     guest.connect()
-    # In a kept machine, an interrupted run may have left some.
+    # In a machine that was kept, an interrupted run can have left mounts and snapshots.
     clear(guest)
     yield guest
     guest.hang_up()

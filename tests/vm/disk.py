@@ -1,9 +1,9 @@
 """Disks with a volatile write cache, for a machine whose power is cut.
 
-A `Disk` is an NBD server for one raw image. What is written is not safe until it is flushed: when
-QEMU goes without saying goodbye, each write since the last flush is kept, lost or torn at a sector,
-at random. That is what a disk does when its power fails; the file behind an ordinary virtual disk
-would keep all that the guest's kernel ever sent.
+A `Disk` is an NBD server for one raw image. Written data is safe only after a flush. When QEMU ends
+without NBD_CMD_DISC, each write since the last flush is kept, lost or torn at a sector boundary, at
+random. A real disk does the same when its power fails. The file of an ordinary virtual disk would
+keep all writes of the guest's kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _REQUEST, _REPLY = 0x25609513, 0x67446698
 _GO, _ABORT = 7, 2
 _ACK, _INFO, _UNSUPPORTED = 1, 3, 0x80000001
 _READ, _WRITE, _GOODBYE, _FLUSH = range(4)
-# Not FUA, the durable write: QEMU makes it a write and a flush then.
+# Without FUA, the durable write, QEMU sends a write and a flush instead.
 _HAS_FLAGS, _SEND_FLUSH = 1, 4
 _EINVAL = 22
 
@@ -60,7 +60,7 @@ class Disk:
         self._thread.start()
 
     def close(self) -> None:
-        """End the server after its last client, and keep all that was written."""
+        """End the server after its client has gone, and keep all written data."""
         # This ends accept(2). A thread that stays in it after the close gets the clients of another
         # server: when the kernel restarts the call, the descriptor can be that of a new socket.
         self._listener.shutdown(socket.SHUT_RDWR)
@@ -69,7 +69,7 @@ class Disk:
         os.close(self._file)
 
     def await_loss(self, count: int) -> Loss:
-        """Wait until the client has gone for the ``count``-th time without goodbye."""
+        """Wait for the ``count``-th end of a client without NBD_CMD_DISC; return its loss."""
         while len(self.losses) < count:
             if not self._gone.wait(60):
                 raise TimeoutError("QEMU still holds its disk")
@@ -115,7 +115,7 @@ class Disk:
         os.pwrite(self._file, after, offset)
 
     def _cut(self) -> Loss:
-        """Undo everything since the last flush, and do again what chance lets survive."""
+        """Undo all writes since the last flush, and then repeat a random part of them."""
         writes, self._unflushed = self._unflushed, []
         for write in reversed(writes):
             os.pwrite(self._file, write.before, write.offset)
@@ -133,7 +133,7 @@ class Disk:
 
 
 class _Connection:
-    """The wire side, see https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md."""
+    """The protocol, see https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md."""
 
     def __init__(self, client: socket.socket, stream: BinaryIO) -> None:
         self._client = client
@@ -146,7 +146,7 @@ class _Connection:
         return data
 
     def greet(self, size: int) -> bool:
-        """Negotiate; false where the client only looked."""
+        """Negotiate; return False if the client aborts."""
         self._client.sendall(_MAGIC + struct.pack(">H", 1))
         self.read(4)
         while True:

@@ -1,6 +1,6 @@
-"""Runs in the guest: calls of an instance before, while and after a quota is exhausted.
+"""A program in the guest: calls of an instance before, while and after a quota is exhausted.
 
-Prints as a JSON object how each call was answered.
+It prints the answer to each call, as a JSON object.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MIB = 1 << 20
 TARGET = "/run/exhaustion"
 
 VIEWS = 150
-"""More than what is kept for the metadata holds."""
+"""More views than the space that is reserved for the metadata can hold."""
 
 
 def fill(client: BlockingClient) -> None:
@@ -36,7 +36,7 @@ def fill(client: BlockingClient) -> None:
 
 
 def use_up(scarce: str, root: str) -> None:
-    """Take the last byte or inode that the quota allows."""
+    """Use the last byte or inode that the quota allows."""
     hog = os.path.join(root, "hog")
     os.makedirs(hog, exist_ok=True)
     try:
@@ -60,7 +60,7 @@ def append(fd: int, size: int) -> None:
 
 
 def answer(client: BlockingClient, call: Callable[..., object], *arguments: object) -> str:
-    """Return ``done``, or the error's name, with a remark if the call has left anything."""
+    """Return ``done`` or the name of the error, with a remark if a failed call is not undone."""
     before = state(client)
     try:
         call(*arguments)
@@ -70,7 +70,7 @@ def answer(client: BlockingClient, call: Callable[..., object], *arguments: obje
 
 
 def state(client: BlockingClient) -> object:
-    """Return all records, and all directories."""
+    """Return all snapshots, mounts and directories."""
     snapshots = os.path.join(client.service().state_directory, "snapshots")
     return list(client.walk()), client.list_mounts(), sorted(os.listdir(snapshots))
 
@@ -79,7 +79,7 @@ def exhausted(client: BlockingClient, scarce: str) -> Iterator[tuple[str, str]]:
     yield "prepare from base", answer(client, client.prepare, "new", "base-1")
     yield "prepare", answer(client, client.prepare, "new")
     yield "view", answer(client, client.view, "new")
-    # Calls that only write a record have some room.
+    # Some space is reserved for calls that only write a record.
     with suppress(ResourceExhausted):
         for number in range(VIEWS if scarce == "blocks" else 1):
             client.view(f"view-{number}", "base-1")
@@ -111,7 +111,7 @@ def raised(client: BlockingClient) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    """Do one of these by its name, with an instance and what else it takes."""
+    """Run the step that the arguments name, on the instance that they name."""
     instance, step, *arguments = sys.argv[1:]
     with BlockingClient(instance) as client:
         match step:

@@ -15,14 +15,14 @@ from tests.vm.disk import Disk, Loss
 
 HERE = Path(__file__).parent
 PATIENCE = 900
-"""Seconds until a step that hangs is given up.
+"""Seconds after which a step that hangs fails.
 
-A slow host whose processors also run other tests takes minutes for what takes a second elsewhere.
+A slow host that also runs other tests can need minutes for a step of one second.
 """
 
 
 class Guest:
-    """Speaks to the machine as root, over one connection."""
+    """The machine. Commands run on it as root, over one SSH connection."""
 
     def __init__(self, ssh_config: str, domain: str) -> None:
         self.domain = domain
@@ -31,7 +31,7 @@ class Guest:
     def attempt(
         self, script: str, stdin: str | None = None, limit: float = PATIENCE
     ) -> subprocess.CompletedProcess[str]:
-        """Run a script of bash that stops at the first error."""
+        """Run a bash script, which stops at its first error."""
         return subprocess.run(
             [*self._ssh, f"bash --norc -euo pipefail -c {_quoted(script)}"],
             input=stdin,
@@ -73,7 +73,7 @@ class Guest:
         subprocess.run([*self._ssh[:-1], "-O", "exit", "default"], capture_output=True, check=False)
 
     def connect(self, whole: bool = True) -> None:
-        """Wait until the machine has come up, and unless ``whole`` is false with all its units."""
+        """Wait until the machine has started; if ``whole``, fail if one of its units has failed."""
         end = time.monotonic() + PATIENCE
         while True:
             self.hang_up()
@@ -104,10 +104,10 @@ class Guest:
             time.sleep(0.5)
         self.connect()
 
-    # Its power.
+    # Power.
 
     def power_off(self) -> None:
-        """End the machine in order."""
+        """Shut the machine down."""
         self.attempt("systemctl poweroff")
         self.hang_up()
         _eventually(lambda: self._state() == "shut off", "the machine does not stop")
@@ -117,7 +117,7 @@ class Guest:
         self.connect(whole)
 
     def power_cut(self) -> None:
-        """End QEMU by SIGKILL: before SIGTERM, as `virsh destroy` does it, it flushes its disks."""
+        """End QEMU by SIGKILL: at SIGTERM, which `virsh destroy` sends, it flushes its disks."""
         pid = Path(f"/run/libvirt/qemu/{self.domain}.pid").read_text()
         os.kill(int(pid), signal.SIGKILL)
         _eventually(lambda: self._state() == "shut off", "libvirt does not see the machine's end")
@@ -128,7 +128,7 @@ class Guest:
 
     @contextmanager
     def volatile_disks(self) -> Iterator[VolatileDisks]:
-        """Give the data disks a cache that a power cut loses. The machine is restarted for it."""
+        """Give the data disks a cache that a power cut loses; this restarts the machine."""
         self.power_off()
         before = _virsh("dumpxml", "--inactive", self.domain)
         disks, changed = _with_volatile_disks(before)
@@ -154,7 +154,7 @@ class VolatileDisks:
         self._cuts = 0
 
     def losses(self) -> list[Loss]:
-        """Tell of each what the power cut did that was just made."""
+        """Return the loss of each disk in the last power cut."""
         self._cuts += 1
         return [disk.await_loss(self._cuts) for disk in self._disks]
 
@@ -163,7 +163,7 @@ INSTANCES = ("", "ext4", "xfs")
 
 
 def clear(guest: Guest, *instances: str) -> None:
-    """Remove all mounts and snapshots."""
+    """Remove all mounts and snapshots of some instances, by default of all."""
     names = " ".join(_quoted(instance) for instance in instances or INSTANCES)
     guest.run(f"python3 - {names}", stdin=(HERE / "clearing.py").read_text())
 

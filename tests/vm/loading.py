@@ -1,4 +1,4 @@
-"""A load in the guest, and whether the machine stands by what it was told."""
+"""A load in the guest, and a check that all acknowledged changes are kept."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tests.support.oracle import Book
 from tests.vm.guest import PATIENCE, Guest
 
 WORKERS = 3
-"""Clients of each instance."""
+"""The number of clients of each instance."""
 
 
 class Load:
-    """The clients in the guest, and what they tell."""
+    """The clients in the guest, and a thread that reads their reports."""
 
     def __init__(self, guest: Guest, book: Book, seed: int, patient: bool = False) -> None:
-        """Start them; those that are patient go on when a disk has failed or is full."""
+        """Start the clients; ``patient`` ones continue when a disk has failed or is full."""
         self._book = book
         self._lock = threading.Lock()
         guest.run("cat >/run/load.py", stdin=(PROJECT / "tests/support/storm_load.py").read_text())
@@ -33,17 +33,17 @@ class Load:
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            # The last one may be cut off too.
+            # The last line can be incomplete.
             if line.endswith("\n"):
                 with self._lock:
                     self._book.read(line)
 
     def until_acknowledged(self, commits: int) -> None:
-        """Wait until each instance has acknowledged so many commits in all."""
+        """Wait until each instance has acknowledged ``commits`` commits in all."""
         self.until(lambda: self._book.acknowledged() >= commits)
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until what was told is such that a condition holds."""
+        """Wait until the reports of the clients make ``condition`` true."""
         end = time.monotonic() + PATIENCE
         while True:
             with self._lock:
@@ -54,18 +54,18 @@ class Load:
             time.sleep(0.02)
 
     def doubt(self) -> None:
-        """Take it that what is under way may have happened, whatever will be answered."""
+        """Accept that open calls have happened, whatever their answers are."""
         with self._lock:
             self._book.doubt()
 
     def check(self) -> None:
-        """Fail if it has ended: it is to run until it is ended."""
+        """Fail if the load has ended before the call of `end`."""
         if self._process.poll() is not None:
             assert self._process.stderr is not None
             raise AssertionError(f"the load has ended: {self._process.stderr.read()}")
 
     def end(self) -> None:
-        """Hear what has been sent, and forget the rest."""
+        """Kill the clients, read the reports that they have sent, and forget the open calls."""
         self._process.kill()
         self._reader.join(30)
         self._process.wait()
@@ -73,7 +73,7 @@ class Load:
 
 
 def troubles(guest: Guest, book: Book) -> list[str]:
-    """Compare what is there with what was promised, and ask the service itself."""
+    """Return all differences from the acknowledged changes, and all findings of Check."""
     program = (PROJECT / "tests/support/inspection.py").read_text()
     out = guest.run(f"python3 - {' '.join(book.ledgers)}", stdin=program)
     found = json.loads(out)

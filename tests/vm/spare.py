@@ -1,4 +1,4 @@
-"""Disks that a test may ruin, in the machine, and an instance of the service on each."""
+"""Disks of the machine that a test can make fail, each with an instance of the service."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from contextlib import ExitStack, contextmanager
 from tests.vm.guest import Guest
 
 SECTORS = 512 << 11
-"""Of 512 bytes. xfs is not made smaller than 300 MiB."""
+"""The size in sectors of 512 bytes. mkfs.xfs makes nothing smaller than 300 MiB."""
 
 REPAIRS = {"ext4": 'e2fsck -fp "$disk" || (($? < 4))', "xfs": "true"}
-"""What is done before a file system is mounted whose disk has failed, by its type."""
+"""The commands that repair a file system after its disk has failed, by type."""
 
 
 class SpareDisk:
-    """A file in the guest, seen through a device whose table is changed while it is in use."""
+    """A file in the guest behind a device-mapper device, whose table changes while it is in use."""
 
     def __init__(self, guest: Guest, filesystem: str, mkfs: str = "", mount: str = "rw") -> None:
-        """Give ``mkfs`` and ``mount`` options."""
+        """Pass the options ``mkfs`` and ``mount`` to the commands of these names."""
         self.filesystem = filesystem
         self.instance = f"spare_{filesystem}"
         self.unit = f"snapd-native@{self.instance}"
@@ -44,7 +44,7 @@ class SpareDisk:
             {self._mount}""")
 
     def refuse_writes(self, first: int = 0, count: int = SECTORS) -> None:
-        """From now on each write to some sectors, or each flush of them, is an I/O error."""
+        """From now on fail each write to some sectors, or each flush of them, with an I/O error."""
         after = first + count
         parts = [
             (0, first, "linear $loop 0"),
@@ -54,15 +54,15 @@ class SpareDisk:
         self._change(*(f"{start} {length} {target}" for start, length, target in parts if length))
 
     def refuse_all(self) -> None:
-        """From now on each access is an I/O error."""
+        """From now on fail each access with an I/O error."""
         self._change(f"0 {SECTORS} error")
 
     def heal(self) -> None:
-        """Give the disk back its health."""
+        """Let all accesses succeed again."""
         self._change(f"0 {SECTORS} linear $loop 0")
 
     def remount(self) -> None:
-        """Mount the file system anew, on a disk that is well; the instance must have ended."""
+        """Heal the disk, and mount the file system anew; the instance must have ended."""
         self.run(f"umount {self.root}")
         self.heal()
         self.run(f"""
@@ -70,7 +70,7 @@ class SpareDisk:
             {self._mount}""")
 
     def destroy(self) -> None:
-        """Leave nothing of it; also of one that was not made as a whole."""
+        """Remove everything that `make` has made, even if `make` has failed."""
         script = f"""
             set +e
             systemctl stop {self.unit}
@@ -83,7 +83,7 @@ class SpareDisk:
         self._guest.attempt(self._names + script)
 
     def journal(self) -> str:
-        """Return what the instance has logged, and the system's manager of it, since `make`."""
+        """Return the log of the instance, and that of systemd about it, since `make`."""
         return self.run(f"journalctl --sync; journalctl --since=@{self._since} -u {self.unit}")
 
     def run(self, script: str, stdin: str | None = None) -> str:
@@ -91,7 +91,7 @@ class SpareDisk:
         return self._guest.run(self._names + script, stdin)
 
     def _change(self, *table: str) -> None:
-        # Without --noflush and --nolockfs, all that is not written yet would be before the change.
+        # Without --noflush and --nolockfs, the kernel would write all data before the change.
         lines = "\n".join(table)
         self.run(f"""
             loop=$(losetup --noheadings --output NAME --associated $image)
@@ -102,7 +102,7 @@ class SpareDisk:
 
 @contextmanager
 def made(guest: Guest, *disks: SpareDisk) -> Iterator[None]:
-    """Make disks with an instance on each, and remove all that."""
+    """Make disks with an instance on each for the block, and remove them afterwards."""
     with ExitStack() as undo:
         for disk in disks:
             undo.callback(disk.destroy)

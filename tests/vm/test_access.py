@@ -22,7 +22,7 @@ AS_USER = "runuser -u vagrant --"
 
 @pytest.fixture
 def ruled(guest: Guest) -> Iterator[Guest]:
-    """Yield a machine with a rule that lets a user manage snapshots, if he is the right one."""
+    """Yield a machine with a polkit rule that lets one user manage snapshots."""
     guest.run(f"cat >{RULE_FILE}; systemctl restart polkit", stdin=RULE)
     yield guest
     guest.run(f"rm -f {RULE_FILE}; systemctl restart polkit")
@@ -43,7 +43,7 @@ else:
 
 
 def attempt(guest: Guest, user: str = "vagrant") -> str:
-    """Return what a user is told who prepares a snapshot."""
+    """Prepare a snapshot as a user; return ``allowed`` or the error."""
     return guest.run(f"runuser -u {user} -- python3 -", stdin=ATTEMPT)
 
 
@@ -55,7 +55,7 @@ def denied(guest: Guest, user: str = "vagrant") -> bool:
 def test_a_denied_user_gets_an_error_that_names_the_polkit_action(guest: Guest) -> None:
     outcome = guest.attempt(f"{AS_USER} {PREPARE} theirs '' 0")
     assert outcome.returncode == 1
-    # busctl has words of its own for the error.
+    # busctl prints its own text for the error.
     assert "Access denied" in outcome.stderr
     assert denied(guest)
     assert "org.snapdnative1.manage" in attempt(guest)

@@ -1,4 +1,4 @@
-"""Calls on a whole machine: what they do to its disks and mounts."""
+"""Calls on a whole machine, and their effects on its disks and mounts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def call(instance: str, member: str, arguments: str) -> str:
 
 
 def prepared(instance: str, key: str, parent: str = "") -> str:
-    """Return what prepares a snapshot in a shell and stands for its directory there."""
+    """Return a shell expression that prepares a snapshot and expands to its directory."""
     prepare = call(instance, "Prepare", f"'ssa{{sv}}' '{key}' '{parent}' 0").strip()
     return f"$({prepare} | cut -d '\"' -f 4)"
 

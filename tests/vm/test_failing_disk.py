@@ -1,7 +1,7 @@
 """Disks that fail under load: calls raise an error, and acknowledged commits survive.
 
-What was under way when the disk failed may have happened, whatever was answered: a disk that has
-taken a write and then refuses to flush it, and everything else, cannot be asked to forget it.
+A call that was open when the disk failed can have happened, whatever its answer was. The disk can
+accept a write and then refuse its flush and everything else. The service cannot undo such a write.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.vm.test_powercut import NO_SYNC
 FILE_SYSTEMS = ("ext4", "xfs")
 
 DATA_LOSS = 8
-"""The exit status of the program."""
+"""The exit status of the program at this error."""
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def disks(machine: Guest) -> Iterator[list[SpareDisk]]:
 
 
 def ruin(guest: Guest, disks: list[SpareDisk], fail: Callable[[SpareDisk], None]) -> Book:
-    """Have disks fail under load, until each client has been told, and make them well again."""
+    """Make disks fail under load until each instance has failed 12 calls, and heal the disks."""
     seed = int(time.time())
     print(f"seed {seed}")
     book = Book(tuple(disk.instance for disk in disks))
@@ -52,7 +52,7 @@ def ruin(guest: Guest, disks: list[SpareDisk], fail: Callable[[SpareDisk], None]
     guest.run(f"systemctl stop {units(disks)}")
     for disk in disks:
         disk.remount()
-    # One that does not start does not answer either, which is a trouble.
+    # If an instance does not start, it gives no answer, and `troubles` reports that.
     guest.attempt(f"systemctl start {units(disks)}")
     return book
 
@@ -72,7 +72,7 @@ def test_acknowledged_commits_survive_a_failing_disk(
 
 
 def test_the_oracle_finds_losses_when_syncs_are_disabled(machine: Guest) -> None:
-    """The test above could fail."""
+    """The test above would fail if the service lost data."""
     disks = [SpareDisk(machine, filesystem) for filesystem in FILE_SYSTEMS]
     drop_in = "/run/systemd/system/snapd-native@.service.d"
     machine.run(f"""
@@ -97,14 +97,14 @@ REWRITE = """
     echo other | dd of="$tree/file" conv=notrunc status=none
     echo $block
 """
-"""Prints where on the disk a file is that has just been written to again."""
+"""A script that overwrites a synced file, and prints the first sector of the file."""
 
 
 @pytest.mark.parametrize("filesystem", FILE_SYSTEMS)
 def test_commit_of_a_file_that_could_not_be_written_raises_data_loss(
     machine: Guest, filesystem: str
 ) -> None:
-    """The file system lives on, and the kernel tells of it once."""
+    """The file system keeps working, and the kernel reports the error only once."""
     disk = SpareDisk(machine, filesystem)
     with made(machine, disk):
         block = int(disk.run(REWRITE.format(instance=disk.instance)))

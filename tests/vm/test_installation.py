@@ -15,7 +15,7 @@ from tests.vm.guest import INSTANCES, Guest
 
 UNITS = ("snapd-native", "snapd-native@ext4", "snapd-native@xfs")
 LEAST_SAFE = 4.1
-"""The exposure that systemd-analyze may find, of 10."""
+"""The highest exposure that systemd-analyze may report, on a scale from 0 to 10."""
 
 
 def test_the_package_installs_all_its_files(host: Host, machine: Guest) -> None:

@@ -110,7 +110,7 @@ def test_the_watchdog_kills_a_hanging_daemon_and_systemd_restarts_it(guest: Gues
 def test_data_and_persistent_mounts_are_restored_after_a_reboot_during_calls(
     mounted: Guest,
 ) -> None:
-    """The calls go on while systemd unmounts everything and stops the service."""
+    """The calls continue while systemd unmounts everything and stops the service."""
     mounted.run(
         "cat >/run/test-calls.sh;"
         " systemd-run --quiet --property DefaultDependencies=no bash /run/test-calls.sh",

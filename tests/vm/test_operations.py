@@ -17,7 +17,7 @@ TREE = """
     setfattr -n trusted.of -v it "$(snapd-native mounts import | cut -f 2)/directory/file"
     snapd-native commit v1 import
 """
-"""Commits a small tree as v1."""
+"""A script that commits a small tree as v1."""
 
 LOOK = """
     look=$(snapd-native view look v1 | cut -f 2)
@@ -25,14 +25,14 @@ LOOK = """
     stat -c %h "$look/directory/file"
     getfattr --absolute-names --only-values -n trusted.of "$look/directory/file"
 """
-"""Prints what is in v1."""
+"""A script that prints the content of v1."""
 
 SEEN = "data\n2\nit"
 
 
 @pytest.fixture
 def data(guest: Guest) -> Iterator[Guest]:
-    """Yield a machine with a place for data, which is gone afterwards with what was changed."""
+    """Yield a machine with the directory /srv/data; remove it and all changes afterwards."""
     guest.run("mkdir /srv/data")
     yield guest
     guest.run(
@@ -54,7 +54,7 @@ def test_every_documented_operation_has_a_test() -> None:
 
 def test_the_documented_installation_works(guest: Guest) -> None:
     build, *commands = block("install").splitlines()
-    # tools/vm has built what is installed by the same script.
+    # tools/vm has already built the installed package, by the same script.
     assert build == "make deb"
     out = guest.run("\n".join(["cd /vagrant", *commands]))
     assert "active (running)" in out
@@ -95,7 +95,7 @@ def test_the_documented_move_of_the_state_keeps_the_data(data: Guest) -> None:
     out = data.run(LOOK + "\necho; echo $look")
     assert SEEN in out
     assert out.splitlines()[-1].startswith("/srv/data/moved/snapshots/")
-    # Where the state is, is nothing that hides mounts.
+    # Mounts are visible on the host, also with the state in the new place.
     data.run("snapd-native mount look /mnt; grep -q ' /mnt ' /proc/1/mountinfo")
     data.run("snapd-native umount /mnt; snapd-native rm look v1")
 

@@ -26,7 +26,7 @@ def full(machine: Guest) -> Guest:
 
 
 def test_an_upgrade_restarts_the_service_and_keeps_mounts(full: Guest) -> None:
-    """The later version is this one, repacked under a later number."""
+    """The later version is the same package with a higher version number."""
     out = full.run(
         f"""
         pids() {{

@@ -14,7 +14,7 @@ from tests.vm.loading import Load, troubles
 INSTANCES = ("ext4", "xfs")
 UNITS = " ".join(f"snapd-native@{instance}" for instance in INSTANCES)
 NO_SYNC = "SystemCallFilter=~fsync:0 fdatasync:0 syncfs:0 sync:0 sync_file_range:0 msync:0"
-"""They do nothing and return 0."""
+"""A setting of a unit by which these system calls do nothing and return 0."""
 
 
 def cut(guest: Guest, disks: VolatileDisks, load: Load) -> str:
@@ -54,7 +54,7 @@ def test_acknowledged_commits_survive_power_cuts(
 
 
 def test_the_oracle_finds_losses_when_syncs_are_disabled(machine: Guest) -> None:
-    """The test above could fail."""
+    """The test above would fail if the service lost data."""
     clear(machine, *INSTANCES)
     drop_in = "/etc/systemd/system/snapd-native@.service.d/no-sync.conf"
     with machine.volatile_disks() as disks:
@@ -80,7 +80,7 @@ def test_the_oracle_finds_losses_when_syncs_are_disabled(machine: Guest) -> None
                 systemctl stop {UNITS}""")
             if machine.attempt("mountpoint -q /srv/ext4 && mountpoint -q /srv/xfs").returncode:
                 print(machine.run("lsblk -f; journalctl -b --no-pager | tail -n 200"))
-                # The next boot may find a loss that this one has not found.
+                # The next boot can find damage that this one has not found.
                 machine.power_cut()
                 machine.power_on(whole=False)
             machine.run(f"""

@@ -13,24 +13,24 @@ from tests.vm.spare import SpareDisk, made
 
 @dataclass(frozen=True)
 class Quota:
-    """How a file system limits the service."""
+    """A quota by which a file system limits the service."""
 
     filesystem: str
     mkfs: str
     mount: str
     limit: str
-    """Sets the limits of `{blocks}` KiB and `{inodes}` inodes on `{root}`."""
+    """The command that sets the limits of `{blocks}` KiB and `{inodes}` inodes on `{root}`."""
 
 
 QUOTAS = (
-    # Of root himself: it is CAP_SYS_RESOURCE that ext4 limits nobody for, and the unit has it not.
+    # A quota of root: ext4 exempts only processes with CAP_SYS_RESOURCE, which the unit lacks.
     Quota(
         "ext4",
         "-O quota -E quotatype=usrquota",
         "usrquota",
         "setquota -u root 0 {blocks} 0 {inodes} {root}",
     ),
-    # Of a directory: xfs knows no limits for root.
+    # A quota of a directory, because xfs has no limits for root.
     Quota(
         "xfs",
         "",
@@ -42,7 +42,7 @@ QUOTAS = (
 
 
 LIMITS = {"blocks": 24 << 10, "inodes": 300}
-"""KiB, and inodes, of which a test takes all that are left."""
+"""The limits in KiB and in inodes; a test uses everything that is left."""
 
 FULL = "ResourceExhausted"
 
@@ -52,7 +52,7 @@ EXHAUSTED = {
     **dict.fromkeys(("remove", "remove a base", "remove another", "cleanup"), "done"),
     "prepare with room": "done",
 }
-"""How calls are answered then, but those that write only a record."""
+"""The answers to calls with an exhausted quota, except to calls that only write a record."""
 
 
 @pytest.mark.parametrize("scarce", ["blocks", "inodes"])
@@ -66,7 +66,7 @@ def test_an_exhausted_quota_refuses_changes_but_not_reads_and_removals(
         disk.run(quota.limit.format(blocks=blocks, inodes=inodes, root=disk.root))
 
     def do(step: str) -> str:
-        # Without the capability that the service has not either.
+        # Run without the capability, as the service does.
         python = "setpriv --bounding-set=-sys_resource --inh-caps=-sys_resource python3"
         program = (HERE / "exhaustion.py").read_text()
         return disk.run(f"{python} - {disk.instance} {step}", stdin=program)
