@@ -10,7 +10,7 @@ parallel := --numprocesses $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo docs/session.svg test lint types unit check test-all check-all coverage test-repeat storm fuzz soak \
-    vm-test vm-up vm-down vm-powercut deb bench bench-metastore clean static runtime development benchmark
+    vm-test vm-up vm-down vm-powercut deb install uninstall dist rpm bench bench-metastore clean static runtime development benchmark
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z/.-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -83,6 +83,20 @@ vm-powercut: development ## cut the power of a virtual machine 20 times (root, a
 
 deb: ## build the Debian package into dist/ (root)
 	@tools/build-deb
+
+install: ## install the program below PREFIX (default /usr/local) without a package (root)
+	@PYTHON="$(PYTHON)" tools/install all
+	@[ "$(DESTDIR)" ] || echo 'now run: systemctl daemon-reload; systemctl reload dbus; systemctl enable --now snapd-native'
+
+uninstall: ## remove what make install has installed (root); data and mounts stay
+	@PYTHON="$(PYTHON)" tools/install remove
+
+dist: development ## build a wheel and a source archive into dist/
+	@mkdir -p build
+	@$(bin)/python -m build --no-isolation --outdir dist >build/dist.log 2>&1 || { cat build/dist.log >&2; exit 1; }
+
+rpm: dist ## build an RPM package into dist/, on Debian (root)
+	@tools/build-rpm
 
 bench: benchmark ## measure beside containerd and cp, for docs/benchmarks.md (root, 10 minutes)
 	@$(bin)/python -m bench --plot docs/benchmarks.svg --document docs/benchmarks.md

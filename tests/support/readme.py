@@ -19,11 +19,13 @@ HERE = {
     "calls": "busctl introspect ",
     "in C": "gdbus-codegen ",
     "full disk": "df ",
+    "archives": "make dist\n",
 }
 """The blocks that `tests/packaging` runs: the name and the beginning of each."""
 
 ON_A_MACHINE = {
     "install": "make deb\n",
+    "without a package": "make install\n",
     "instance": "systemctl enable --now snapd-native@data\n",
     "check": "snapd-native check\n",
     "backup": "systemctl stop snapd-native\ntar --create ",

@@ -51,7 +51,7 @@ def test_the_units_use_the_bus_names_of_the_contract() -> None:
 
 def test_the_directories_of_the_units_have_mode_0700() -> None:
     assert UNIT["StateDirectoryMode"] == UNIT["RuntimeDirectoryMode"] == "0700"
-    lines = (SYSTEMD / "snapd-native.tmpfiles").read_text().splitlines()
+    lines = (SYSTEMD / "tmpfiles.d" / "snapd-native.conf").read_text().splitlines()
     made = [line.split() for line in lines if not line.startswith("#")]
     assert [line[1:3] for line in made] == [
         ["/var/lib/snapd-native", "0700"],

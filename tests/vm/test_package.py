@@ -1,10 +1,14 @@
-"""The package on a running machine, in this order: upgrade, removal, installation, purge."""
+"""The package on a running machine, in this order: upgrade, removal, installation, purge.
+
+Then the program is installed without a package.
+"""
 
 from __future__ import annotations
 
 import pytest
 
 from snapd_native.wire.names import MANAGER
+from tests.support.readme import block
 from tests.vm.guest import Guest
 
 BUS = f"busctl call org.snapdnative1 /org/snapdnative1 {MANAGER}"
@@ -85,3 +89,28 @@ def test_purge_unmounts_and_deletes_everything(full: Guest) -> None:
         rmdir {TARGET}""",
     )
     assert out.splitlines() == ["unmounted", "no name"]
+
+
+def test_make_install_runs_the_service_and_make_uninstall_removes_it(machine: Guest) -> None:
+    """The libraries of the package are still installed."""
+    out = machine.run(
+        f"""
+        cd /vagrant
+        {block("without a package")}
+        systemctl show -P ExecStart snapd-native | grep -o 'path=[^ ]*'
+        snapd-native prepare build >/dev/null
+        runuser -u nobody -- snapd-native ls 2>&1 | grep -o 'org.snapdnative1.[a-z]*' || true
+        snapd-native ls kind==active | tail -n +2 | cut -d ' ' -f 1
+        snapd-native rm build
+        snapd-native cleanup
+        systemctl disable -q --now snapd-native
+        make uninstall
+        find / -xdev -name '*snapd*native*' -not -path '/vagrant/*' -not -path '/proc/*' \
+            -not -path '/sys/*' -not -path '/var/*' -not -path '/run/*' -not -path '/tmp/*'
+        rm -r /var/lib/snapd-native""",
+    )
+    assert out.splitlines() == [
+        "path=/usr/local/bin/snapd-native",
+        "org.snapdnative1.read",
+        "build",
+    ]
