@@ -25,13 +25,13 @@ from tests.support import PROJECT
 from tests.support.file_systems import FileSystem
 from tests.support.service import PATIENCE, processes
 
-# Only the benchmark needs them, so they may be missing.
+# Only the benchmark needs containerd, grpc and matplotlib, so they may be missing.
 PEERS = ["containerd", "cp"] if shutil.which("containerd") and find_spec("grpc") else ["cp"]
 DRAWS = find_spec("matplotlib") is not None
 
 
 class Benchmark:
-    """A benchmark on one file system, that keeps everything in a directory of its own."""
+    """A benchmark on one file system that keeps all its files in one directory."""
 
     def __init__(self, directory: Path, filesystem: str) -> None:
         self._mark = uuid.uuid4().hex
@@ -45,7 +45,7 @@ class Benchmark:
         ]
 
     def start(self, *options: str | Path) -> subprocess.Popen[str]:
-        """Start it as a shell would, in a process group of its own."""
+        """Start the benchmark as a shell does, in a new process group."""
         return subprocess.Popen(
             [*self._command, *options],
             cwd=PROJECT,
@@ -57,7 +57,7 @@ class Benchmark:
         )
 
     def check_nothing_left(self) -> None:
-        """Check that there is no process, file or mount; loop devices are checked at the end."""
+        """Check that no process, file or mount is left; `loop_directory` checks loop devices."""
         assert processes(self._mark) == []
         assert list(self._temporary.iterdir()) == []
         assert list(self._directory.iterdir()) == [self._temporary]
@@ -66,7 +66,7 @@ class Benchmark:
 
 @pytest.fixture
 def benchmark(ext4: FileSystem, loop_directory: Path) -> Iterator[Benchmark]:
-    # Where no file system can be mounted, the fixture of one has skipped the test.
+    # If no file system can be mounted, the fixture `ext4` skips the test.
     with tempfile.TemporaryDirectory(dir=loop_directory) as directory:
         yield Benchmark(Path(directory), ext4.name)
 
@@ -108,7 +108,7 @@ def test_an_interrupted_benchmark_leaves_no_process_file_or_mount(
 ) -> None:
     running = benchmark.start("--json", tmp_path / "found.json")
     assert running.stdout is not None
-    # The heading comes when all services run.
+    # The benchmark prints the heading when all services run.
     while "vs cp" not in running.stdout.readline():
         assert running.poll() is None
     if interrupt == "ctrl-c":

@@ -65,7 +65,7 @@ def test_a_cancelled_job_leaves_no_snapshot_and_no_directory(
     watch(scenario)
     assert everything(shared_client, filled) == before
     assert shared_client.stat("work").kind is Kind.ACTIVE
-    # All that was held is free at once.
+    # The key and the snapshots are free at once.
     shared_client.prepare("key")
     shared_client.remove("work")
     shared_client.remove("base")
@@ -105,7 +105,7 @@ def test_concurrent_cancels_of_one_job_all_succeed(filled: Service) -> None:
             try:
                 calls = [watched.call("Cancel", path=path) for _ in range(8)]
                 cancelling = asyncio.gather(*calls)
-                # By then the bus has all that was sent before.
+                # When the bus answers this call, it has received all calls above.
                 await asyncio.sleep(0)
                 await watched.bus.ask_driver("GetId", "", [])
             finally:
@@ -284,7 +284,7 @@ def test_a_user_other_than_root_is_denied_every_job_call(job: str, shared: Servi
 
 
 def test_a_denied_user_does_not_learn_which_jobs_exist(job: str, shared: Service) -> None:
-    """Authorisation comes before state."""
+    """The daemon checks the authorisation before it looks up the job."""
     gone = f"{JOB_PATH}/4294967295"
     denied(shared, gone, JOB, "Cancel")
     denied(shared, gone, PROPERTIES, "Get", "ss", JOB, "Key")

@@ -167,10 +167,11 @@ def test_a_job_reports_progress_at_most_five_times_a_second(
 
     async def scenario(watched: Watch) -> None:
         begun = time.monotonic()
-        # The root passes.
+        # The root does not wait.
         with held(root, after=1) as copy:
             (path,) = await watched.call("PrepareJob", "ssa{sv}", "key", "base", {})
-            # Progress from before JobNew is not signalled: none may happen before this answer.
+            # The daemon signals no progress from before JobNew. So the copy goes on only after this
+            # reply.
             await watched.call("Stat", "s", "base")
             for number in range(1, 4):
                 copy.let_pass(2)
@@ -196,7 +197,7 @@ def test_a_job_reports_progress_at_most_five_times_a_second(
             for message, time in zip(watched.arrived, watched.times, strict=True)
             if message.member == "JobRemoved"
         )
-        # A machine that is busy only makes the time longer.
+        # A busy machine only increases the time.
         assert len(told) <= 5 * (ended - begun) + 1
 
     watch(scenario)
@@ -287,7 +288,7 @@ def test_other_calls_are_answered_while_a_job_waits(
                 await watched.call("Remove", "sa{sv}", key, {})
             await watched.call("Cleanup", "a{sv}", {})
             assert (await watched.properties(path))["EntriesDone"].value == 0
-            # Another may have taken long enough to show as a job.
+            # A call above can have taken so long that it showed as a job.
             assert all(path not in removed.body for removed in watched.signals("JobRemoved"))
         assert (await watched.signal("JobRemoved", path))[3] == "done"
 
@@ -332,7 +333,7 @@ def test_more_than_64_jobs_at_once_raise_resource_exhausted(
 
 @asynccontextmanager
 async def stopping(service: Service, watched: Watch) -> AsyncIterator[str]:
-    """Ask the daemon to end while a job waits; yield the job's path."""
+    """Terminate the daemon while a job waits; yield the job's path."""
     with held_up(service):
         (path,) = await watched.call(*PREPARE)
         service.daemon.process.terminate()

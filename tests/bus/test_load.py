@@ -1,4 +1,4 @@
-"""Many calls, large calls and leaving callers: other clients are served and nothing leaks."""
+"""Many calls, large calls, and callers that leave: other clients are served, nothing leaks."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ pytestmark = long_on_xfs
 def test_an_answered_call_is_freed_without_the_garbage_collector(
     on_bus: str, scratch: Path, member: str, signature: str, body: Body
 ) -> None:
-    """The collector runs seldom, and a call may be large."""
+    """The collector runs rarely, and a call can be large."""
 
     def calls() -> list[Call]:
         return [found for found in gc.get_objects() if isinstance(found, Call)]
@@ -83,7 +83,7 @@ def test_an_answered_call_is_freed_without_the_garbage_collector(
     async def scenario() -> None:
         async with dispatching(scratch / "state"), connection() as bus, asyncio.timeout(WAIT):
             await bus.ask(member=member, signature=signature, body=body)
-            # The answer is here a moment before the service has done with the call.
+            # The reply arrives a moment before the service frees the call.
             while calls():
                 await asyncio.sleep(0)
 
@@ -280,7 +280,7 @@ def test_the_daemon_answers_512_calls_at_once(
 def test_more_than_64_long_calls_at_once_raise_resource_exhausted(
     service: Service, client: BlockingClient
 ) -> None:
-    """All wait for one deletion, in the lane of what may take long; others have their own lanes."""
+    """All calls of the lane `TREE` wait for one deletion. Calls of other lanes are answered."""
     committed(client, "base")
     tree = committed(client, "doomed")
 
@@ -329,7 +329,7 @@ def test_eighty_verify_calls_at_once_do_not_block_prepare(
     run(scenario)
 
 
-def test_verify_jobs_take_no_place_and_few_workers_of_prepare(
+def test_verify_jobs_do_not_block_prepare_and_use_few_workers(
     service: Service, client: BlockingClient
 ) -> None:
     committed(client, "base", files={"file": "text"})
@@ -351,7 +351,7 @@ def test_verify_jobs_take_no_place_and_few_workers_of_prepare(
                 await client.prepare("copy", "base")
                 await client.usage("copy")
                 assert len(workers(service, IDLE)) == Lane.VERIFY.places
-                # One that works and one that waits for its turn.
+                # The list has the jobs that work and the jobs that wait for a place.
                 jobs = await client.jobs()
                 assert len(jobs) == 64
                 await asyncio.gather(*(client.cancel(job.id) for job in jobs))
@@ -382,7 +382,7 @@ def test_calls_with_a_wrong_signature_change_nothing(
 def test_a_list_ends_when_its_caller_leaves(
     on_bus: str, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise the List would keep a processor busy for no client."""
+    """Otherwise List would keep a processor busy without a client."""
     with opened(scratch / "state") as engine:
         fill(engine)
     begun, go_on, read = threading.Event(), threading.Event(), Counter[str]()

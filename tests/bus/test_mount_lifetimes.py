@@ -61,7 +61,7 @@ with BlockingClient() as client:
 
 @contextmanager
 def holding(target: Path, how: str = "") -> Iterator[subprocess.Popen[bytes]]:
-    """Run a client, perhaps inside of what is mounted for it."""
+    """Run a client with a client mount at ``target``; if ``how`` is "inside", it works there."""
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(target), how],
         stdin=subprocess.PIPE,
@@ -138,7 +138,7 @@ def test_a_client_that_leaves_during_mount_leaves_no_mount(stocked: Service, pla
                     )
                     for target in made[number : number + 3]
                 ]
-                # By turns, nothing and something was answered.
+                # Alternately wait for the first reply, or only until the bus has the calls.
                 if number % 2:
                     await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
                 else:
@@ -146,7 +146,7 @@ def test_a_client_that_leaves_during_mount_leaves_no_mount(stocked: Service, pla
             await asyncio.gather(*calls, return_exceptions=True)
 
     asyncio.run(scenario())
-    # Those of the next client go after all of them.
+    # The daemon unmounts for this client after it has unmounted for all clients before.
     last = place(places, "last")
     with holding(last, "is killed"):
         pass
@@ -173,7 +173,7 @@ def test_a_client_mount_survives_a_killed_daemon_but_not_its_client(
             assert mounted_on(here) == before
         with serving(on_bus, state):
             if not meanwhile:
-                # The daemon finishes its start before it unmounts for other clients.
+                # The start is complete when the daemon unmounts for a client that leaves later.
                 with BlockingClient() as client:
                     client.mount("look", lifetime=Lifetime.CLIENT)
                 becomes(listed, [[str(here), "work", False, "client", 0]])
@@ -236,7 +236,7 @@ def test_client_mounts_of_an_earlier_bus_are_unmounted_at_start(
             others = [connection()]
             while (await others[-1].__aenter__()).unique_name != name:
                 others.append(connection())
-            # Somebody else has the client's name now.
+            # Another connection has the unique name of the client now.
             await asyncio.to_thread(serve, address)
             for other in others:
                 other.disconnect()
@@ -266,7 +266,7 @@ SYSTEMD = """
 
 @pytest.fixture
 def systemd_bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Run a bus on which a test can be systemd."""
+    """Run a bus on which a test can own the name of systemd."""
     policy = tmp_path / "systemd.conf"
     policy.write_text(SYSTEMD.strip())
     with private_bus([policy]) as address:
@@ -276,7 +276,7 @@ def systemd_bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
 
 @asynccontextmanager
 async def systemd(answer: Callable[[Message], Message | bool | None]) -> AsyncIterator[None]:
-    """Be systemd on the bus during the block."""
+    """Own the name of systemd on the bus during the block; ``answer`` handles the messages."""
     async with connection() as owner:
         owner.add_message_handler(answer)
         await owner.ask_driver("RequestName", "su", ["org.freedesktop.systemd1", 0])
@@ -286,7 +286,7 @@ async def systemd(answer: Callable[[Message], Message | bool | None]) -> AsyncIt
 def test_a_persistent_mount_is_restored_after_a_soft_reboot(
     systemd_bus: str, scratch: Path, places: Path
 ) -> None:
-    """One unmounted while the service was down is not: then an administrator has done that."""
+    """A mount that disappears without a soft reboot is not: an administrator has unmounted it."""
     here = place(places)
     soft_reboots = 0
 
@@ -322,7 +322,7 @@ def test_a_persistent_mount_is_restored_after_a_soft_reboot(
 
 
 @pytest.mark.usefixtures("systemd_bus", "filesystem")
-def test_a_start_does_not_wait_for_ever_for_an_answer_of_systemd(
+def test_a_start_raises_unavailable_when_systemd_does_not_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(daemon, "SYSTEMD_SECONDS", 0.1)

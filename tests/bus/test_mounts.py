@@ -159,7 +159,7 @@ REFUSALS: list[tuple[str, str, str, list[object]]] = [
 
 
 def placed(places: Path, body: Sequence[object]) -> list[object]:
-    """Put paths in ``places`` where the arguments of a call have an @."""
+    """Replace each argument that begins with @ by a path in ``places``."""
     return [
         str(places / each[1:]) if isinstance(each, str) and each.startswith("@") else each
         for each in body
@@ -249,7 +249,7 @@ def test_more_than_256_mount_calls_at_once_raise_resource_exhausted(
     async def scenario() -> None:
         async with (
             dispatching(scratch / "state"),
-            # The bus lets nobody ask for it all.
+            # The bus limits the open calls of one connection, so three are needed.
             connection() as one,
             connection() as two,
             connection() as three,
@@ -351,7 +351,7 @@ def test_a_denied_user_gets_the_same_error_for_all_arguments(
 def test_a_denied_unmount_of_a_mount_that_is_gone_leaves_its_record(
     stocked: Service, shared_client: BlockingClient, places: Path
 ) -> None:
-    """The record is what mounts it again after a restart of the machine."""
+    """After a restart of the machine the daemon mounts again what its records contain."""
     here = shared_client.mount("work", str(place(places)))
     subprocess.run(["umount", here], check=True)
 
@@ -415,7 +415,7 @@ def test_other_clients_are_answered_during_a_flood_of_large_denied_calls(stocked
 def test_the_arguments_of_a_denied_call_are_not_parsed(
     on_bus: str, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That would hold up the event loop, and with it all other clients."""
+    """Parsing them would block the event loop, and so delay all other clients."""
     parsed: list[str] = []
     arguments = Call.arguments
 
@@ -494,7 +494,8 @@ def test_unmount_of_a_busy_mount_raises_failed_precondition(
         assert [row[0] for row in listed()] == [str(here)]
 
     def can_be_unmounted() -> bool:
-        # Another daemon that looks for users of its mounts may still be at what the process had.
+        # A daemon of another test looks for users of its own mounts. It can still have the
+        # process's directory open.
         with suppress(FailedPrecondition):
             request("Unmount", UNMOUNT, str(here), {})
         return is_gone(here)

@@ -49,7 +49,7 @@ async def want_no_reply(bus: connection, number: int) -> None:
     for _ in range(number // 200):
         for _ in range(200):
             await bus.send(open_tree(MessageFlag.NO_REPLY_EXPECTED))
-        # One that is answered when most of the others are done, so that there are never too many.
+        # Wait for this reply, so that there are never too many open calls.
         await bus.ask(member="ListMounts", signature="s", body=[""])
 
 
@@ -96,7 +96,7 @@ def test_many_open_tree_calls_leave_no_open_descriptors(
             before = descriptors(stocked)
             await scenario(bus, number)
             await asyncio.to_thread(wait_until_closed, stocked, before)
-            # It is answered as ever.
+            # The daemon still answers this connection.
             await bus.ask(member="ListMounts", signature="s", body=[""])
 
     asyncio.run(asking())

@@ -1,4 +1,4 @@
-"""The calls of users other than root, decided by a real polkit."""
+"""Calls of users other than root, which a real polkit allows or denies."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ polkit.addRule(function(action, subject) {
 """
 
 DAEMON, BIN = 1, 2
-"""Users that every Debian has: one whom the rules allow, and one they do not know."""
+"""Uids that every Debian has. `RULES` allow calls of the first, and do not mention the second."""
 
 READS = [
     ("Stat", "s", "base"),
@@ -85,7 +85,7 @@ MOUNTS = [
     ("Unmount", "sa{sv}", "/none", "0"),
     ("OpenTree", "sa{sv}", "work", "0"),
 ]
-"""Calls as busctl has them."""
+"""The calls of each polkit action, as arguments of busctl."""
 
 CHALLENGED = "once a person has agreed"
 DENIED = "Access denied"
@@ -97,7 +97,7 @@ Polkit = tuple[Service, "subprocess.Popen[str]"]
 
 @pytest.fixture
 def polkit(scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Polkit]:
-    """Run a service with `base`, which is committed, and `work`, beside polkit."""
+    """Run polkit, and a service with the committed snapshot `base`, and `work` from it."""
     tmp_path.chmod(0o755)
     with private_bus([POLICY]) as address, polkitd(address, RULES, tmp_path) as process:
         monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
@@ -123,7 +123,7 @@ def unchanged(service: Service) -> Iterator[None]:
 
 
 def refused(service: Service, call: Call, user: int, ask: bool = False) -> str:
-    """Call, with or without leave to ask a person; return what busctl says of that."""
+    """Make a call that must fail, with or without interactive authorization; return the error."""
     leave = "yes" if ask else "no"
     done = service.busctl(
         f"--allow-interactive-authorization={leave}",
@@ -140,7 +140,7 @@ def test_polkit_decides_read_manage_and_mount_separately(service: Service) -> No
             assert service.call(*call, user=NOBODY).returncode == 0
         for call in CHANGES:
             assert CHALLENGED in refused(service, call, NOBODY), call
-            # There is nobody who could be asked.
+            # There is no session in which polkit could ask a person.
             assert DENIED in refused(service, call, NOBODY, ask=True), call
         for call in MOUNTS:
             assert DENIED in refused(service, call, NOBODY), call
@@ -158,7 +158,7 @@ def test_polkit_refusals_become_the_errors_of_the_contract(service: Service) -> 
 
 
 def test_the_default_policy_requires_interactive_authorization(service: Service) -> None:
-    """Nobody here has a session, let alone an active one."""
+    """No user of this test has a session."""
     with unchanged(service):
         for call in (*READS, *CHANGES, *MOUNTS):
             assert CHALLENGED in refused(service, call, BIN), call
@@ -223,11 +223,11 @@ def test_a_user_may_unmount_its_own_mount_although_polkit_denies(
 
 
 def test_a_user_may_cancel_its_own_job_without_the_manage_permission(service: Service) -> None:
-    """Verifying is reading, which the rules allow, and for managing they want a person."""
+    """The rules allow the user to read, as Verify does, but not to manage without a password."""
     with BlockingClient() as client:
         client.prepare("read", "base")
         client.commit("verified", "read", digest=True)
-        # From now on there are workers for it.
+        # After this call the daemon has workers for Verify.
         client.verify("verified")
         with held_up(service, IDLE):
             done = service.call("VerifyJob", "sa{sv}", "verified", "0", user=NOBODY)
@@ -242,7 +242,7 @@ def test_a_user_may_cancel_its_own_job_without_the_manage_permission(service: Se
 
 
 def test_authorization_is_checked_before_arguments_and_state(service: Service) -> None:
-    """A caller without authorisation learns nothing about its arguments or about snapshots."""
+    """A caller without authorisation learns nothing about their arguments or about snapshots."""
     calls: list[Call] = [
         ("Remove", "sa{sv}", "work", "0"),
         ("Remove", "sa{sv}", "none", "0"),
@@ -266,12 +266,12 @@ def test_without_polkit_a_user_other_than_root_is_denied(polkit: Polkit) -> None
 
 @contextmanager
 def asked(service: Service, process: subprocess.Popen[str], times: int) -> Iterator[None]:
-    """Have polkit take its time with some calls of NOBODY, who has left at the end."""
+    """Stop polkit during the block, and make calls as NOBODY that wait for it."""
     os.kill(process.pid, signal.SIGSTOP)
     try:
         with crowd(service.address, 1, NOBODY) as (stranger,):
             stranger.call("Stat", "s", "base", times=times)
-            # It is answered when the bus has passed on what was sent before it.
+            # The bus replies after it has delivered the calls before this one.
             stranger.ask_driver("GetId")
             stranger.replies(1)
             yield
@@ -289,7 +289,7 @@ def test_calls_of_root_do_not_wait_for_polkit(polkit: Polkit) -> None:
 
 @contextmanager
 def as_other(uid: int) -> Iterator[None]:
-    """Be another user for a while, to the bus too."""
+    """Run the block with the real and effective uid ``uid``, so that the bus sees it too."""
     os.setresuid(uid, uid, 0)
     try:
         yield
@@ -329,7 +329,7 @@ def test_too_many_pending_polkit_questions_raise_resource_exhausted(polkit: Polk
 
 @pytest.mark.parametrize("when", ["asked", "asking"])
 def test_a_stopping_daemon_does_not_wait_for_polkit(polkit: Polkit, when: str) -> None:
-    """Neither for what it was asked before, nor for calls that arrive with the end."""
+    """Calls that wait for polkit and calls that arrive with SIGTERM are refused."""
     service, process = polkit
     members = ("Stat", "Usage", "Standby")
 
@@ -347,7 +347,7 @@ def test_a_stopping_daemon_does_not_wait_for_polkit(polkit: Polkit, when: str) -
                 )
                 for member in members
             ]
-            # It is answered when the bus has passed on what was sent before it.
+            # The bus replies after it has delivered the calls before this one.
             await bus.ask_driver("GetId", "", [])
             if when == "asking":
                 os.kill(service.pid, signal.SIGCONT)

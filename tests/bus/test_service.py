@@ -106,7 +106,7 @@ def test_the_xml_names_every_argument_and_marks_constant_properties() -> None:
 def test_every_user_may_introspect_the_manager(shared: Service, user: int) -> None:
     lines = shared.busctl("introspect", BUS_NAME, OBJECT_PATH, "--no-legend", user=user)
     if user:
-        # The program reads properties too, which others may not.
+        # busctl also reads properties, which other users may not.
         assert "Access denied" in lines.stderr
         xml = shared.busctl("introspect", "--xml-interface", BUS_NAME, OBJECT_PATH, user=user)
         assert manager_of(xml.stdout) == manager_of(introspection.contract())
@@ -184,7 +184,7 @@ def test_properties_have_the_contract_types_and_the_expected_values(
 
 
 def test_busctl_monitor_shows_the_snapshot_signals(shared: Service) -> None:
-    # A pipe would get the messages only when busctl's buffer is full.
+    # With a pipe, busctl would write the messages only when its buffer is full.
     terminal, output = os.openpty()
     with open(output, "wb") as stdout:
         monitor = subprocess.Popen(
@@ -205,7 +205,7 @@ def test_busctl_monitor_shows_the_snapshot_signals(shared: Service) -> None:
         shared.call("Update", "sa{ss}as", "key", "0", "0")
         shared.call("Commit", "ssa{sv}", "name", "key", "0")
         shared.call("Remove", "sa{sv}", "name", "0")
-        # A call that takes long also shows as a job.
+        # A call that takes long also sends the signals of a job.
         messages = map(json.loads, lines)
         changes = (message for message in messages if message["member"].startswith("Snapshot"))
         seen = list(islice(changes, 4))

@@ -29,7 +29,7 @@ pytestmark = on_ext4
 
 @pytest.fixture(autouse=True)
 def served(shared: Service) -> Service:
-    """Have the program talk to a daemon that is empty."""
+    """Run the program on the bus of a daemon without snapshots."""
     return shared
 
 
@@ -178,7 +178,7 @@ def test_output_escapes_control_characters_of_names() -> None:
         assert "\\x1b[31mred" in text
 
 
-def test_output_shows_what_the_terminal_cannot_by_its_number() -> None:
+def test_output_shows_characters_outside_its_encoding_as_escapes() -> None:
     out("prepare", "Käse ключ")
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1:strict"}
     listed = subprocess.run([*PROGRAM, "ls"], env=environment, capture_output=True, check=True)
@@ -199,7 +199,7 @@ def test_help_names_every_command() -> None:
 
 
 def test_help_imports_no_heavy_modules() -> None:
-    """Imports would make the help slow."""
+    """These imports would make the help slow."""
     script = (
         "import sys; before = set(sys.modules); from snapd_native.cli.main import cli;"
         "print(*{'dbus_next', 'rich', 'sqlite3', 'asyncio', 'regex'} & set(sys.modules) - before)"
@@ -247,7 +247,7 @@ def test_a_table_wider_than_the_terminal_is_folded_and_not_cut() -> None:
     ) as process:
         os.close(slave)
         shown = b""
-        # EIO is how a terminal says that nobody writes any more.
+        # A read fails with EIO when no process has the terminal open any more.
         with suppress(OSError):
             while chunk := os.read(master, 4096):
                 shown += chunk

@@ -25,17 +25,17 @@ from tests.support.service import PATIENCE, Service, committed, serving
 from tests.support.waiting import becomes, eventually
 
 DIRECTORIES = 20
-"""In the tree that is copied, with a file each."""
+"""Directories in the tree that is copied, each with one file."""
 
 HALF = "7"
-"""The directory at which a copy waits that is held up in the middle."""
+"""The directory at which tests hold up a copy."""
 
 PIPE = subprocess.PIPE
 
 
 @pytest.fixture(scope="module")
 def lasting(bus: str, ext4: FileSystem) -> Iterator[Service]:
-    """Run a daemon for all tests here; it has `big`."""
+    """Run a daemon with the committed snapshot `big` for all tests of this file."""
     with (
         pytest.MonkeyPatch.context() as patch,
         scratch_on(ext4) as scratch,
@@ -50,7 +50,7 @@ def lasting(bus: str, ext4: FileSystem) -> Iterator[Service]:
 
 @pytest.fixture
 def served(lasting: Service, on_bus: str) -> Iterator[Service]:
-    """Lend the daemon, of which nothing but `big` may be left by then."""
+    """Lend the daemon; after the test, delete everything but `big`."""
     assert on_bus == lasting.address
     yield lasting
     with BlockingClient() as client:
@@ -64,7 +64,7 @@ def served(lasting: Service, on_bus: str) -> Iterator[Service]:
 
 @pytest.fixture
 def big(served: Service) -> Path:
-    """Return where the tree of `big` lies."""
+    """Return the path of the tree of `big`."""
     (tree,) = (served.state / "snapshots").iterdir()
     return tree
 
@@ -77,7 +77,7 @@ def client(served: Service) -> Iterator[BlockingClient]:
 
 @contextmanager
 def begun(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Run the program meanwhile."""
+    """Run the program during the block."""
     with subprocess.Popen([*PROGRAM, *arguments], stdout=PIPE, stderr=PIPE, text=True) as process:
         try:
             yield process
@@ -86,7 +86,7 @@ def begun(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def job_of(client: BlockingClient, key: str) -> Job:
-    """Return the job on ``key`` when it is shown."""
+    """Wait until a job on ``key`` is shown, and return it."""
     found: list[Job] = []
 
     def shown() -> bool:
@@ -191,7 +191,7 @@ def test_ctrl_c_in_the_middle_of_a_copy_undoes_prepare(
         stdout, stderr = process.communicate(timeout=PATIENCE)
         assert (process.returncode, stdout, stderr.strip()) == (INTERRUPTED, "", "")
         assert INTERRUPTED == 130
-        # It returned when all was undone.
+        # The program ends after its job is undone.
         assert client.jobs() == []
     nothing_of(client, served, "key")
 
@@ -211,7 +211,7 @@ def test_ctrl_c_during_commit_changes_nothing(client: BlockingClient) -> None:
 
 @pytest.fixture
 def sealed(client: BlockingClient) -> Path:
-    """Commit `done` and `gone`, which can be verified; return where the tree of `done` lies."""
+    """Commit `done` and `gone` with digests; return the path of the tree of `done`."""
     for name in ("gone", "done"):
         tree = Path(client.prepare(f"{name} in the making", "big").source)
         client.commit(name, f"{name} in the making", digest=True)
@@ -278,9 +278,9 @@ def on_terminal(
 
 
 def read_terminal(master: int, until: str = "") -> str:
-    """Return what is shown from now on, up to what holds ``until``, or to the end."""
+    """Read the output of a terminal until it contains ``until``, or to its end."""
     shown = b""
-    # EIO is how a terminal says that nobody writes any more.
+    # A read fails with EIO when no process has the terminal open any more.
     with suppress(OSError):
         while (not until or until.encode() not in shown) and (chunk := os.read(master, 4096)):
             shown += chunk
@@ -289,7 +289,7 @@ def read_terminal(master: int, until: str = "") -> str:
 
 def test_prepare_on_a_terminal_shows_a_progress_bar(client: BlockingClient, big: Path) -> None:
     with ExitStack() as stack:
-        # Its root is one that passes.
+        # The root counts as one of these opens.
         with held(big, after=DIRECTORIES // 2):
             master, process = stack.enter_context(on_terminal("prepare", "k[red]\x1b", "big"))
             shown = read_terminal(master, "inodes")

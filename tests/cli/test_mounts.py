@@ -25,20 +25,20 @@ from tests.support.service import NOBODY, Service, empty, serving
 
 @pytest.fixture(scope="module")
 def filesystem(ext4: FileSystem) -> FileSystem:
-    """All is the same on every file system: one will do."""
+    """Return ext4: the mount commands do the same on every file system."""
     return ext4
 
 
 @pytest.fixture(scope="module")
 def lasting(bus: str, ext4: FileSystem) -> Iterator[Service]:
-    """Run a daemon whose state directory is nothing that a shell would leave alone."""
+    """Run a daemon with a state directory whose name must be quoted in a shell."""
     with scratch_on(ext4) as scratch, serving(bus, scratch / "a 'state' #1") as service:
         yield service
 
 
 @pytest.fixture
 def stocked(lasting: Service, on_bus: str) -> Iterator[Service]:
-    """Lend the daemon with some snapshots, of which nothing is left in the end."""
+    """Lend the daemon with the snapshots of `stock`; remove them after the test."""
     assert on_bus == lasting.address
     with stocked_with_snapshots(lasting):
         yield lasting
@@ -62,7 +62,7 @@ def test_a_mount_stays_until_umount(
     here = place(places, "with space")
     key, *rest = arguments
     assert out("mount", key, str(here), *rest) == f"{here}\n"
-    # It stays though the program has ended.
+    # The mount stays after the program ends.
     assert is_read_only(here) is read_only
     assert (here / "file").read_text() == "text"
     assert out("umount", str(here)) == ""
@@ -103,7 +103,7 @@ def test_umount_of_a_key_unmounts_all_its_mounts(stocked: Service, places: Path)
     assert below(places) == [other]
 
 
-def test_umount_takes_its_argument_for_a_directory_before_a_key(
+def test_umount_tries_its_argument_as_a_directory_before_a_key(
     stocked: Service, places: Path
 ) -> None:
     work, there = str(place(places, "work")), str(place(places, "there"))
@@ -193,7 +193,7 @@ def test_the_printed_mount_command_mounts_the_snapshot(
 def check_mounted_by_hand(here: Path, *, read_only: bool) -> None:
     assert is_read_only(here) is read_only
     assert (here / "file").read_text() == "text"
-    # The service knows nothing of it.
+    # The service has no record of this mount.
     assert json.loads(out("mounts", "--json")) == []
     subprocess.run(["umount", str(here)], check=True)
 

@@ -1,4 +1,4 @@
-"""The typed clients: every method, their exceptions, and a daemon or bus that goes away."""
+"""The typed clients: their methods and exceptions, also when the daemon or the bus ends."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_both_clients_and_snapshotter_have_the_same_methods() -> None:
     assert asynchronous == blocking
     engine = {**methods(Snapshotter), **methods(Mounter), **methods(Upkeep)}
     for name in blocking.keys() & engine.keys():
-        # The bus knows who calls; a caller knows of jobs only by their progress.
+        # The service adds these parameters. A client has ``progress`` instead of ``job``.
         inner = {"job", "uid", "owner", "is_wanted"}
         common = [parameter for parameter in engine[name] if parameter not in inner]
         assert [name for name in blocking[name] if name != "progress"] == common
@@ -151,7 +151,7 @@ MISTAKES: list[Callable[[BlockingClient | Snapshotter], object]] = [
 def test_the_client_raises_the_same_errors_as_snapshotter(
     shared_client: BlockingClient, scratch: Path
 ) -> None:
-    """The exception and its message do not tell whether there was a bus in between."""
+    """The exception and its message are the same with and without a bus."""
     committed(shared_client, "base")
     shared_client.prepare("key")
     engine = Snapshotter(scratch / "engine", lambda *_: None)
@@ -300,7 +300,7 @@ def test_a_client_raises_unavailable_when_the_bus_closes_the_connection(
 
 
 def test_a_client_raises_unavailable_when_the_bus_rejects_its_uid(on_bus: str) -> None:
-    """The bus sees the effective uid, and is told the real one."""
+    """The bus sees the effective uid of the client, but the client sends its real uid."""
     os.seteuid(NOBODY)
     try:
         with refused(Unavailable, "does not answer"), BlockingClient():

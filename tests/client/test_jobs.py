@@ -1,4 +1,4 @@
-"""The calls of the client with progress: what they report, and how they are cancelled."""
+"""Calls of the client with progress: their reports and their cancellation."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Seen:
         self.first.set()
 
     def check(self, total: Usage) -> None:
-        """Check that it never went back."""
+        """Check that the counts never decrease and never exceed ``total``."""
         for count in ("inodes", "size"):
             values = [getattr(progress.done, count) for progress in self.all]
             assert values == sorted(values)
@@ -152,7 +152,7 @@ def test_a_cancelled_coroutine_cancels_its_job(
         async with waiting(filled, client, member) as (calling, _), Client() as other:
             calling.cancel()
             await asyncio.wait({calling})
-            # All is undone when the coroutine has ended.
+            # The job is undone before the coroutine ends.
             assert await other.jobs() == []
             assert calling.cancelled()
         await client.list()
@@ -164,11 +164,11 @@ def test_a_cancelled_coroutine_cancels_its_job(
 def test_a_coroutine_cancelled_at_any_message_leaves_no_job(
     filled: Service, shared_client: BlockingClient
 ) -> None:
-    """After each message that the client gets, from none at all."""
+    """The test cancels before the first message to the client, after the first, and so on."""
     before = everything(shared_client, filled)
 
     async def cancel_after(steps: int, client: Client) -> bool:
-        """Tell whether the call waited for its job already."""
+        """Cancel a call after ``steps`` messages; return whether it had reported progress."""
         connection = client._connected()
         left, seen = steps, Seen()
 
@@ -297,14 +297,15 @@ def test_a_waiting_call_raises_unavailable_when_the_bus_ends(
 def test_a_slow_client_gets_correct_progress_and_its_result(
     shared: Service, shared_client: BlockingClient, ended: bool
 ) -> None:
-    """When it gets to ask about its job, that is further than signals told, or gone."""
+    """Before the client asks about its job, the job has gone on without a signal, or ended."""
     tree = committed(shared_client, "base", files={f"{number}": "text" for number in range(20)})
     ready = threading.Event()
 
     async def observe(watched: Watch) -> None:
         ready.set()
         _, path = await watched.signal("JobNew")
-        # Progress from before JobNew is not signalled: none may happen before this answer.
+        # The daemon signals no progress from before JobNew. So the copy goes on only after this
+        # reply.
         await watched.call("Stat", "s", "base")
         copy.let_pass(5)
         _, changed, _ = await watched.signal("PropertiesChanged", path)
@@ -318,7 +319,7 @@ def test_a_slow_client_gets_correct_progress_and_its_result(
 
     async def scenario(client: Client) -> None:
         def wait(message: Message) -> None:
-            # The reply with the job's path, and nothing else.
+            # Only the reply with the job's path is delayed.
             if message.message_type is MessageType.METHOD_RETURN and message.signature == "o":
                 observing.result(PATIENCE)
 
@@ -334,7 +335,7 @@ def test_a_slow_client_gets_correct_progress_and_its_result(
         seen.check(await client.usage("base"))
 
     with ThreadPoolExecutor(1) as pool, ExitStack() as holding:
-        # The root passes.
+        # The root does not wait.
         copy = holding.enter_context(held(tree, after=1))
         observing = pool.submit(watch, observe)
         assert ready.wait(PATIENCE)
@@ -342,7 +343,7 @@ def test_a_slow_client_gets_correct_progress_and_its_result(
 
 
 def lies(path: str) -> list[Message]:
-    """Return what a stranger may say of the job at ``path``, and of the service."""
+    """Return signals that any client can forge about the job at ``path`` and the service."""
     number = int(path.removeprefix(f"{JOB_PATH}/"))
     far = {"EntriesDone": Variant("t", 1 << 40)}
     return [
@@ -362,14 +363,14 @@ def lies(path: str) -> list[Message]:
 def test_a_client_ignores_forged_signals_of_other_senders(
     filled: Service, lie: int, aimed: bool
 ) -> None:
-    """Anybody on the system bus may send signals that look like the service's."""
+    """Every client of the system bus can send signals that look like those of the service."""
 
     async def say(path: str, to: str | None) -> None:
         async with connection() as stranger:
             message = lies(path)[lie]
             message.destination = to  # type: ignore[assignment]
             await stranger.send(message)
-            # Its answer tells that the bus has passed on what came before.
+            # The bus replies after it has delivered the message before.
             await stranger.ask_driver("GetId", "", [])
 
     async def scenario(client: Client) -> None:

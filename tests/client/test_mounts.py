@@ -1,4 +1,4 @@
-"""The mount calls of the client, and what a caller can do with a detached mount."""
+"""The mount calls of the client, and detached mounts that a caller attaches."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_blocking_client_can_make_every_mount_call(stocked: Service, places:
         fd = client.open_tree("look", read_only=True)
         assert not os.get_inheritable(fd)
     eventually(lambda: is_gone(Path(here)))
-    # It is not the client's.
+    # The descriptor stays open after the client is closed.
     assert Path(f"/proc/self/fd/{fd}/file").read_text() == "text"
     os.close(fd)
 
@@ -172,7 +172,7 @@ input()
 
 @contextmanager
 def attached(tree: int, target: Path) -> Iterator[Sequence[str]]:
-    """Attach a tree in a mount namespace of its own; yield what is read and written there."""
+    """Attach a tree in a new mount namespace; yield the lines that `INSIDE` prints there."""
     unshare = ["unshare", "--mount", "--propagation", "private"]
     with subprocess.Popen(
         [*unshare, sys.executable, "-c", INSIDE, str(tree), str(target)],
@@ -238,7 +238,7 @@ def test_a_tree_attached_on_the_host_blocks_remove_until_unmounted(
     ) as process:
         os.close(tree)
         process.communicate(b"\n")
-    # The service knows nothing of it, but that it is mounted.
+    # The service has no record of the mount, but Remove finds it.
     assert mounted_on(here)
     assert shared_client.list_mounts() == []
     with pytest.raises(SnapdError, match=str(here)):
@@ -249,7 +249,7 @@ def test_a_tree_attached_on_the_host_blocks_remove_until_unmounted(
 
 @pytest.fixture
 def uncollected() -> Iterator[None]:
-    """Have nothing go just because the garbage collector comes by."""
+    """Disable the garbage collector, so that it closes no descriptors."""
     gc.collect()
     gc.disable()
     yield
@@ -259,7 +259,7 @@ def uncollected() -> Iterator[None]:
 
 @pytest.mark.usefixtures("uncollected")
 def test_a_cancelled_open_tree_leaves_no_open_descriptor(stocked: Service) -> None:
-    """Of calls that are cancelled before their answers come, nothing stays open anywhere."""
+    """Neither the client nor the service keeps the descriptor of a cancelled call open."""
 
     async def scenario(client: Client) -> None:
         await client.list_mounts()
@@ -272,7 +272,7 @@ def test_a_cancelled_open_tree_leaves_no_open_descriptor(stocked: Service) -> No
             outcomes = await asyncio.gather(*calls, return_exceptions=True)
             assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
             await client.list_mounts()
-        # Some answers may have been overtaken by the last one, and are read meanwhile.
+        # Some replies can arrive after the last one.
         for process, there in before.items():
             await asyncio.to_thread(wait_until_closed, process, there)
 
@@ -280,7 +280,7 @@ def test_a_cancelled_open_tree_leaves_no_open_descriptor(stocked: Service) -> No
 
 
 @pytest.mark.usefixtures("uncollected")
-def test_a_leaving_client_closes_the_trees_it_has_not_handed_out(stocked: Service) -> None:
+def test_a_client_that_leaves_closes_the_trees_that_it_has_not_returned(stocked: Service) -> None:
     async def scenario(client: Client) -> None:
         calls = [asyncio.ensure_future(client.open_tree("work")) for _ in range(50)]
         await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)

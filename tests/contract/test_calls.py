@@ -41,7 +41,7 @@ ODD = (
     "k" * 4096,
     "é" * 2048,
 )
-"""Texts that are names like any other."""
+"""Unusual texts that are valid names."""
 
 
 def now() -> int:
@@ -110,7 +110,7 @@ def test_commit_view_and_prepare_keep_every_kind_of_file(
     assert torture_tree.differences(original, Path(shared_client.view("seen", "base").source)) == ""
     copy = Path(shared_client.prepare("copy", "base").source)
     assert copy != Path(written.source)
-    # ext4 shows preallocated blocks as data once they were read, which the copy has done.
+    # The copy has read preallocated blocks. After that, ext4 shows them as data.
     assert torture_tree.differences(Path(written.source), copy) == ""
     (copy / "types" / "regular").write_text("changed")
     shared_client.commit("second", "copy")

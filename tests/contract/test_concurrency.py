@@ -74,13 +74,13 @@ def test_each_change_sends_exactly_one_signal(shared: Service) -> None:
 
 
 def test_the_signal_of_a_change_arrives_before_the_reply(shared: Service) -> None:
-    """The signal of a change arrives before the answer to the call, seen as raw messages."""
+    """The test compares the order of the raw messages."""
 
     async def scenario() -> list[str]:
         arrived: list[str] = []
 
         def record(message: Message) -> None:
-            # A call that takes long also shows as a job.
+            # A call that takes long also sends the signals of a job.
             if message.message_type is MessageType.SIGNAL and message.member.startswith("Snapshot"):
                 arrived.append(f"{message.path} {message.member} {message.signature}")
             elif message.message_type is MessageType.METHOD_RETURN:
@@ -113,12 +113,12 @@ def test_the_signal_of_a_change_arrives_before_the_reply(shared: Service) -> Non
 
 
 def test_signals_of_eight_competing_clients_replay_to_the_final_state(shared: Service) -> None:
-    """All compete for the same few names; the signals alone tell what there is at the end."""
+    """The clients use the same few names. The signals alone show which snapshots exist."""
 
     async def scenario(client: Client) -> None:
         async with client.changes() as changes, AsyncExitStack() as stack:
             others = [await stack.enter_async_context(Client()) for _ in range(8)]
-            # Of each change at least this one is not left to chance.
+            # These calls guarantee at least one change of each kind.
             await client.prepare("the first")
             await client.update("the first", {"a": "1"})
             await client.commit("the second", "the first")
@@ -152,7 +152,7 @@ async def compete(client: Client, seed: int) -> None:
 
 
 def replayed(history: list[Change]) -> dict[str, tuple[Kind, str]]:
-    """Return what there is after ``history``; each change must be possible where it stands."""
+    """Return the snapshots after ``history``, each change of which must be possible."""
     there: dict[str, tuple[Kind, str]] = {}
     for change in history:
         match change:
@@ -265,7 +265,7 @@ def thrown(outcome: object) -> BaseException:
 
 
 async def short_calls(client: Client) -> None:
-    """Make each call that has next to nothing to copy."""
+    """Make calls that copy almost nothing."""
     await client.stat("base")
     assert len(await client.list(["kind==committed"])) >= 1
     await client.view("view", "base")

@@ -41,7 +41,7 @@ LONG = "k" * 5000
 
 @pytest.fixture
 def populated(shared_client: BlockingClient) -> BlockingClient:
-    """Snapshots of every kind: base with the child active, the view of it, and alone."""
+    """Make snapshots of every kind: `base`, its children `active` and `view`, and `alone`."""
     committed(shared_client, "base", files={"file": "text"})
     shared_client.prepare("active", "base")
     shared_client.view("view", "base")
@@ -52,7 +52,7 @@ def populated(shared_client: BlockingClient) -> BlockingClient:
 @pytest.mark.parametrize(
     ("call", "kind", "says"),
     [
-        # Nothing is there.
+        # The snapshot does not exist.
         (lambda c: c.prepare("new", "none"), NotFound, '"none"'),
         (lambda c: c.view("new", "none"), NotFound, '"none"'),
         (lambda c: c.commit("new", "none"), NotFound, '"none"'),
@@ -62,7 +62,7 @@ def populated(shared_client: BlockingClient) -> BlockingClient:
         (lambda c: c.update("none", {}), NotFound, '"none"'),
         (lambda c: c.usage("none"), NotFound, '"none"'),
         (lambda c: c.remove("none"), NotFound, '"none"'),
-        # Something is there already: one namespace for keys and names.
+        # The name is taken: keys and names share one namespace.
         (lambda c: c.prepare("active"), AlreadyExists, '"active"'),
         (lambda c: c.prepare("view"), AlreadyExists, '"view"'),
         (lambda c: c.prepare("base"), AlreadyExists, '"base"'),
@@ -184,7 +184,7 @@ def test_calls_on_damaged_database_pages_raise_data_loss(on_bus: str, scratch: P
 
 
 def damage_labels(database: Path) -> int:
-    """Overwrite the pages that hold nothing but labels; return how many there are."""
+    """Overwrite the pages that contain only labels; return their number."""
     count = 0
     with database.open("r+b") as file:
         for at in range(0, database.stat().st_size, 4096):
@@ -199,7 +199,7 @@ def damage_labels(database: Path) -> int:
 def full_disk(
     bus: str, kind: str, directory: Path
 ) -> Iterator[tuple[Service, BlockingClient, Path]]:
-    """Run a service on a file system that a file fills up; its removal makes room again."""
+    """Run a service on a full file system; also yield the file that fills it."""
     with (
         mounted(kind, 320 << 20, directory) as made,
         serving(bus, made.root / "state") as service,
@@ -267,7 +267,7 @@ def test_other_users_are_denied_before_their_arguments_are_checked(
 def test_access_denied_names_the_call_the_uid_and_root(
     shared: Service, shared_client: BlockingClient
 ) -> None:
-    """The program busctl has a text of its own for AccessDenied, dbus-send shows ours."""
+    """The test uses dbus-send, because busctl replaces the message of AccessDenied."""
     shared_client.prepare("key")
     with refused(AccessDenied, "Stat", str(NOBODY), "root"):
         raise denied(shared, "Stat", "string:key")
@@ -290,7 +290,7 @@ def test_calls_without_a_daemon_raise_unavailable(on_bus: str) -> None:
 def test_a_page_larger_than_a_message_raises_resource_exhausted(
     shared_client: BlockingClient,
 ) -> None:
-    """A page that would not fit a message is refused, a smaller one is not."""
+    """A smaller page is returned."""
     labels = {f"{number:04}": "v" * 4092 for number in range(250)}
     for number in range(9):
         shared_client.view(f"{number}", labels=labels)

@@ -70,7 +70,7 @@ ODD = (
     "k" * 4096,
     "é" * 2048,
 )
-"""Texts that name nothing here, though they could."""
+"""Unusual valid names that no snapshot has."""
 
 LABELS: dict[str, tuple[dict[str, str], str]] = {
     "no key": ({"": "v"}, "empty key"),
@@ -84,7 +84,7 @@ LABELS: dict[str, tuple[dict[str, str], str]] = {
 
 @pytest.fixture
 def unchanged(shared: Service, shared_client: BlockingClient) -> Iterator[BlockingClient]:
-    """Snapshots base, key and view, which must be the same after the test."""
+    """Make the snapshots base, key and view; check that the test does not change them."""
     committed(shared_client, "base", files={"file": "text"})
     shared_client.prepare("key", "base", {"a": "1"})
     shared_client.view("view", "base")
@@ -128,7 +128,7 @@ def test_an_unused_odd_name_raises_not_found(
 
 @pytest.mark.parametrize("name", ODD, ids=brief)
 def test_error_messages_escape_odd_names(shared_client: BlockingClient, name: str) -> None:
-    """Messages about a snapshot with such a name are as clean as any."""
+    """Messages about a snapshot with such a name contain only printable characters."""
     committed(shared_client, name)
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name[:80])
     with refused(FailedPrecondition, shown):
@@ -265,7 +265,7 @@ def test_a_body_over_4_mib_raises_invalid_argument(unchanged: BlockingClient, me
 def test_error_messages_escape_characters_that_dbus_forbids(
     unchanged: BlockingClient, pattern: str
 ) -> None:
-    """The bus would hang up on the service, for an error that quotes it as it is."""
+    """The bus would disconnect the service for an error message with such a character."""
     with pytest.raises(InvalidArgument):
         unchanged.list([f"name~={pattern}"])
     assert unchanged.stat("base").name == "base"

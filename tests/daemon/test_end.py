@@ -1,4 +1,4 @@
-"""The end of the daemon, by a signal or by a kill, and the state it leaves."""
+"""The end of the daemon by SIGTERM or SIGKILL, and the state that it leaves."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from tests.support.service import (
 pytestmark = long_on_xfs
 
 DIRECTORIES = 10
-"""In the tree that is copied when the end comes, with a file each."""
+"""Directories in the tree that a call reads when the daemon ends, each with one file."""
 
 ENTRIES = 2 * DIRECTORIES + 1
-"""With its root."""
+"""Inodes of that tree, with its root."""
 
 
 def commit_big(client: BlockingClient) -> Path:
-    """Commit `big`, and return where its tree lies."""
+    """Commit `big`, and return the path of its tree."""
     files = {f"{number}/file": "text" for number in range(DIRECTORIES)}
     return committed(client, "big", files=files)
 
 
 def consistent(on_bus: str, state: Path) -> Mapping[str, Kind]:
-    """Start the service again and return what it has; every record has a tree, and no more."""
+    """Restart the service, check that each snapshot has one tree, and return the snapshots."""
     with serving(on_bus, state) as service, BlockingClient() as client:
         infos = list(client.walk())
         trees = set(os.listdir(state / "snapshots"))
@@ -68,11 +68,11 @@ LONG: dict[str, tuple[Begin, str, set[str]]] = {
     ),
     "Commit": (lambda c: asyncio.ensure_future(c.commit("new", "key")), "key", {"big", "new"}),
 }
-"""A call that takes long, the snapshot whose tree it walks, and what there is when it is done."""
+"""Calls that take long: the start, the snapshot whose tree is read, the snapshots afterwards."""
 
 
 def commit_big_and_prepare_key() -> dict[str, Path]:
-    """Return where the trees of both lie."""
+    """Return the paths of both trees."""
     with BlockingClient() as client:
         big = commit_big(client)
         return {"big": big, "key": Path(client.prepare("key", "big").source)}
@@ -156,7 +156,7 @@ def test_a_daemon_stopped_during_a_deletion_leaves_a_consistent_state(
 def test_a_killed_daemon_leaves_nothing_of_a_running_call(
     on_bus: str, scratch: Path, member: str, where: str
 ) -> None:
-    """Killed when the tree is opened, or in the middle of it."""
+    """The daemon is killed when a worker opens the root of the tree, or in the middle of it."""
     state = scratch / "state"
     begin, walked, _ = LONG[member]
     with serving(on_bus, state, status=-signal.SIGKILL) as service:

@@ -1,4 +1,4 @@
-"""Several daemons on one bus, told apart by instance name, under the shipped bus policy."""
+"""Several daemons with instance names on one bus, under the shipped bus policy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def instances(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def address(instances: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Make their bus known to every client in the test; this is its address."""
+    """Make the bus of `instances` the system bus of the test, and return its address."""
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", instances)
     return instances
 
@@ -89,7 +89,7 @@ def test_a_bad_instance_name_raises_invalid_argument(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["org.snapdnative1", "org.snapdnative1.one"])
 def test_another_user_cannot_own_a_bus_name_of_the_daemon(address: str, name: str) -> None:
-    """Nor one that no service has taken yet."""
+    """They cannot own a name that no service owns yet either."""
     for wanted in (name, f"{name}.more"):
         outcome = subprocess.run(
             [

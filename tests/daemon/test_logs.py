@@ -47,7 +47,7 @@ class Journal:
         self._enter = ["nsenter", f"--mount=/proc/{pid}/ns/mnt", "--"]
 
     def command(self, *command: str) -> list[str]:
-        """Return what runs a command whose standard error is the journal."""
+        """Return a command line that runs ``command`` with the journal as standard error."""
         told = ["sh", "-c", 'JOURNAL_STREAM=$(stat -Lc %d:%i /proc/self/fd/2) exec "$@"', "sh"]
         return [*self._enter, "systemd-cat", "--identifier=stderr", *told, *command]
 
@@ -82,7 +82,7 @@ def address() -> Iterator[str]:
 
 @contextmanager
 def daemon(prefix: Callable[..., list[str]], state: Path, *options: str) -> Iterator[Path]:
-    """Run a daemon as a unit would, and end it; yield what it writes to standard error."""
+    """Run a daemon as a unit does, during the block; yield the file with its standard error."""
     command = prefix(
         *(sys.executable, "-m", "snapd_native", "daemon", *options),
         *("--state-directory", str(state), "--runtime-directory", f"{state}-run"),

@@ -88,7 +88,7 @@ def test_the_daemon_notifies_systemd_of_ready_watchdog_and_stopping(
 def test_watchdog_pings_continue_after_the_disk_is_gone(
     on_bus: str, loop_directory: Path, notifications: Notifications
 ) -> None:
-    """No restart would bring it back, and nobody would say what is the matter."""
+    """A restart would not help, and callers would no longer get the reason."""
     with (
         mounted("xfs", 320 << 20, loop_directory) as disk,
         started(on_bus, disk.root / "state", notifications, WATCHDOG_USEC="600000") as daemon,
@@ -107,13 +107,13 @@ def test_watchdog_pings_continue_after_the_disk_is_gone(
 def test_watchdog_pings_continue_while_the_file_system_is_frozen(
     on_bus: str, loop_directory: Path, notifications: Notifications
 ) -> None:
-    """Backups freeze it for a while, and a restart would only interrupt calls."""
+    """A backup can freeze a file system for a while. A restart would only interrupt calls."""
     with (
         mounted("ext4", 64 << 20, loop_directory) as disk,
         started(on_bus, disk.root / "state", notifications, WATCHDOG_USEC="600000") as daemon,
     ):
         notifications.until("READY=1")
-        # Of the lane's threads one waits for the disk, and the others for that one.
+        # One thread of the lane waits for the disk, and the others wait for that thread.
         with ThreadPoolExecutor() as pool, frozen(disk.root):
             calls = [
                 pool.submit(view, f"view {number}") for number in range(2 * Lane.CHANGE.threads)
@@ -128,14 +128,14 @@ def test_watchdog_pings_continue_while_the_file_system_is_frozen(
 
 
 def view(key: str) -> None:
-    """Make a view; one that has waited too long for the others may be refused."""
+    """Make a view. A call that waits too long for the others can be refused."""
     with BlockingClient() as client, suppress(SnapdError):
         client.view(key)
 
 
 @contextmanager
 def frozen(root: Path) -> Iterator[None]:
-    """Freeze a file system for the block: what is written to it waits."""
+    """Freeze a file system during the block: writes to it wait."""
     subprocess.run(["fsfreeze", "--freeze", root], check=True)
     try:
         yield
@@ -144,7 +144,7 @@ def frozen(root: Path) -> Iterator[None]:
 
 
 def shut_down(root: Path) -> None:
-    """Have a file system fail whatever is asked of it until it is unmounted."""
+    """Shut down a file system: reads and writes of its disk fail until it is unmounted."""
     fd = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
     try:
         # FS_IOC_SHUTDOWN with FSOP_GOING_FLAGS_NOLOGFLUSH.
@@ -172,7 +172,7 @@ def test_watchdog_pings_stop_while_all_threads_of_a_lane_hang(
         hung = [
             asyncio.ensure_future(lanes.run(lane, 0, release.wait)) for _ in range(lane.threads)
         ]
-        # One more than those that hang: the check of the watchdog itself, which waits.
+        # Wait until the check of the watchdog waits for a thread too.
         while lanes._admitted[lane, True] <= lane.threads:
             await asyncio.sleep(0)
         while True:
@@ -186,7 +186,7 @@ def test_watchdog_pings_stop_while_all_threads_of_a_lane_hang(
             notifications.socket.recv(100)
         release.set()
         assert await loop.sock_recv(notifications.socket, 100) == b"WATCHDOG=1"
-        # A ping that nobody reads would hold up everything here.
+        # When the socket is full of pings, the next ping blocks the event loop.
         feeding.cancel()
         await asyncio.gather(*hung)
 
@@ -313,7 +313,7 @@ def test_the_daemon_refuses_a_bad_state_directory(on_bus: str, scratch: Path) ->
     assert "restore it from a backup" in line
 
 
-def test_the_daemon_has_paths_in_utf_8_in_every_locale(on_bus: str, scratch: Path) -> None:
+def test_the_daemon_uses_utf_8_for_paths_in_every_locale(on_bus: str, scratch: Path) -> None:
     """D-Bus has no other encoding; see PEP 540."""
     ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     here = scratch / "ключ"

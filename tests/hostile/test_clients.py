@@ -62,7 +62,7 @@ polkit.addRule(function(action, subject) {
 
 @pytest.fixture
 def said(tmp_path: Path) -> Path:
-    """Return the file with what the daemon writes to standard error."""
+    """Return the path of a file for the standard error of the daemon."""
     return tmp_path / "said"
 
 
@@ -84,14 +84,14 @@ def service(on_bus: str, scratch: Path, said: Path) -> Iterator[Service]:
 
 @pytest.fixture
 def stocked(service: Service) -> Service:
-    """Have what `stock` makes, on a service that serves one test: what it takes is counted."""
+    """Make the snapshots of `stock` on a service for one test, which measures its resources."""
     with BlockingClient() as client:
         stock(client)
     return service
 
 
 def is_served() -> None:
-    """Make calls of every lane, none of which may fail."""
+    """Check that calls of several lanes succeed for root."""
 
     async def scenario(client: Client) -> None:
         assert (await client.stat("base")).name == "base"
@@ -107,7 +107,7 @@ def is_served() -> None:
 
 
 def test_calls_of_unidentified_connections_do_not_fill_the_memory(stocked: Service) -> None:
-    """The bus tells who they are after all that they have sent."""
+    """The bus delivers all their calls before it tells the daemon their uids."""
     is_served()
     before = peak(stocked.pid)
     with crowd(stocked.address, 10, NOBODY) as strangers:
@@ -125,7 +125,7 @@ def test_calls_of_unidentified_connections_do_not_fill_the_memory(stocked: Servi
 
 
 def test_error_messages_do_not_repeat_a_path_of_a_mebibyte(stocked: Service) -> None:
-    """A call may have a path of megabytes, before anybody knows whether it is allowed."""
+    """The daemon reads the path of a call, which can have megabytes, before the authorisation."""
     long = "x" * MEBIBYTE
     with crowd(stocked.address, 1, NOBODY) as (raw,):
         for path in (f"/{long}", f"{JOB_PATH}/{long}"):
@@ -151,7 +151,7 @@ CALLS: dict[str, list[tuple[Any, ...]]] = {
         ("Check", "a{sv}", {}),
     ],
 }
-"""Calls of each lane, none of which leaves anything."""
+"""Calls of each lane; none of them makes or removes a snapshot."""
 
 REFUSED = {"", "ResourceExhausted"}
 
@@ -167,7 +167,7 @@ REFUSED = {"", "ResourceExhausted"}
 def test_every_call_of_many_full_connections_is_answered(
     stocked: Service, lane: str, connections: int
 ) -> None:
-    """Each gets an answer, perhaps that there are too many; others are served meanwhile."""
+    """Some answers may be that there are too many calls."""
     is_served()
     before, state = descriptors(stocked), snapshots()
     calls = CALLS[lane]
@@ -186,7 +186,7 @@ def test_every_call_of_many_full_connections_is_answered(
 
 
 def test_workers_and_threads_stay_bounded_under_many_jobs(stocked: Service) -> None:
-    """As many jobs go on as there may be; as few processes are kept as ever."""
+    """The most jobs run that may; afterwards the daemon keeps only its usual workers."""
     is_served()
     before, grown = descriptors(stocked), threads(stocked)
     with crowd(stocked.address, 2) as clients:
@@ -225,7 +225,7 @@ def test_a_hundred_connections_of_a_denied_user_do_not_delay_root(stocked: Servi
 
 @pytest.fixture
 def fat(stocked: Service) -> Service:
-    """Have a page of List that is as large as one may be."""
+    """Add views, so that a page of List has almost the largest allowed size."""
     labels = {f"{number:03}": "x" * 4000 for number in range(250)}
     with BlockingClient() as client:
         for number in range(7):
@@ -248,11 +248,12 @@ def test_a_client_that_stops_reading_does_not_delay_other_clients(
         for raw in clients:
             raw.call("List", "asa{sv}", [], {}, times=MOST)
         eventually(lambda: waiting(fat.address) > ROOM * count // (count + 1) - 2 * PAGE)
-        # Hundreds of pages are asked for.
+        # The clients have requested more than a hundred pages.
         for _ in range(20):
             is_served()
             assert waiting(fat.address) < ROOM + OWN_IN_ALL
-        # Calls of the first two are refused for that; of later ones some were too many at once.
+        # Calls of the first two clients are refused because these do not read. Some calls of later
+        # clients are refused because there are too many at once.
         eventually(lambda: all(map(is_behind, clients[:2])), said.read_text)
         assert peak(fat.pid) - grown < 160 * MEBIBYTE
         for raw in clients:
@@ -265,7 +266,7 @@ def test_a_client_that_stops_reading_does_not_delay_other_clients(
 
 @pytest.mark.long
 def test_other_users_that_stop_reading_do_not_delay_root(stocked: Service) -> None:
-    """Each answer that every user may ask for is small, but many of them are a lot."""
+    """A reply that every user may request is small, but many replies need much memory."""
     is_served()
     grown = peak(stocked.pid)
     rounds = 2 * ROOM // len(document(OBJECT_PATH, []) or "") // (100 * MOST) + 1
@@ -286,7 +287,7 @@ def test_clients_that_stop_reading_cannot_exhaust_the_descriptors(stocked: Servi
     before = descriptors(stocked)
     with crowd(stocked.address, 60) as clients:
         for _ in range(8):
-            # So few at once that none is refused for their number.
+            # These are too few calls at once to be refused for their number.
             for raw in clients:
                 raw.call("OpenTree", OPEN_TREE, "work", {}, times=4)
             is_served()
@@ -317,7 +318,7 @@ def test_a_bus_that_stops_reading_does_not_fill_the_memory(fat: Service) -> None
         eventually(lambda: waiting(fat.address) > 0)
         os.kill(bus, signal.SIGSTOP)
         try:
-            # It has done all that it does before the bus reads on.
+            # Wait until the daemon can send no more before the bus continues.
             wait_until_asleep(fat.pid)
             assert peak(fat.pid) - grown < 160 * MEBIBYTE
         finally:
@@ -382,7 +383,7 @@ def test_clients_that_do_not_read_signals_do_not_delay_other_clients(stocked: Se
 def test_calls_of_other_users_leave_threads_for_root(
     scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many of their calls as there may be go on, and none ends."""
+    """The most calls of theirs run that may, and none ends."""
     tmp_path.chmod(0o755)
     with private_bus([POLICY]) as address, polkitd(address, RULES, tmp_path):
         monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
@@ -393,7 +394,7 @@ def test_calls_of_other_users_leave_threads_for_root(
             with crowd(address, 1, NOBODY) as (stranger,), held(inside):
 
                 def fill() -> bool:
-                    # More at once would be too many questions for polkit.
+                    # More calls at once would be too many questions to polkit.
                     stranger.call("Usage", "s", "work", times=4)
                     return [job.uid for job in client.jobs()] == [NOBODY] * Lane.SURVEY.threads
 

@@ -28,7 +28,7 @@ KEPT = "nothing of this is copied or deleted\n"
 
 @pytest.fixture
 def outside(scratch: Path) -> Path:
-    """Make what nobody may change."""
+    """Make a directory outside the state that no call may change."""
     path = scratch / "outside"
     path.mkdir()
     (path / "secret").write_text(KEPT)
@@ -87,7 +87,7 @@ def test_mounts_inside_a_tree_are_not_measured_copied_or_deleted(
     with pytest.raises(FailedPrecondition, match="mounted"):
         engine.remove("work")
     if loop is into_itself_again_and_again:
-        # Some are hidden by others, and cannot be made read-only.
+        # Some mounts are covered by others, and cannot be made read-only.
         with pytest.raises(FailedPrecondition, match="mounted"):
             engine.commit("done", "work", digest=True)
         unmount(tree)
@@ -111,10 +111,10 @@ def test_mounts_inside_a_tree_are_not_measured_copied_or_deleted(
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_cleanup_spares_mounts_made_in_a_removed_tree(
+def test_cleanup_deletes_no_files_of_mounts_made_in_a_removed_tree(
     engine: Snapshotter, tree: Path, outside: Path, loop: Callable[[Path, Path], None]
 ) -> None:
-    """It is mounted when the snapshot is gone already, and its directory is about to be."""
+    """The mounts are made after Remove and before the deletion of the directory."""
     engine.prepare("other")
     gone = tree.parent / f"rm-{identity(engine, 'work')}"
     with gated("delete") as gate:
@@ -155,7 +155,7 @@ def test_a_tree_with_mount_loops_can_be_mounted_read_only(
 
 
 def unmount(tree: Path) -> None:
-    """Take away all that is mounted in a tree."""
+    """Unmount all mounts inside a tree."""
     for target in reversed(below(tree)):
         run("umount", "--lazy", target)
     assert below(tree) == []
@@ -202,7 +202,7 @@ def test_unmount_and_commit_of_a_moving_mount_raise_failed_precondition(
     call(full, str(moved))
 
 
-def test_commit_finds_a_mount_that_was_moved_meanwhile(
+def test_commit_makes_a_mount_that_moves_once_read_only(
     full: Snapshotter, places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, after = places / "before", places / "after"

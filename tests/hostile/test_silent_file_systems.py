@@ -36,8 +36,9 @@ def silent(scratch: Path) -> Iterator[SilentFileSystem]:
 def mounted(
     full: Snapshotter, state: Path, places: Path, silent: SilentFileSystem
 ) -> Iterator[Snapshotter]:
-    """Mount `work` on the file system that answers still, and give Repair something to do."""
-    # In the end `places` unmounts all: it waits for this, after which the file system answers.
+    """Mount `work` on the file system while that answers, and make a defect for Repair."""
+    # The fixture `places` unmounts everything after this fixture ends. Then the file system
+    # answers.
     assert places.is_dir()
     (state / "metadata.db").chmod(0o644)
     full.mounter.mount("work", str(silent.root / "here"))
@@ -70,7 +71,7 @@ def repair(engine: Snapshotter, _: SilentFileSystem) -> None:
 
 
 def waiting() -> int:
-    """Return how many threads ask a file system that is not the service's."""
+    """Return the number of threads that work on file systems of others."""
     return sum(thread.name == "bounded" for thread in threading.enumerate())
 
 
@@ -117,7 +118,7 @@ def test_a_call_on_a_file_system_that_stays_silent_raises_failed_precondition(
     call(mounted, silent)
 
 
-def test_repair_leaves_mounts_alone_whose_file_system_is_silent(
+def test_repair_does_not_change_a_mount_on_a_silent_file_system(
     mounted: Snapshotter, silent: SilentFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     silent.stop_answering()
@@ -156,7 +157,7 @@ def test_repeated_calls_on_a_silent_mount_leave_one_thread(
     assert waiting() == 1
 
 
-def test_silent_targets_of_a_user_leave_a_bounded_number_of_threads_and_hold_up_nobody_else(
+def test_silent_targets_of_a_user_use_a_bounded_number_of_threads_and_do_not_delay_root(
     mounted: Snapshotter, silent: SilentFileSystem, places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     silent.stop_answering()

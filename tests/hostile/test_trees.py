@@ -28,7 +28,7 @@ from tests.support.sample_trees import directory, make_deep, run
 from tests.support.service import serving
 
 Build = Callable[[Path, Path], object]
-"""Fills a tree; is told of a place outside."""
+"""Fills the tree that is its first argument; the second is a directory outside of the tree."""
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def links(root: Path, outside: Path) -> None:
 
 
 def specials(root: Path, _: Path) -> None:
-    """Make what blocks, or does something, when it is opened."""
+    """Make special files; to open one can block or have an effect."""
     os.mkfifo(root / "fifo")
     os.mknod(root / "socket", stat.S_IFSOCK | 0o600)
     for number, minor in enumerate((1, 3, 5, 7, 8, 9, 11)):
@@ -83,7 +83,7 @@ def protected(root: Path, _: Path) -> None:
 
 
 def huge(root: Path, _: Path) -> None:
-    """Make a file as long as there can be, nothing but a hole but for both its ends."""
+    """Make a sparse file of the largest size, with a byte at both ends and in the middle."""
     size = {"xfs": (1 << 63) - 1, "ext4": (1 << 44) - 4096}[type_of(root)]
     with (root / "file").open("wb") as file:
         file.truncate(size)
@@ -92,7 +92,7 @@ def huge(root: Path, _: Path) -> None:
 
 
 def attributes(root: Path, _: Path) -> None:
-    """Give a file and a directory attributes as large as there can be, and many."""
+    """Give a file and a directory many extended attributes, and a large one."""
     large, many = {"xfs": (65536, 200), "ext4": (1000, 10)}[type_of(root)]
     (root / "file").touch()
     (root / "directory").mkdir()
@@ -103,7 +103,7 @@ def attributes(root: Path, _: Path) -> None:
 
 
 def linked(root: Path, _: Path) -> None:
-    """Give a file as many names as it may have on ext4, or more than 16 bits count."""
+    """Give a file the most hard links that ext4 allows, or more than 16 bits count on xfs."""
     (root / "0").write_text("0")
     with directory(root) as fd:
         for number in range(1, {"xfs": 66_000, "ext4": 65_000}[type_of(root)]):
@@ -125,7 +125,7 @@ def type_of(path: Path) -> str:
 def test_hostile_trees_can_be_committed_copied_verified_and_removed(
     engine: Snapshotter, outside: Path, build: Build
 ) -> None:
-    """Two copies of a tree have its digest: what cannot be told apart was copied faithfully."""
+    """Two copies are verified against the digest of the original."""
     root = Path(engine.prepare("making").source)
     build(root, outside)
     usage = engine.usage("making")
@@ -150,7 +150,7 @@ def digest_of(engine: Snapshotter) -> str:
 
 @contextmanager
 def mutated(top: Path, outside: Path, seed: int) -> Iterator[None]:
-    """Have what is in a directory of trees changed all the time."""
+    """Run a process that changes the trees in ``top`` during the block."""
     command = [
         sys.executable,
         "-m",
@@ -167,7 +167,7 @@ def mutated(top: Path, outside: Path, seed: int) -> Iterator[None]:
 
 
 def make_restless(root: Path) -> None:
-    """Make what the mutator changes."""
+    """Make the files that the mutator changes."""
     for outer in range(4):
         for inner in range(4):
             place = root / f"d{outer}" / f"d{inner}"
@@ -178,7 +178,7 @@ def make_restless(root: Path) -> None:
 
 @contextmanager
 def honest() -> Iterator[None]:
-    """Accept what a call on a tree that changes may say."""
+    """Accept the errors that a call on a changing tree may raise."""
     with suppress(FailedPrecondition, DataLoss):
         yield
 
@@ -188,7 +188,7 @@ def honest() -> Iterator[None]:
 def test_calls_on_changing_trees_never_copy_files_from_outside(
     engine: Snapshotter, outside: Path, seed: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Those of active snapshots, those of committed ones by root, and those being deleted."""
+    """The trees of active snapshots, of committed ones and of deletions change."""
     make_restless(Path(engine.prepare("making").source))
     engine.commit("base", "making", digest=True)
     with mutated(engine.state_directory / "snapshots", outside, seed):
@@ -218,10 +218,10 @@ def test_calls_on_changing_trees_never_copy_files_from_outside(
 
 
 ENTRIES = int(os.environ.get("SNAPD_NATIVE_WIDE", "100000"))
-"""Entries in one directory; a million is worth a try now and then."""
+"""Entries in one directory. Try a million now and then."""
 
 MOST_MEMORY = 48 << 20
-"""Bytes that a worker takes at most."""
+"""Maximum memory of a worker, in bytes."""
 
 
 @pytest.mark.timeout(300 + ENTRIES // 100)
@@ -230,7 +230,7 @@ MOST_MEMORY = 48 << 20
 def test_a_wide_directory_does_not_grow_the_memory_of_daemon_and_workers(
     loop_directory: Path, on_bus: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Memory does not grow with it, but for the digest's: that takes the names in their order."""
+    """Only a digest needs memory for each entry, because it sorts the names."""
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -283,7 +283,7 @@ def test_a_wide_directory_does_not_grow_the_memory_of_daemon_and_workers(
 
 
 def test_too_many_extended_attributes_raise_failed_precondition(xfs: FileSystem) -> None:
-    """They can be made on xfs, but not be copied: whoever made them has to remove some."""
+    """A file on xfs can have them, but they cannot be copied. The user must remove some."""
     with scratch_on(xfs) as scratch, opened(scratch / "state") as engine:
         path = Path(engine.prepare("making").source) / "file"
         path.touch()

@@ -1,4 +1,4 @@
-"""Local users without rights: what they can reach, and what they can learn."""
+"""Local users without rights: the files that they can reach, and the facts that they learn."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def check_all_the_same(raw: Raw, texts: list[str]) -> None:
 
 
 TEXTS = ["base", "work", "look", "none", "", "x" * 5000]
-"""What is there, and what is not, and what cannot be."""
+"""Names of snapshots, an unused name, and invalid names."""
 
 
 def test_a_denied_user_does_not_learn_which_snapshots_exist(stocked: Service, places: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_user_that_polkit_refuses_does_not_learn_which_snapshots_exist(
 
 
 def test_a_denied_user_learns_only_the_numbers_of_jobs(job: str, shared: Service) -> None:
-    """A number is all that Introspect tells, and that the signals of jobs tell anybody anyway."""
+    """Introspect shows only the numbers, which the signals of jobs send to every user anyway."""
     none = f"{JOB_PATH}/4000000000"
     with crowd(shared.address, 1, NOBODY) as (raw,):
         for member, interface, signature, body in (
@@ -144,14 +144,14 @@ for path in sys.argv[1:]:
 
 
 def reachable(*paths: Path | str) -> list[str]:
-    """Return what of ``paths`` a user without rights can open, list or follow."""
+    """Return those of ``paths`` that a user without rights can open, list or follow."""
     command = [*as_user(NOBODY), sys.executable, "-S", "-c", _PROBE, *map(str, paths)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return done.stdout.splitlines()
 
 
 PRIVATE = ("fd", "fdinfo", "environ", "cwd", "root", "exe", "maps", "mem", "map_files")
-"""What of a process tells of its secrets, or leads to what it has open; see proc(5)."""
+"""Files in /proc that show data of a process or lead to its open files; see proc(5)."""
 
 
 def test_other_users_cannot_read_the_processes_of_the_daemon(stocked: Service) -> None:

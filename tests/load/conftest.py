@@ -7,5 +7,5 @@ import pytest
 
 @pytest.fixture
 def run_seed(pytestconfig: pytest.Config) -> int:
-    """Return the seed of the whole run, which ``--randomly-seed`` repeats; 0 in a fixed order."""
+    """Return the seed of the whole run, as in ``--randomly-seed``; 0 if the order is fixed."""
     return int(pytestconfig.getoption("randomly_seed", 0))

@@ -1,7 +1,7 @@
 """Acknowledged commits survive disk failures at random instants under a mixed load.
 
-``FAILURES`` says how many on each file system. The seed of a run repeats its choices, but
-not the instants.
+``FAILURES`` is the number of failures on each file system. The seed of a run repeats its choices,
+but not the instants.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def test_acknowledged_commits_survive_random_disk_failures(
             client.prepare("afterwards")
             client.commit("all is well", "afterwards")
     print(f"{FAILURES} failures, {ledger.acknowledged} commits acknowledged")
-    # It must have had something to lose.
+    # With fewer commits the failures could lose nothing.
     assert ledger.acknowledged >= FAILURES
 
 
 def check_errors(ledger: Ledger, number: int) -> None:
-    """See that what fails now is not called a bug, and that what can be read is read."""
+    """Check that reads succeed, and that changes fail only with errors of the contract."""
     with BlockingClient() as client:
         for info in list(client.walk()):
             client.stat(info.name)
@@ -83,6 +83,6 @@ def check_errors(ledger: Ledger, number: int) -> None:
 
 
 def end_boot(state: Path) -> None:
-    """Have what is recorded be of another boot of the machine: nothing is in memory any more."""
+    """Make the records those of an earlier boot, as if the machine had lost its memory."""
     with closing(sqlite3.connect(state / "metadata.db")) as db, db:
         db.execute("UPDATE snapshots SET boot = 'another' WHERE boot IS NOT NULL")

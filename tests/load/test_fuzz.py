@@ -1,6 +1,6 @@
 """Random calls over a real bus, one at a time and many at once.
 
-``FUZZ_CALLS`` says how many in all.
+``FUZZ_CALLS`` is the number of calls in all.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from tests.support.waiting import eventually
 
 NUMBER = int(os.environ.get("FUZZ_CALLS", "2000"))
 AT_ONCE = 40
-"""Calls in an example: it begins with `base` alone, so that a failure can be made small."""
+"""Calls in an example. Each example begins with only `base`, so that few calls repeat a failure."""
 PEERS = 4
 
 MEMORY = 12 << 20
-"""Bytes that the service may take more after all calls than after the first ones.
+"""Bytes by which the memory of the service may grow after the first calls.
 
-It may remember some signatures that it has met.
+The service caches some signatures.
 """
 
 GIVES_BACK = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=1024"}
-"""Has the C library give back what is freed, so that what is still there is still used.
+"""Settings with which the C library returns freed memory, so that the rest is in use.
 
-Otherwise large calls leave gaps between small objects: up to 20 MiB that the next calls take.
+Otherwise large calls leave gaps between small objects: up to 20 MiB, which the next calls use.
 """
 
 THREADS = 10 + sum(lane.threads for lane in Lane)
-"""Those of all lanes, and a few that each have a name."""
+"""Maximum number of threads: those of all lanes, and a few others."""
 
 OURS, STANDARD = "org.snapdnative1.Error.", "org.freedesktop.DBus.Error."
 ALWAYS = {
@@ -95,16 +95,16 @@ Portrait = tuple[object, ...]
 
 @dataclass
 class Fuzzed:
-    """A service, what it has, and what it answers."""
+    """A service, with checks of its state and its replies."""
 
     service: Service
     scratch: Path
     job: int = 0
     """The number of the last job."""
     seen: Counter[str] = field(default_factory=Counter)
-    """Calls, by what they came to."""
+    """The number of calls with each outcome."""
     memory: int = 0
-    """Bytes that the service has had after the first calls."""
+    """The memory of the service after the first calls, in bytes."""
     descriptors: Counter[str] = field(default_factory=Counter)
     """Its open descriptors at that moment, by kind."""
 
@@ -124,7 +124,7 @@ class Fuzzed:
                 self._check_leaks(client)
 
     def place(self, text: str) -> str:
-        """Return what a packet's text stands for."""
+        """Replace the placeholder that a text of a packet begins with."""
         if text.startswith("@"):
             return f"{self.scratch}{text[1:]}"
         if text.startswith(LAST_JOB):
@@ -132,7 +132,7 @@ class Fuzzed:
         return text
 
     def begin(self) -> None:
-        """Have nothing but `base`, which is committed."""
+        """Remove everything, and commit `base`."""
         with BlockingClient() as client:
             self._clear(client)
             if self.memory == 0 and self.seen.total() > NUMBER // 100:
@@ -142,17 +142,17 @@ class Fuzzed:
             committed(client, "base", files={"file": "text", "other": "more"})
 
     def portrait(self) -> Portrait:
-        """Return all that a call that is refused must not change."""
+        """Return the state that a refused call must not change."""
         trees = []
         with copied(self.service.state) as db:
-            # But for whether it is on disk already.
+            # The other column shows whether the tree is on disk yet.
             snapshots = db.execute(
                 "SELECT id, name, kind, parent, created, updated, labels, size, inodes"
                 " FROM snapshots ORDER BY id"
             ).fetchall()
             mounts = db.execute("SELECT * FROM mounts ORDER BY id").fetchall()
         for tree in (self.service.state / "snapshots").iterdir():
-            # Clones and deletions come and go.
+            # Standby clones and deletions change in the background.
             if tree.name.isdigit():
                 status = tree.stat()
                 trees.append((tree.name, status.st_mode, status.st_mtime_ns, os.listdir(tree)))
@@ -181,13 +181,13 @@ class Fuzzed:
         return True
 
     def await_jobs(self, peer: Peer) -> None:
-        """Return when no job goes on that ``peer`` has started."""
+        """Wait until no job runs, and forget the signals of ``peer``."""
         while peer.call(Packet("ListJobs")).body != [[]]:
             peer.signal("JobRemoved")
         peer.signals.clear()
 
     def _check_leaks(self, client: BlockingClient) -> None:
-        # Calls of those who have left may still go on.
+        # Calls of clients that have left can still run.
         eventually(lambda: not client.jobs())
         wait_until_closed(self.service, self.descriptors)
         assert int(self._status("Threads")) <= THREADS
@@ -195,7 +195,7 @@ class Fuzzed:
         assert self._memory() - self.memory < MEMORY
 
     def _employ(self, client: BlockingClient) -> None:
-        """Have the service hire all workers that it keeps."""
+        """Make the service start all workers that it keeps."""
         client.prepare("employing")
         labels = {STANDBY_LABEL: "1", DIGEST_LABEL: "any"}
         client.commit("employed", "employing", labels)
@@ -204,7 +204,7 @@ class Fuzzed:
         self._clear(client)
 
     def _memory(self) -> int:
-        """Return what the service has in memory, in bytes."""
+        """Return the resident memory of the service, in bytes."""
         return int(self._status("VmRSS").split()[0]) << 10
 
     def _status(self, what: str) -> str:
@@ -212,7 +212,7 @@ class Fuzzed:
         return dict(line.split(":", 1) for line in lines)[what]
 
     def _clear(self, client: BlockingClient) -> None:
-        # Calls of clients that have left may still go on.
+        # Calls of clients that have left can still run.
         wait_until_idle(self.service)
         wait_until_asleep(self.service.pid)
         for mounted in client.list_mounts():
@@ -231,12 +231,12 @@ def fuzzed(on_bus: str, scratch: Path) -> Iterator[Fuzzed]:
 
 
 def examples(calls: int) -> settings:
-    """Run as many examples as make so many calls."""
+    """Return settings for as many examples as have ``calls`` calls in all."""
     return settings(
         max_examples=max(calls // AT_ONCE, 1),
         deadline=None,
         database=None,
-        # To make a failure smaller takes longer than to understand it.
+        # Hypothesis takes longer to shrink a failure than a person to understand it.
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
@@ -285,7 +285,7 @@ def test_each_random_call_gets_an_answer_of_the_contract(
 def test_concurrent_random_calls_are_answered_and_leak_nothing(
     fuzzed: Fuzzed, run_seed: int
 ) -> None:
-    """Each call that waits for an answer has one, and nothing is left of those who are gone."""
+    """One of the clients leaves without reading."""
 
     @seed(run_seed)
     @examples(NUMBER // 10)
@@ -300,7 +300,7 @@ def test_concurrent_random_calls_are_answered_and_leak_nothing(
                 serial = peers[number % PEERS].send(packet)
                 if packet.wants_reply:
                     waiting[number % PEERS][serial] = packet
-            # The last one leaves without having read anything.
+            # The last client leaves without reading its replies.
             peers.pop().close()
             for peer, calls in zip(peers, waiting, strict=False):
                 while calls:

@@ -1,8 +1,8 @@
 """Many clients for a long time: nothing leaks, nothing is lost, and Stat stays fast.
 
-``SOAK_MINUTES`` says for how long, on all file systems together. The seed of a run repeats the
-choices of the clients, but not the instants. Clients work in rounds. Between two rounds all clients
-rest, and what is there then is compared with what they know, and with what the signals said.
+``SOAK_MINUTES`` is the duration on all file systems together. The seed of a run repeats the choices
+of the clients, but not the instants. Clients work in rounds. Between two rounds all clients rest,
+and the test compares the snapshots with the replies to the clients and with the signals.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ MINUTES = float(os.environ.get("SOAK_MINUTES", "0.3"))
 FILE_SYSTEMS = 2
 ROUNDS = min(12, 4 + int(MINUTES))
 WARM = ROUNDS // 4
-"""Rounds after which every thread, worker and connection has been there."""
+"""Rounds of warm-up. After them, every thread, worker and connection exists."""
 
 JUDGED_ROUNDS = ROUNDS - WARM
-"""Rounds in which nothing may grow. If something has, there are as many again: a leak goes on."""
+"""Rounds in which nothing may grow. If something grows, as many rounds follow: a leak goes on."""
 
 TENANTS = 28
 PROCESSES = 4
@@ -51,14 +51,16 @@ ONLOOKERS = 4
 """Clients that call nothing but Stat, in a process of their own."""
 
 TREES = (10, 100, 1000, 10_000)
-"""Files in the snapshots that everybody copies."""
+"""Numbers of files in the snapshots that all clients copy."""
 
 STAT_P99 = 0.05
-"""Seconds that 99 of 100 calls of Stat take at most, on a machine that does nothing else."""
+"""Maximum 99th percentile of Stat in seconds, on a machine that does nothing else."""
 
 JUDGED = 10
-"""Minutes from which on that is judged: a shorter run says more of the machine than of Stat, and is
-one beside others."""
+"""Minutes of a run from which `STAT_P99` is checked.
+
+A shorter run runs beside other tests, and measures the machine more than Stat.
+"""
 
 
 @pytest.mark.timeout(300 + 90 * MINUTES)
@@ -84,7 +86,7 @@ def test_many_clients_over_a_long_time_lose_nothing_and_leak_nothing(
 
 
 def grow(client: BlockingClient, name: str, files: int) -> int:
-    """Commit a snapshot of many files, a hundred in each directory; return its inodes."""
+    """Commit a snapshot of ``files`` files, a hundred in each directory; return its inodes."""
     root = Path(client.prepare(f"{name} in the making").source)
     for number in range(files):
         directory = root / str(number // 100)
@@ -96,33 +98,34 @@ def grow(client: BlockingClient, name: str, files: int) -> int:
 
 @contextmanager
 def stopped_and_unmounted(service: Service) -> Iterator[None]:
-    """See to it that nothing more of the state's file system is mounted after the block.
+    """Check that the block leaves no mount of the state's file system, and stop the service.
 
-    The service is stopped then.
+    Mounts that are left are unmounted.
     """
     before = mounts_of(service.state)
     try:
         yield
         assert mounts_of(service.state) == before
     finally:
-        # It may still be about to mount what was asked for, and unmounts for clients that are gone.
+        # A running service could still mount for pending calls, and unmount for clients that have
+        # left.
         service.daemon.stop()
         for target in reversed([one for one in mounts_of(service.state) if one not in before]):
             subprocess.run(["umount", "--lazy", target], check=False)
 
 
 def mounts_of(path: Path) -> list[str]:
-    """Return where the file system of ``path`` is mounted, and parts of it."""
+    """Return the targets where the file system of ``path``, or a part of it, is mounted."""
     device = path.stat().st_dev
     found = f"{os.major(device)}:{os.minor(device)}"
     return [entry.target for entry in Table.read() if entry.root.device == found]
 
 
 class History:
-    """The signals of the service, and the answers that each client got."""
+    """The signals of the service, and the changes that each client had replies for."""
 
     def __init__(self, there: dict[str, tuple[str, str]]) -> None:
-        """Begin with the kinds and parents of the snapshots that there are."""
+        """Begin with the existing snapshots: their kinds and parents by name."""
         self.there = there
         self.total = 0
         self._impossible: list[Signal] = []
@@ -130,11 +133,11 @@ class History:
         self._heard: defaultdict[str, list[Signal]] = defaultdict(list)
 
     def acknowledge(self, tenant: int, change: Signal) -> None:
-        """Note a change that the tenant was told of before its call was answered."""
+        """Record a change that a reply to the tenant has acknowledged."""
         self._acknowledged[f"{tenant}"].append(change)
 
     def hear(self, message: Message) -> None:
-        """Note a signal; see whether it is possible after all that came before it."""
+        """Record a signal, and whether it is possible after the signals before it."""
         change = (message.member, *message.body)
         if message.message_type is MessageType.SIGNAL and message.member.startswith("Snapshot"):
             self.total += 1
@@ -161,7 +164,7 @@ class History:
         return False
 
     def compare(self, infos: Sequence[Info]) -> None:
-        """With nothing going on, compare all that was heard with what was answered and is there."""
+        """Compare the signals with the replies and the snapshots, while no call runs."""
         assert self._impossible == []
         assert {info.name: (info.kind.value, info.parent) for info in infos} == self.there
         for owner in {*self._acknowledged, *self._heard} - {"base"}:
@@ -176,7 +179,7 @@ class History:
 
 
 class Process:
-    """A process of clients."""
+    """A process that runs clients."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -186,7 +189,7 @@ class Process:
         self._process.stdin.write(f"{line}\n".encode())
 
     async def until(self, place: str, note: Callable[[dict[str, Any]], None]) -> None:
-        """Have ``note`` take what its clients tell, until all of them are at some place."""
+        """Pass the reports of the clients to ``note``, until all clients have reached ``place``."""
         assert self._process.stdout is not None
         async for line in self._process.stdout:
             told = json.loads(line)
@@ -200,7 +203,7 @@ class Process:
 
 @asynccontextmanager
 async def crowd(seed: int, bases: Mapping[str, int]) -> AsyncIterator[list[Process]]:
-    """Start all clients."""
+    """Run the processes of all clients during the block."""
     orders: list[Order] = [
         {
             "seed": seed,
@@ -235,11 +238,11 @@ async def crowd(seed: int, bases: Mapping[str, int]) -> AsyncIterator[list[Proce
 
 
 class Soak:
-    """The judge: has clients work and rest, and measures the daemon."""
+    """Lets clients work and rest in rounds, and measures the daemon."""
 
     def __init__(self, service: Service) -> None:
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
-        """How long calls took, by what was called."""
+        """The durations of calls, by name of the call."""
         self.rests: list[Gauge] = []
         self.rounds: list[list[Gauge]] = []
         """The measurements under load, one a second."""
@@ -251,7 +254,7 @@ class Soak:
         return sum(map(len, self.seconds.values()))
 
     async def run(self, seed: int, bases: Mapping[str, int], seconds: float) -> None:
-        """Have all clients work in rounds of some ``seconds``, rest between them, and leave."""
+        """Let all clients work in rounds of ``seconds``, rest between the rounds, and leave."""
         async with Client() as client, connection() as bus:
             match = f"type='signal',sender='{BUS_NAME}',interface='{MANAGER}'"
             await bus.ask_driver("AddMatch", "s", [match])
@@ -278,7 +281,7 @@ class Soak:
         await self._rest(client)
 
     async def _work(self, processes: Sequence[Process], seconds: float) -> None:
-        """Have all clients work for a while, and look at the daemon meanwhile."""
+        """Let all clients work for ``seconds``, and measure the daemon each second."""
         samples: list[Gauge] = []
         self.rounds.append(samples)
         end = time.monotonic() + seconds
@@ -293,8 +296,8 @@ class Soak:
                 process.tell("rest")
 
     async def _compare(self, client: Client, bus: connection) -> None:
-        """With nothing going on, compare what there is with what was told."""
-        # Cleanup would delete what Check finds.
+        """Compare the snapshots with the replies and the signals, while no call runs."""
+        # Cleanup would delete the findings of Check, so Check comes first.
         assert await client.check() == []
         await client.cleanup()
         infos = [info async for info in client.walk()]
@@ -304,14 +307,14 @@ class Soak:
                 while (await client.standby(info.name)).ready != wanted:
                     await asyncio.sleep(0.01)
         assert await client.jobs() == []
-        # The answer comes after all that was sent before it.
+        # The reply arrives after all signals before it.
         await bus.ask(interface=PEER, member="Ping")
         self.history.compare(infos)
 
     async def _rest(self, client: Client) -> None:
-        """Take the gauge, when there are workers and nothing is done in the background any more.
+        """Measure the daemon when it has workers and does nothing in the background.
 
-        Workers may all have ended, as those of a cancelled job do.
+        The call of Usage starts workers. All may have ended, as those of a cancelled job do.
         """
         await client.prepare("/base/employing")
         await client.usage("/base/employing")
@@ -321,7 +324,7 @@ class Soak:
         self.rests.append(Gauge.read(self._service))
 
     async def _tell(self, processes: Sequence[Process], command: str, place: str) -> None:
-        """Give all processes a command, and return when all their clients are at its end."""
+        """Send a command to all processes, and wait until all clients have reached ``place``."""
         async with asyncio.TaskGroup() as group:
             for process in processes:
                 process.tell(command)

@@ -1,4 +1,4 @@
-"""The package that the tests of this folder look at."""
+"""The package under test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documents: the commands they show run, and their tables are complete."""
+"""The documents: their commands work, and their tables are complete."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.readme import HERE, ON_A_MACHINE, block, blocks
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Yield the environment of a person on a machine where the service runs."""
+    """Yield the environment of a user on a machine where the service runs."""
     with private_bus() as address, private_daemon(address, tmp_path / "state"):
         yield {
             **os.environ,
@@ -77,7 +77,7 @@ def test_the_documented_commands_for_a_full_disk_work(environment: dict[str, str
         snapd-native prepare build; snapd-native commit v1 build
         snapd-native prepare work v1; snapd-native commit -l snapd-native.standby=1 v2 work
     """
-    # The state of this test is elsewhere.
+    # The state directory of this test has another path.
     commands = block("full disk").replace("/var/lib/snapd-native", "/var/lib")
     out = run(filled + commands, environment)
     assert "Filesystem" in out

@@ -1,4 +1,4 @@
-"""The Debian package: what is in it, and that the same sources give the same package."""
+"""The Debian package: its content, and that the same sources give the same package."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_lintian_reports_nothing(package: Path) -> None:
 
 @pytest.mark.long
 def test_the_build_is_reproducible(package: Path, tmp_path: Path) -> None:
-    """By somebody else, out of younger files; what git does not know is left out."""
+    """Another owner, umask, time zone and file times, and an untracked file change nothing."""
     copied = """
         umask 077
         git -C "$1" ls-files -z | (cd "$1" && xargs -0 cp -P --parents -t "$2")
@@ -76,7 +76,7 @@ def test_the_build_is_reproducible(package: Path, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_the_package_builds_without_a_git_repository(package: Path, tmp_path: Path) -> None:
-    """As in the virtual machine; and nothing is left in it."""
+    """The virtual machine builds it in this way. The build leaves only the package."""
     copied = 'git -C "$1" ls-files -z | (cd "$1" && xargs -0 cp -P --parents -t "$2")'
     subprocess.run(["bash", "-euc", copied, "bash", PROJECT, tmp_path], check=True)
     before = {*tmp_path.rglob("*")}

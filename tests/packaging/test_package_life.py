@@ -19,7 +19,7 @@ pytestmark = pytest.mark.long
 
 
 class Machine:
-    """A Debian in a directory, in namespaces of its own, as long as a process in it lives."""
+    """A Debian in a directory, with its own namespaces, which end with its first process."""
 
     def __init__(self, pid: int) -> None:
         self._enter = ["nsenter", f"--target={pid}", "--mount", "--pid", "--root", "--wd"]
@@ -101,7 +101,7 @@ def debian(
 
 @pytest.fixture(scope="module")
 def packages(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return where the package is, as ``new.deb``, and as an older version, ``old.deb``."""
+    """Return a directory with the package, ``new.deb``, and an older version, ``old.deb``."""
     directory = tmp_path_factory.mktemp("packages")
     shutil.copy(package, directory / "new.deb")
     subprocess.run(["dpkg-deb", "--raw-extract", package, directory / "old"], check=True)
@@ -118,7 +118,7 @@ def packages(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def machine(debian: Path, packages: Path, tmp_path: Path) -> Iterator[Machine]:
-    """Lend a Debian in which whatever is done is gone afterwards."""
+    """Lend a Debian; its changes are discarded after the test."""
     root = tmp_path / "root"
     for name in ("upper", "work", "root"):
         (tmp_path / name).mkdir()
@@ -137,7 +137,7 @@ def machine(debian: Path, packages: Path, tmp_path: Path) -> Iterator[Machine]:
         subprocess.run(["umount", tmp_path / "upper"], check=True)
 
 
-# The service without systemd: the bus as Debian configures it, and what the package adds to it.
+# The service runs without systemd, on the bus as Debian and the package configure it.
 BUS = "mkdir -p /run/dbus && dbus-daemon --system --fork"
 
 SERVE = """
@@ -161,8 +161,8 @@ cat /root/there
 
 
 def stocked(machine: Machine) -> None:
-    """Install the older version, and have it hold a tree, and what is mounted of it and in it."""
-    # The bus runs before: it hears of its new policy by itself.
+    """Install the older version, and make a snapshot, two mounts of it and a mount inside it."""
+    # The bus starts before the installation, and reloads its policy by itself.
     machine(BUS)
     machine("dpkg --install /root/old.deb")
     machine(SERVE)

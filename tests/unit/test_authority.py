@@ -1,4 +1,4 @@
-"""The authority's knowledge of connections, with a bus whose answers the test gives."""
+"""The connections that the authority knows, on a bus for which the test answers."""
 
 from __future__ import annotations
 

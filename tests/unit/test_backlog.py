@@ -1,4 +1,4 @@
-"""Which answers wait for clients that do not read, on a bus that says what the test wants."""
+"""Replies that are held for clients that do not read, on a fake bus."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SERVICE, READER, OTHER = ":1.0", ":1.1", ":1.2"
 
 
 class FakeBus:
-    """Keeps what is sent until a client reads it, and tells how much that is.
+    """Counts the bytes and descriptors that wait for clients, and answers questions about them.
 
-    As the interface org.freedesktop.DBus.Debug.Stats of dbus-daemon does.
+    The interface org.freedesktop.DBus.Debug.Stats of dbus-daemon answers in the same way.
     """
 
     unique_name = SERVICE
@@ -61,17 +61,17 @@ class Sending:
             self.backlog.meet(call(client))
 
     async def send(self, receiver: str, size: int, *, may_drop: bool = False) -> bool:
-        """Send an answer when there is room for it; tell whether it was sent."""
+        """Send an answer when there is room for it; return whether it was sent."""
         sent = await self.backlog.admit(receiver, Answer(bytearray(size)), may_drop=may_drop)
         self.bus.waiting[receiver] += size if sent else 0
         return sent
 
     def begin(self, receiver: str, size: int, *, may_drop: bool = False) -> asyncio.Task[bool]:
-        """Send an answer meanwhile."""
+        """Start to send an answer, and return the task."""
         return asyncio.get_running_loop().create_task(self.send(receiver, size, may_drop=may_drop))
 
     def read(self, receiver: str) -> None:
-        """Have a client read all that waits for it."""
+        """Let a client read all answers that wait for it."""
         self.bus.waiting[receiver] = 0
 
 
@@ -81,7 +81,7 @@ def call(sender: str) -> Call:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lose patience with a client at the second question to the bus."""
+    """Count a client that does not read as behind at the second question to the bus."""
     monkeypatch.setattr(backlog, "READ_WITHIN", 0)
     monkeypatch.setattr(backlog, "PAUSE", 0)
 
@@ -106,7 +106,7 @@ def test_a_client_that_reads_nothing_gets_half_of_the_room() -> None:
         sending = Sending()
         assert await sending.send(READER, ROOM // 2)
         held = sending.begin(READER, LARGE)
-        # Others are served though it waits.
+        # Another client gets its answer at once.
         assert await sending.send(OTHER, 1 << 20)
         await asyncio.sleep(0)
         assert not held.done()
@@ -121,7 +121,7 @@ def test_an_answer_that_can_be_dropped_is_dropped_for_a_client_that_does_not_rea
         sending = Sending()
         assert await sending.send(READER, ROOM // 2)
         assert not await settle(sending.begin(READER, 1 << 20, may_drop=True))
-        # It is known to be behind: the next one is dropped at once, and its calls are refused.
+        # The client is behind: its next answer is dropped at once, and its calls are refused.
         assert not await sending.send(READER, 1 << 20, may_drop=True)
         with pytest.raises(ResourceExhausted, match="wait at the bus"):
             sending.backlog.check(call(READER))
@@ -177,7 +177,7 @@ def test_a_descriptor_counts_as_a_part_of_the_room() -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "forget"])
-def test_what_is_held_is_sent_when_the_client_leaves_or_the_service_stops(how: str) -> None:
+def test_held_answers_are_sent_when_the_client_leaves_or_the_service_stops(how: str) -> None:
     async def scenario() -> None:
         sending = Sending()
         assert await sending.send(READER, ROOM // 2)
@@ -194,7 +194,7 @@ def test_what_is_held_is_sent_when_the_client_leaves_or_the_service_stops(how: s
     asyncio.run(scenario())
 
 
-def test_nothing_is_held_on_a_bus_without_statistics(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_answer_is_held_on_a_bus_without_statistics(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         sending = Sending()
         sending.bus.has_statistics = False

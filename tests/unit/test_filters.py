@@ -201,7 +201,7 @@ def test_a_syntax_error_names_its_position(text: str, position: int, what: str) 
         (r"\U0010FFFF", "\U0010ffff"),
     ],
 )
-def test_an_escape_stands_for_the_character_that_go_says(escape: str, char: str) -> None:
+def test_an_escape_stands_for_the_same_character_as_in_go(escape: str, char: str) -> None:
     chosen = parse([f'name=="{escape}"'])
     assert chosen.matches(info(char))
     assert not chosen.matches(info(chr(ord(char) - 1)))
@@ -230,7 +230,7 @@ def test_filters_that_compare_for_too_long_raise_invalid_argument() -> None:
     spent = MATCH_SECONDS - chosen.left
     assert 0 < spent < MATCH_SECONDS
     chosen.left = 0
-    # The last comparison uses up more than is left.
+    # The match that exceeds the limit still succeeds. The next one fails.
     assert chosen.matches(snapshot)
     with pytest.raises(InvalidArgument, match="too long"):
         chosen.matches(snapshot)

@@ -29,7 +29,7 @@ NAMED = {PATH: ("o", "/a"), MEMBER: ("s", "Stat"), SENDER: ("s", ":1.7")}
 
 
 class Wire:
-    """Both ends of a connection, and the service's side of it."""
+    """Both ends of a connection; the service's end is a stream."""
 
     def __init__(self) -> None:
         self.far, near = socket.socketpair()
@@ -38,7 +38,7 @@ class Wire:
             self._stream = near.makefile("rwb")
 
     def read(self) -> object:
-        """Return the next message, or None if it has not come as a whole."""
+        """Return the next message, or None if it is not complete yet."""
         reader = Reader(self._stream, lambda _: False)
         return reader.unmarshall()
 
@@ -73,7 +73,7 @@ def packed(
     body: bytes = b"",
     big: bool = False,
 ) -> bytes:
-    """Put a message together, whether it makes sense or not."""
+    """Return a message as bytes; it need not be valid."""
     order = ">" if big else "<"
     header = b""
     for code, (signature, value) in (NAMED if fields is None else fields).items():
@@ -101,7 +101,7 @@ def text(value: str, order: str = "<") -> bytes:
 
 
 def is_next(wire: Wire) -> bool:
-    """Tell whether a good call that follows is read as it is."""
+    """Send a valid call, and return whether it is read without a change."""
     wire.far.sendall(packed())
     call = wire.read()
     return isinstance(call, Call) and (call.member, call.serial) == ("Stat", 9)
@@ -260,7 +260,7 @@ def test_one_wrong_byte_does_not_affect_the_next_message(at: int, value: int, bi
         SIGNATURE: ("g", "sa{sv}"),
     }
     data = bytearray(packed(fields=fields, body=text("key") + bytes(8), big=big))
-    # Its lengths are what the bus itself counts by.
+    # The first 16 bytes stay valid: the bus itself uses the lengths in them.
     at = 16 + at % (len(data) - 16)
     data[at] = value
     with wired() as wire:
@@ -284,7 +284,7 @@ def test_the_cache_of_signatures_is_bounded(wire: Wire) -> None:
 def test_the_connection_reads_a_bounded_number_of_messages_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also those that have arrived already, of which the loop does not know."""
+    """The limit includes buffered messages, which the event loop does not report."""
     messages = 1000
     heard: list[Call] = []
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={tmp_path}/socket")

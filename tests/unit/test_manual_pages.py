@@ -1,4 +1,4 @@
-"""The manual pages: they are well-formed, and they document exactly what there is."""
+"""The manual pages: they are well-formed, and document exactly the existing interfaces."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def long_options(options: list[click.Option]) -> set[str]:
 
 
 def section(command: str) -> str:
-    """Return what the page says of a command, from its first line to the next command's."""
+    """Return the description of a command in the page, up to the next command."""
     parts = re.split(r"^\.It Ic (?=\w)", PROGRAM, flags=re.MULTILINE)
     found = [part for part in parts if part.split(maxsplit=1)[0] == command]
     return "".join(re.split(r"^\.Sh ", part, flags=re.MULTILINE)[0] for part in found)
 
 
 def flags(text: str) -> set[str]:
-    """Return the long options that a text has, in roff as ``Fl -json``."""
+    """Return the long options in a text; roff has them as ``Fl -json``."""
     return {f"-{name}" for name in re.findall(r"\bFl (-[a-z-]+)", text)}
 
 
@@ -105,7 +105,7 @@ def test_the_manual_documents_the_journal_fields_that_are_written() -> None:
     arguments: set[str] = set()
     for method, names in shape.arguments.items():
         takes = shape.methods[method][0]
-        # The texts that a call begins with.
+        # The text arguments at the beginning of the call.
         arguments.update(names[: len(takes) - len(takes.lstrip("s"))])
     code = (PROJECT / "snapd_native" / "bus" / "log.py").read_text()
     written = set(re.findall(r'\("(\w+)", ', code)) | arguments | {"job"}

@@ -11,7 +11,7 @@ from tests.support.oracle import Book
 
 
 class Load:
-    """Tells a book of calls, as clients would."""
+    """Reports calls to a book, as clients do."""
 
     def __init__(self) -> None:
         self.book = Book(("",))
@@ -42,7 +42,7 @@ class Load:
 
 @pytest.fixture
 def load() -> Load:
-    """Have committed "base"."""
+    """Return a load that has committed "base"."""
     load = Load()
     load.done(load.begin("prepare", "key", parent=""))
     load.done(load.begin("commit", "key", name="base", files={}))

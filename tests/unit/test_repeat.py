@@ -19,7 +19,7 @@ def repeat(runs: int, kept: Path, command: str) -> subprocess.CompletedProcess[s
 
 
 @needs("stress")
-def test_every_second_run_is_beside_a_load_that_ends_with_it(tmp_path: Path) -> None:
+def test_every_second_run_is_beside_a_load(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     done = repeat(4, kept, "pgrep -x stress >/dev/null && echo loaded || echo idle")
     assert (done.returncode, done.stderr) == (0, "")
@@ -30,13 +30,13 @@ def test_every_second_run_is_beside_a_load_that_ends_with_it(tmp_path: Path) -> 
         "run 3 of 4",
         "run 4 of 4, beside a load",
     ]
-    # Another load may go on beside this test.
+    # Other tests can run a load at the same time, so the other runs can see one too.
     assert [line[1].split(",")[0] for line in said][1::2] == ["loaded", "loaded"]
     assert [path.name for path in kept.iterdir()] == ["output"]
 
 
 @needs("stress")
-def test_a_run_and_its_load_end_with_the_script(tmp_path: Path) -> None:
+def test_a_run_ends_when_the_script_is_terminated(tmp_path: Path) -> None:
     begun, second = tmp_path / "begun", tmp_path / "second"
     second.touch()
     command = f"[ -e {begun} ] && echo $$ > {second} && exec sleep infinity; touch {begun}"
@@ -50,7 +50,7 @@ def test_a_run_and_its_load_end_with_the_script(tmp_path: Path) -> None:
 
 
 @needs("stress")
-def test_it_stops_at_the_first_failure_and_keeps_what_explains_it(tmp_path: Path) -> None:
+def test_the_script_stops_at_the_first_failure_and_keeps_a_report(tmp_path: Path) -> None:
     kept, count = tmp_path / "kept", tmp_path / "count"
     done = repeat(9, kept, f"echo x >> {count}; echo last words; [ $(wc -l < {count}) -lt 2 ]")
     assert done.returncode == 1

@@ -61,7 +61,7 @@ def test_the_directories_of_the_units_have_mode_0700() -> None:
 
 @pytest.fixture
 def units(tmp_path: Path) -> Path:
-    """Make what is in ``systemd/`` as an installation has it."""
+    """Copy the directory ``systemd/``, and return the copy."""
     return Path(shutil.copytree(SYSTEMD, tmp_path / "systemd"))
 
 
@@ -88,7 +88,7 @@ def test_systemd_analyze_verifies_the_units(units: Path, name: str) -> None:
 
 
 def test_the_exposure_level_of_the_unit_is_at_most_4_1(units: Path) -> None:
-    """Of that, 0.1 is for entering the mount namespaces of other services at Commit."""
+    """0.1 of it comes from the right to enter mount namespaces of other services at Commit."""
     outcome = analyze(
         *("security", "--offline=yes", "--threshold=41", str(units / "snapd-native.service"))
     )

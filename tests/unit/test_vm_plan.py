@@ -1,4 +1,4 @@
-"""The plan of the virtual machine's commands: which steps, which tests, and how long they took."""
+"""The plan of the virtual machine's commands: steps, tests and last durations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_on_a_fresh_host_each_step_is_planned_in_order() -> None:
     assert planned(Command.UP, NOTHING) == before
 
 
-def test_what_is_there_is_not_made_again() -> None:
+def test_steps_whose_result_exists_are_not_planned() -> None:
     assert planned(Command.UP, Situation()) == ["libvirt", "up", "ssh"]
 
 
@@ -38,7 +38,7 @@ def test_a_changed_source_is_built_and_installed_in_a_kept_machine() -> None:
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_down_destroys_what_there_is(kept: bool) -> None:
+def test_down_plans_destroy_only_if_there_is_a_machine(kept: bool) -> None:
     assert planned(Command.DOWN, Situation(kept=kept, remains=True)) == ["destroy"]
     assert planned(Command.DOWN, Situation()) == []
 
@@ -56,7 +56,7 @@ def test_paths_that_exist_are_given_to_pytest(paths: str) -> None:
 
 
 @pytest.mark.parametrize("expression", ["watchdog", "access or boot", "tests/vm/no_such_test.py"])
-def test_anything_else_is_an_expression(expression: str) -> None:
+def test_other_text_is_given_to_pytest_as_an_expression(expression: str) -> None:
     assert chosen(expression, PROJECT) == ["tests/vm", "-k", expression]
 
 
@@ -75,7 +75,7 @@ def test_the_last_duration_of_a_step_is_kept(durations: Durations) -> None:
 @pytest.mark.parametrize(
     "damaged", [b"", b"{", b"[]", b"\xff", b'{"up": "long"}', b'{"up": null}', b'{"up": true}']
 )
-def test_a_damaged_file_is_an_empty_one(tmp_path: Path, damaged: bytes) -> None:
+def test_a_damaged_file_of_durations_is_read_as_empty(tmp_path: Path, damaged: bytes) -> None:
     path = tmp_path / "durations.json"
     path.write_bytes(damaged)
     durations = Durations(path)
@@ -84,7 +84,7 @@ def test_a_damaged_file_is_an_empty_one(tmp_path: Path, damaged: bytes) -> None:
     assert durations.read() == {"up": 1}
 
 
-def test_a_file_that_cannot_be_read_is_an_empty_one(tmp_path: Path) -> None:
+def test_an_unreadable_file_of_durations_is_read_as_empty(tmp_path: Path) -> None:
     assert Durations(tmp_path).read() == {}
     assert Durations(tmp_path / "absent.json").read() == {}
 
