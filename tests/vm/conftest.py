@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.vm.authorization import RULE, RULE_FILE
 from tests.vm.guest import Guest, clear
 
 LAST = ("test_powercut", "test_package")
@@ -52,3 +53,11 @@ def guest(machine: Guest) -> Iterator[Guest]:
     """Yield the machine, and remove all mounts and snapshots afterwards."""
     yield machine
     clear(machine)
+
+
+@pytest.fixture
+def ruled(guest: Guest) -> Iterator[Guest]:
+    """Yield a machine with a polkit rule that lets one user manage snapshots."""
+    guest.run(f"cat >{RULE_FILE}; systemctl restart polkit", stdin=RULE)
+    yield guest
+    guest.run(f"rm -f {RULE_FILE}; systemctl restart polkit")

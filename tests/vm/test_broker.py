@@ -1,0 +1,136 @@
+"""The service on dbus-broker, the system bus of Fedora and Arch Linux."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from snapd_native.wire.names import MANAGER
+from tests.support.readme import block
+from tests.vm.authorization import attempt, denied
+from tests.vm.guest import Guest
+
+BUS = f"busctl call org.snapdnative1 /org/snapdnative1 {MANAGER}"
+
+pytestmark = pytest.mark.usefixtures("broker")
+
+
+@pytest.fixture(scope="module")
+def broker(machine: Guest) -> Iterator[None]:
+    """Boot the machine with dbus-broker as its system bus, and then with dbus-daemon again."""
+    machine.run("systemctl enable -q dbus-broker")
+    try:
+        machine.reboot()
+        assert machine.run("systemctl show -P Id dbus").strip() == "dbus-broker.service"
+        yield
+    finally:
+        machine.run("systemctl disable -q dbus-broker")
+        machine.reboot()
+        assert machine.run("systemctl show -P Id dbus").strip() == "dbus.service"
+
+
+def test_the_busctl_calls_of_the_readme_work_on_dbus_broker(guest: Guest) -> None:
+    out = guest.run(block("calls"))
+    assert 'a(ssas) 1 "bind" "/var/lib/snapd-native/snapshots/' in out
+
+
+def test_a_call_activates_the_service(guest: Guest) -> None:
+    out = guest.run(f"""
+        systemctl stop snapd-native
+        {BUS} List 'asa{{sv}}' 0 0 >/dev/null
+        systemctl is-active snapd-native""")
+    assert out == "active\n"
+
+
+def test_polkit_decides_what_a_user_may_do(ruled: Guest) -> None:
+    assert attempt(ruled) == "allowed\n"
+    assert denied(ruled, user="nobody")
+
+
+def test_another_user_cannot_own_a_name_of_the_service(guest: Guest) -> None:
+    ask = "busctl call org.freedesktop.DBus / org.freedesktop.DBus RequestName su"
+    for name in ("org.snapdnative1", "org.snapdnative1.other"):
+        outcome = guest.attempt(f"runuser -u nobody -- {ask} {name} 4")
+        assert "denied" in outcome.stderr.lower(), outcome
+
+
+LIFETIMES = """
+import asyncio, os
+from snapd_native.client import Client
+from snapd_native.model import Lifetime
+
+async def main():
+    async with Client() as client:
+        await client.prepare("theirs")
+        target = await client.mount("theirs", lifetime=Lifetime.CLIENT)
+        tree = await client.open_tree("theirs")
+        print(os.path.ismount(target), os.listdir(tree), sep="\\n")
+        os.close(tree)
+    async with Client() as client:
+        while os.path.ismount(target):
+            await asyncio.sleep(0.1)
+        print(await client.list_mounts())
+asyncio.run(main())
+"""
+
+
+def test_a_mount_ends_with_its_client_and_open_tree_returns_a_descriptor(guest: Guest) -> None:
+    assert guest.run("python3 -", stdin=LIFETIMES).splitlines() == ["True", "[]", "[]"]
+
+
+CONNECTIONS = """
+import asyncio
+from contextlib import AsyncExitStack
+from snapd_native.client import Client
+
+async def main():
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(Client()) for _ in range(100)]
+        await asyncio.gather(*(client.prepare(f"{n}") for n, client in enumerate(clients)))
+        print(len(await clients[0].list(limit=1000)))
+asyncio.run(main())
+"""
+
+
+def test_a_hundred_connections_are_served(guest: Guest) -> None:
+    assert guest.run("python3 -", stdin=CONNECTIONS) == "100\n"
+
+
+UNREAD = f"""
+import asyncio
+from dbus_next import BusType, Message
+from dbus_next.aio import MessageBus
+
+async def main():
+    bus = await MessageBus(bus_type=BusType.SYSTEM).connect()
+    # It reads nothing more.
+    asyncio.get_running_loop().remove_reader(bus._fd)
+    for _ in range(200):
+        bus.send(Message(
+            destination="org.snapdnative1", path="/org/snapdnative1", interface="{MANAGER}",
+            member="List", signature="asa{{sv}}", body=[[], {{}}]))
+    print("sent", flush=True)
+    await asyncio.sleep(3600)
+asyncio.run(main())
+"""
+
+
+def test_a_client_that_does_not_read_does_not_delay_other_clients(guest: Guest) -> None:
+    """dbus-broker has no statistics by which the service limits what waits for a client."""
+    guest.run("python3 -", stdin=CONNECTIONS)
+    out = guest.run(
+        f"""
+        cat >/run/unread.py
+        python3 /run/unread.py >/run/sent & reader=$!
+        until grep -q sent /run/sent; do sleep 0.1; done
+        for _ in 1 2 3; do {BUS} Stat s 1 | cut -c 1-9; done
+        kill $reader
+        {BUS} Remove 'sa{{sv}}' 1 0
+        snapd-native check
+        systemctl show -P NRestarts snapd-native
+        rm /run/unread.py /run/sent""",
+        stdin=UNREAD,
+    )
+    assert out.split("\n")[-2] == "0", out
+    assert out.count("(ssstta{ss") == 3, out
