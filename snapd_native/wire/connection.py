@@ -23,6 +23,9 @@ from snapd_native.wire.values import Body
 CONNECT_SECONDS = 10.0
 """Seconds that the bus may take to answer the greeting."""
 
+SYSTEM_BUS = "unix:path=/var/run/dbus/system_bus_socket"
+"""The address that D-Bus specifies for the system bus."""
+
 
 class Connection(MessageBus):
     """dbus-next's connection to the system bus, or to ``DBUS_SYSTEM_BUS_ADDRESS``."""
@@ -54,7 +57,10 @@ class Connection(MessageBus):
             await asyncio.wait_for(self.connect(), CONNECT_SECONDS)
         except (OSError, EOFError, TimeoutError, AuthError) as error:
             self._finalize()
-            raise Unavailable(f"the system bus does not answer ({error}): restart dbus") from None
+            address = os.environ.get("DBUS_SYSTEM_BUS_ADDRESS", SYSTEM_BUS)
+            raise Unavailable(
+                f"the system bus at {address} does not answer ({_reason(error)}): restart dbus"
+            ) from None
 
     def disconnect(self) -> None:
         """Close the connection; calls that still wait fail with Unavailable."""
@@ -278,6 +284,19 @@ class _Writer(_MessageWriter):
             self.buf = None
             if self.fut is not None and not self.fut.done():
                 self.fut.set_result(None)
+
+
+def _reason(error: Exception) -> str:
+    """Say why a bus did not accept a connection; some exceptions have no text."""
+    match error:
+        case TimeoutError():
+            return f"no reply within {CONNECT_SECONDS} s"
+        case EOFError():
+            return "it has closed the connection"
+        case OSError(strerror=str(reason)):
+            return reason.lower()
+        case _:
+            return str(error)
 
 
 def _check_text(value: object) -> None:

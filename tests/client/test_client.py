@@ -294,9 +294,21 @@ def test_a_client_raises_unavailable_when_the_bus_closes_the_connection(
         listening.listen()
         thread = threading.Thread(target=lambda: listening.accept()[0].close())
         thread.start()
-        with refused(Unavailable, "does not answer"), BlockingClient():
-            pass
+        with refused(Unavailable, f"at unix:path={tmp_path}/socket does not answer"):
+            BlockingClient().__enter__()
         thread.join()
+
+
+def test_a_client_names_the_time_that_it_waited_for_a_silent_bus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={tmp_path / 'socket'}")
+    monkeypatch.setattr("snapd_native.wire.connection.CONNECT_SECONDS", 0.1)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        listening.listen()
+        with refused(Unavailable, "does not answer (no reply within 0.1 s)", "restart dbus"):
+            BlockingClient().__enter__()
 
 
 def test_a_client_raises_unavailable_when_the_bus_rejects_its_uid(on_bus: str) -> None:
