@@ -21,8 +21,9 @@ from sdnotify import SystemdNotifier
 from snapd_native.bus.dispatch import Dispatcher
 from snapd_native.bus.lanes import Lane, Lanes
 from snapd_native.errors import DataLoss, SnapdError, Unavailable
-from snapd_native.model import Change
+from snapd_native.model import Change, quote_path
 from snapd_native.snapshotter import Snapshotter
+from snapd_native.snapshotter.failures import explained
 from snapd_native.wire.connection import Connection
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ def run(name: str, state: Path, runtime: Path, least_free: float) -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
-        runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with explained(f"make the runtime directory {quote_path(str(runtime))}"):
+            runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
         asyncio.run(_Daemon(name, state, runtime, least_free).serve())
     except (SnapdError, OSError) as error:
         log.critical("%s", error)

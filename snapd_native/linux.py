@@ -101,6 +101,15 @@ def has_mount_setattr() -> bool:
     return True
 
 
+def may_mount() -> bool:
+    """Tell whether the process has CAP_SYS_ADMIN over its mounts, and no filter of system calls."""
+    try:
+        os.close(open_tree(AT_FDCWD, "/", OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC))
+    except OSError as error:
+        return error.errno != errno.EPERM
+    return True
+
+
 def move_mount(source: int, target: int) -> None:
     """Attach the detached mount ``source`` to the directory ``target``; Linux 5.2."""
     flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from snapd_native import linux
-from snapd_native.errors import InvalidArgument, Unavailable
+from snapd_native.errors import FailedPrecondition, InvalidArgument, Unavailable
 from snapd_native.filters import parse
 from snapd_native.jobs import Job, Operation
 from snapd_native.metastore import Record
@@ -82,12 +82,18 @@ class Snapshotter:
         Raises:
             Unavailable: another process uses the directory or the database, ``stopping`` is set,
                 or the kernel is older than 5.12.
-            FailedPrecondition: another user owns the directory, or the database is not a file.
+            FailedPrecondition: another user owns the directory, the database is not a file, or
+                the process may not mount.
             DataLoss: the database is damaged, gone, or was made by a newer version.
             ResourceExhausted: the disk is full.
         """
         if not linux.has_mount_setattr():
             raise Unavailable("the kernel is too old: boot Linux 5.12 or newer")
+        if not linux.may_mount():
+            raise FailedPrecondition(
+                "the kernel does not permit mounts here: run the service on the host,"
+                " or give its container the capability CAP_SYS_ADMIN"
+            )
         self._stopping = stopping or threading.Event()
         self._watch = Watch(self._stopping)
         with explained(f"use {quote_path(str(state))}"), ExitStack() as undo:

@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,10 +23,13 @@ def command(state: Path) -> list[str]:
     ]
 
 
-def fails(address: str, state: Path, user: int = 0) -> tuple[int, str]:
-    """Start a daemon that must fail; return its exit status and its only line."""
+def fails(address: str, state: Path, user: int = 0, through: Sequence[str] = ()) -> tuple[int, str]:
+    """Start a daemon that must fail, with another program if ``through`` names one.
+
+    Return its exit status and its only line.
+    """
     done = subprocess.run(
-        [*as_user(user), *command(state)],
+        [*through, *as_user(user), *command(state)],
         env={**os.environ, "DBUS_SYSTEM_BUS_ADDRESS": address},
         check=False,
         capture_output=True,

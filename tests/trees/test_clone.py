@@ -343,3 +343,44 @@ def test_opening_a_fifo_does_not_block(scratch: Path) -> None:
     os.mkfifo(scratch / "file")
     with directory(scratch) as tree:
         os.close(open_file(tree, "file"))
+
+
+def test_inode_flags_are_not_copied(filesystem: FileSystem, scratch: Path) -> None:
+    """As cp -a and rsync: they belong to the file system, not to the contents."""
+    tree = scratch / "tree"
+    tree.mkdir()
+    (tree / "file").write_text("data\n")
+    subprocess.run(["chattr", "+Aai", tree / "file"], check=True)
+    try:
+        clone(tree, scratch / "copy", reflink=filesystem.reflink)
+        shown = [
+            subprocess.run(
+                ["lsattr", "-d", path], capture_output=True, text=True, check=True
+            ).stdout.split()[0]
+            for path in (tree / "file", scratch / "copy" / "file")
+        ]
+    finally:
+        subprocess.run(["chattr", "-Aai", tree / "file"], check=True)
+    assert (scratch / "copy" / "file").read_text() == "data\n"
+    source, copy = ({flag for flag in flags if flag in "Aai"} for flags in shown)
+    assert (source, copy) == ({"A", "a", "i"}, set())
+
+
+# ext4 has project ids only with the feature `project`.
+@pytest.mark.parametrize("filesystem", ["xfs"], indirect=True)
+def test_a_copy_has_the_project_of_its_parent_directory(
+    filesystem: FileSystem, scratch: Path
+) -> None:
+    (scratch / "tree").mkdir()
+    (scratch / "tree" / "file").write_text("data\n")
+    (scratch / "state").mkdir()
+    subprocess.run(["chattr", "-p", "7", scratch / "tree" / "file"], check=True)
+    subprocess.run(["chattr", "+P", "-p", "8", scratch / "state"], check=True)
+    clone(scratch / "tree", scratch / "state" / "copy", reflink=filesystem.reflink)
+    shown = subprocess.run(
+        ["lsattr", "-p", scratch / "state" / "copy" / "file"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert shown.split()[0] == "8"
