@@ -195,7 +195,11 @@ class Connections:
     def _connect(self) -> sqlite3.Connection:
         address = f"{self._path.absolute().as_uri()}?vfs=unix-excl"
         db = sqlite3.connect(
-            address, BUSY_SECONDS, uri=True, isolation_level=None, check_same_thread=False
+            address,
+            timeout=BUSY_SECONDS,
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
         )
         # Invalid UTF-8 in one record must not make the other records of a query unreadable.
         db.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")

@@ -2,77 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from snapd_native import __version__
-from tests.support.package import said
+from tests.support.debian import SUITES, Machine, dependencies, make, started
 
 pytestmark = pytest.mark.long
-
-
-class Machine:
-    """A Debian in a directory, with its own namespaces, which end with its first process."""
-
-    def __init__(self, pid: int) -> None:
-        self._enter = ["nsenter", f"--target={pid}", "--mount", "--pid", "--root", "--wd"]
-
-    def run(self, script: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*self._enter, "env", "-i", f"PATH={PATH}", "LC_ALL=C.UTF-8", "sh", "-euc", script],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    def __call__(self, script: str) -> str:
-        outcome = self.run(script)
-        assert outcome.returncode == 0, outcome.stderr
-        return outcome.stdout
-
-    def fails(self, script: str) -> str:
-        outcome = self.run(script)
-        assert outcome.returncode != 0
-        return outcome.stderr
-
-
-PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
-
-SUITES = {"bookworm": (), "trixie": (), "testing": ("--aptopt=Acquire::Check-Valid-Until false",)}
-"""Releases of Debian, and options of mmdebstrap. A mirror may have an old state of testing."""
-
-START = """
-set -eu
-mount --bind "$1" "$1"
-mount -t proc proc "$1/proc"
-mount -t tmpfs tmpfs "$1/run"
-cp "$2"/*.deb "$1/root"
-# The shell stays: somebody has to be told of processes that end.
-exec chroot "$1" sh -c 'echo ready; cat; exit'
-"""
-
-
-@contextmanager
-def started(root: Path, packages: Path) -> Iterator[Machine]:
-    command = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [*command, "sh", "-c", START, "sh", root, packages], stdin=pipe, stdout=pipe
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        (inside,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        try:
-            yield Machine(int(inside))
-        finally:
-            process.communicate()
 
 
 @pytest.fixture(scope="module", params=SUITES)
@@ -80,20 +20,9 @@ def debian(
     request: pytest.FixtureRequest, package: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
     """Make a Debian that contains the dependencies of the package, and little else."""
-    depends = said("dpkg-deb", "--field", package, "Depends")
-    wanted = ["e2fsprogs", *re.findall(r"(?:^|, )([a-z0-9.+-]+)", depends)]
     root = tmp_path_factory.mktemp("debian") / "root"
     try:
-        subprocess.run(
-            [
-                *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase"),
-                *SUITES[request.param],
-                *(f"--include={','.join(sorted(set(wanted)))}", request.param, str(root)),
-            ],
-            check=True,
-            capture_output=True,
-            env={**os.environ, "PATH": PATH},
-        )
+        make(request.param, root, ["e2fsprogs", *dependencies(package)])
         yield root
     finally:
         shutil.rmtree(root.parent)

@@ -1,0 +1,90 @@
+"""Releases of Debian in directories, with processes in their own namespaces."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.support.package import said
+
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+
+SUITES = {"bookworm": (), "trixie": (), "testing": ("--aptopt=Acquire::Check-Valid-Until false",)}
+"""Releases of Debian, and options of mmdebstrap. A mirror may have an old state of testing."""
+
+START = """
+set -eu
+mount --bind "$1" "$1"
+mount -t proc proc "$1/proc"
+mount -t tmpfs tmpfs "$1/run"
+mount --rbind /dev "$1/dev"
+mount --rbind /sys "$1/sys"
+cp -a "$2"/. "$1/root"
+# The shell is the first process in the namespace, and reaps the others.
+exec chroot "$1" sh -c 'echo ready; cat; exit'
+"""
+
+
+class Machine:
+    """A Debian in a directory, with its own namespaces, which end with its first process."""
+
+    def __init__(self, pid: int) -> None:
+        self._enter = ["nsenter", f"--target={pid}", "--mount", "--pid", "--root", "--wd"]
+
+    def run(self, script: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*self._enter, "env", "-i", f"PATH={PATH}", "LC_ALL=C.UTF-8", "sh", "-euc", script],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def __call__(self, script: str) -> str:
+        outcome = self.run(script)
+        assert outcome.returncode == 0, outcome.stderr
+        return outcome.stdout
+
+    def fails(self, script: str) -> str:
+        outcome = self.run(script)
+        assert outcome.returncode != 0
+        return outcome.stderr
+
+
+@contextmanager
+def started(root: Path, files: Path) -> Iterator[Machine]:
+    """Start a release in ``root``, with copies of ``files`` in its /root."""
+    command = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [*command, "sh", "-c", START, "sh", root, files], stdin=pipe, stdout=pipe
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        (inside,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        try:
+            yield Machine(int(inside))
+        finally:
+            process.communicate()
+
+
+def make(suite: str, root: Path, packages: list[str]) -> None:
+    """Install a release of Debian with some packages in a new directory."""
+    subprocess.run(
+        [
+            *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", *SUITES[suite]),
+            *(f"--include={','.join(sorted(set(packages)))}", suite, str(root)),
+        ],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PATH": PATH},
+    )
+
+
+def dependencies(package: Path) -> list[str]:
+    """Name the packages that a package depends on; of alternatives the first."""
+    depends = said("dpkg-deb", "--field", package, "Depends")
+    return re.findall(r"(?:^|, )([a-z0-9.+-]+)", depends)
