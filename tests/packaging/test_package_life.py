@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from snapd_native import __version__
-from tests.support.debian import SUITES, Machine, dependencies, make, started
+from tests.support.debian import SUITES, Machine, dependencies, shared, started
 
 pytestmark = pytest.mark.long
 
@@ -20,12 +21,12 @@ def debian(
     request: pytest.FixtureRequest, package: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
     """Make a Debian that contains the dependencies of the package, and little else."""
-    root = tmp_path_factory.mktemp("debian") / "root"
-    try:
-        make(request.param, root, ["e2fsprogs", *dependencies(package)])
+    # Processes of a run have directories next to each other.
+    own = tmp_path_factory.getbasetemp()
+    place = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    wanted = ["e2fsprogs", *dependencies(package)]
+    with shared(request.param, place / "debian", wanted) as root:
         yield root
-    finally:
-        shutil.rmtree(root.parent)
 
 
 @pytest.fixture(scope="module")

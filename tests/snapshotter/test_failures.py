@@ -32,9 +32,11 @@ from tests.support.engine import (
     opened,
     read,
 )
-from tests.support.file_systems import mounted, on_ext4, unmount_when_free
+from tests.support.file_systems import long_on_xfs, mounted, on_ext4, unmount_when_free
 from tests.support.service import check_sentence
 from tests.support.waiting import WAIT, eventually
+
+pytestmark = long_on_xfs
 
 # The errors of open(2), read(2), write(2), copy_file_range(2), ioctl_ficlone(2), fallocate(2),
 # link(2), mkdir(2), mknod(2), symlink(2), rename(2), unlink(2), rmdir(2), setxattr(2), chown(2) and
@@ -236,8 +238,6 @@ POWER_CUT = """
 import fcntl, os, struct, sys
 from pathlib import Path
 from snapd_native.snapshotter import Snapshotter
-
-pytestmark = long_on_xfs
 
 root = Path(sys.argv[1])
 engine = Snapshotter(root / "state", lambda *_: None)

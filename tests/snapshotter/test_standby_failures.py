@@ -30,6 +30,7 @@ from tests.support.engine import (
     read,
     write,
 )
+from tests.support.file_systems import long_on_xfs
 from tests.support.standby_clones import (
     await_standby,
     based,
@@ -41,14 +42,14 @@ from tests.support.standby_clones import (
 )
 from tests.support.waiting import WAIT, becomes, eventually
 
+pytestmark = long_on_xfs
+
 CRASH = """
 import sys
 from pathlib import Path
 from snapd_native import trees
 from snapd_native.snapshotter import Snapshotter
 from snapd_native.snapshotter.state import StateDirectory
-
-pytestmark = long_on_xfs
 
 engine = Snapshotter(Path(sys.argv[1]), lambda *_: None)
 owner = trees.Crew if sys.argv[2] == "clone" else StateDirectory

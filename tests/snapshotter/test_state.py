@@ -34,6 +34,9 @@ from tests.support.engine import (
     read,
     write,
 )
+from tests.support.file_systems import long_on_xfs
+
+pytestmark = long_on_xfs
 
 
 def test_start_and_cleanup_delete_orphans_and_nothing_else(left: Path) -> None:
@@ -61,9 +64,6 @@ import sys
 from pathlib import Path
 from snapd_native.errors import FailedPrecondition
 from snapd_native.snapshotter import Snapshotter
-from tests.support.file_systems import long_on_xfs
-
-pytestmark = long_on_xfs
 engine = Snapshotter(Path(sys.argv[1]), lambda *_: None)
 engine.remove("work")
 for _ in range(2):

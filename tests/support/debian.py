@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.support.package import said
@@ -82,6 +84,35 @@ def make(suite: str, root: Path, packages: list[str]) -> None:
         capture_output=True,
         env={**os.environ, "PATH": PATH},
     )
+
+
+@contextmanager
+def shared(suite: str, directory: Path, packages: list[str]) -> Iterator[Path]:
+    """Lend a release that all processes of a test run share; the last one deletes it.
+
+    ``directory`` is the same for all of them. Nobody may change the release.
+    """
+    directory.mkdir(exist_ok=True)
+    root = directory / suite
+    with open(directory / f"{suite}.lock", "w") as users:
+        is_there = False
+        while not is_there:
+            fcntl.flock(users, fcntl.LOCK_EX)
+            try:
+                if not root.exists():
+                    make(suite, root, packages)
+            except BaseException:
+                shutil.rmtree(root, ignore_errors=True)
+                raise
+            # For a moment there is no lock, in which another process can delete it.
+            fcntl.flock(users, fcntl.LOCK_SH)
+            is_there = root.exists()
+        try:
+            yield root
+        finally:
+            with suppress(BlockingIOError):
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(root)
 
 
 def dependencies(package: Path) -> list[str]:
