@@ -33,6 +33,7 @@ ON_A_MACHINE = {
     "move": "systemctl stop snapd-native\ncp ",
     "rule": "groupadd ",
     "exposure": "systemd-analyze security ",
+    "broker": "cat >/etc/dbus-1/system.d/",
 }
 """The blocks that need systemd: `tests/vm` runs them."""
 

@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests with `long_on_xfs` as long where they run on xfs, before pytest selects tests."""
     for item in items:
         on = getattr(item, "callspec", None)
-        if item.get_closest_marker("long_on_xfs") and on and on.params["filesystem"] == "xfs":
+        if item.get_closest_marker("long_on_xfs") and on and on.params.get("filesystem") == "xfs":
             item.add_marker(pytest.mark.long)
 
 

@@ -9,7 +9,7 @@ import pytest
 from snapd_native.wire.names import MANAGER
 from tests.support.readme import block
 from tests.vm.authorization import attempt, denied
-from tests.vm.guest import Guest
+from tests.vm.guest import INSTANCES, Guest
 
 BUS = f"busctl call org.snapdnative1 /org/snapdnative1 {MANAGER}"
 
@@ -20,12 +20,16 @@ pytestmark = pytest.mark.usefixtures("broker")
 def broker(machine: Guest) -> Iterator[None]:
     """Boot the machine with dbus-broker as its system bus, and then with dbus-daemon again."""
     machine.run("systemctl enable -q dbus-broker")
+    policy = block("broker")
+    assert policy.endswith("systemctl reload dbus\n")
+    for instance in filter(None, INSTANCES):
+        machine.run(policy.replace("snapdnative1.data", f"snapdnative1.{instance}"))
     try:
         machine.reboot()
         assert machine.run("systemctl show -P Id dbus").strip() == "dbus-broker.service"
         yield
     finally:
-        machine.run("systemctl disable -q dbus-broker")
+        machine.run("systemctl disable -q dbus-broker; rm /etc/dbus-1/system.d/org.snapdnative1.*")
         machine.reboot()
         assert machine.run("systemctl show -P Id dbus").strip() == "dbus.service"
 
@@ -33,6 +37,11 @@ def broker(machine: Guest) -> Iterator[None]:
 def test_the_busctl_calls_of_the_readme_work_on_dbus_broker(guest: Guest) -> None:
     out = guest.run(block("calls"))
     assert 'a(ssas) 1 "bind" "/var/lib/snapd-native/snapshots/' in out
+
+
+def test_each_instance_answers_with_a_policy_of_its_own(guest: Guest) -> None:
+    for instance in INSTANCES:
+        assert guest.run(f"snapd-native --instance '{instance}' check") == ""
 
 
 def test_a_call_activates_the_service(guest: Guest) -> None:
