@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 
 pytest_plugins = [
     "tests.support.in_process",
@@ -23,5 +24,11 @@ pytest_plugins = [
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Mounts and processes are cleaned up even if a signal ends the run early.
 signal.signal(signal.SIGTERM, signal.default_int_handler)
+# A run that is interrupted lets its processes finish their tests, which then unmount everything;
+# after 10 seconds, the default, pytest-xdist would kill them.
+with suppress(ImportError):
+    from xdist.workermanage import NodeManager
+
+    NodeManager.EXIT_TIMEOUT = 300
 # Every program that a test starts would compile all its modules.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
