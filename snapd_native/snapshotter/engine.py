@@ -28,14 +28,14 @@ from snapd_native.model import (
 from snapd_native.snapshotter import digests
 from snapd_native.snapshotter.background import Background
 from snapd_native.snapshotter.contents import Contents
-from snapd_native.snapshotter.directories import close_runtime
 from snapd_native.snapshotter.failures import explained, unless_removed
 from snapd_native.snapshotter.labels import changed, label_key
 from snapd_native.snapshotter.mounter import Mounter
-from snapd_native.snapshotter.opening import open_store
 from snapd_native.snapshotter.reaping import Reaper
 from snapd_native.snapshotter.standby import Standby
 from snapd_native.snapshotter.state import StateDirectory
+from snapd_native.snapshotter.state.database import open_store
+from snapd_native.snapshotter.state.privacy import close_runtime
 from snapd_native.snapshotter.upkeep import Upkeep
 from snapd_native.snapshotter.watching import Watch
 from snapd_native.snapshotter.write_back import WriteBack

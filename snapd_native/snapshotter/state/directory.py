@@ -15,8 +15,8 @@ from snapd_native import linux, trees
 from snapd_native.errors import DataLoss, FailedPrecondition, Unavailable
 from snapd_native.model import Finding, Trouble, Usage, quote_path
 from snapd_native.mounts import Place, Table
-from snapd_native.snapshotter.ballast import Ballast
-from snapd_native.snapshotter.directories import (
+from snapd_native.snapshotter.state.ballast import Ballast
+from snapd_native.snapshotter.state.privacy import (
     check_not_shared,
     make_private,
     own_directory,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from snapd_native.errors import DataLoss
 from snapd_native.metastore import Metastore
 from snapd_native.model import Change, quote
-from snapd_native.snapshotter.state import StateDirectory
+from snapd_native.snapshotter.state.directory import StateDirectory
 
 log = logging.getLogger(__name__)
 
