@@ -19,12 +19,12 @@ pytestmark = pytest.mark.usefixtures("broker")
 @pytest.fixture(scope="module")
 def broker(machine: Guest) -> Iterator[None]:
     """Boot the machine with dbus-broker as its system bus, and then with dbus-daemon again."""
-    machine.run("systemctl enable -q dbus-broker")
     policy = block("broker")
     assert policy.endswith("systemctl reload dbus\n")
     for instance in filter(None, INSTANCES):
         machine.run(policy.replace("snapdnative1.data", f"snapdnative1.{instance}"))
     try:
+        machine.run("systemctl enable -q dbus-broker")
         machine.reboot()
         assert machine.run("systemctl show -P Id dbus").strip() == "dbus-broker.service"
         yield
