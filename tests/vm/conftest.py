@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,9 +23,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--domain", default="snapd-native-test_default", help="of libvirt")
 
 
-def pytest_ignore_collect(config: pytest.Config) -> bool | None:
-    """Ignore the tests of this directory if no machine is given."""
-    return None if config.getoption("--hosts", None) else True
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Without a machine there is nothing to test.
+
+    dbus-broker is tested on Debian 13: that of Debian 12 is older than those of its distributions.
+    """
+    if not config.getoption("--hosts", None):
+        return True
+    is_old = os.environ.get("VM_DEBIAN") == "12"
+    return True if is_old and collection_path.name == "test_broker.py" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
