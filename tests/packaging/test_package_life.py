@@ -129,6 +129,14 @@ def test_upgrade_and_removal_keep_mounts_and_purge_deletes_everything(machine: M
     assert targets(machine) == before
     assert "/mnt/a place" in machine("snapd-native mounts")
     machine(STOP)
+    # As systemctl enable does; there is no systemd here.
+    machine(
+        """
+        mkdir -p /etc/systemd/system/multi-user.target.wants
+        cd /etc/systemd/system/multi-user.target.wants
+        ln -s /usr/lib/systemd/system/snapd-native@.service snapd-native@copies.service
+        """
+    )
     machine("dpkg --remove snapd-native")
     assert targets(machine) == before
     assert machine("cat '/mnt/a place/file' /var/lib/snapd-native/snapshots/*/file") == "data\n" * 2

@@ -95,8 +95,6 @@ def test_make_install_runs_the_service_and_make_uninstall_removes_it(machine: Gu
     """The libraries of the package are still installed."""
     out = machine.run(
         f"""
-        # An administrator enabled the instances, and purge leaves these links.
-        rm -f /etc/systemd/system/multi-user.target.wants/snapd-native@*.service
         cd /vagrant
         {block("without a package")}
         systemctl show -P ExecStart snapd-native | grep -o 'path=[^ ]*'
