@@ -74,6 +74,7 @@ class Manager:
             "Stat": Method(Action.READ, Lane.READ, self._stat),
             "Update": Method(Action.MANAGE, Lane.CHANGE, self._update),
             "Usage": Method(Action.READ, Lane.SURVEY, self._usage),
+            "BackgroundUsage": Method(Action.READ, Lane.SURVEY, self._background_usage),
             "List": Method(Action.READ, Lane.LIST, self._list),
             "Remove": Method(Action.MANAGE, Lane.CHANGE, self._remove),
             "Cleanup": Method(Action.MANAGE, Lane.TREE, self._cleanup),
@@ -126,6 +127,11 @@ class Manager:
 
     def _usage(self, job: Job, key: str) -> Body:
         usage = self._snapshotter.usage(key, job)
+        return [usage.size, usage.inodes]
+
+    def _background_usage(self, job: Job, key: str, options: Options) -> Body:
+        unpack(options)
+        usage = self._snapshotter.usage(key, job, idle=True)
         return [usage.size, usage.inodes]
 
     def _list(self, caller: Caller, filters: list[str], options: Options) -> Body:

@@ -86,6 +86,11 @@ class Client:
             self._connection.disconnect()
             self._connection = None
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether the connection to the bus is there; a lost one does not come back."""
+        return self._connection is not None and self._connection.connected
+
     async def prepare(
         self,
         key: str,
@@ -153,6 +158,11 @@ class Client:
     async def usage(self, key: str) -> Usage:
         """Return the usage of a snapshot."""
         size, inodes = await self._call("Usage", "s", key)
+        return Usage(size, inodes)
+
+    async def background_usage(self, key: str) -> Usage:
+        """Return the usage of a snapshot, measured at idle priority of processor and disk."""
+        size, inodes = await self._call("BackgroundUsage", "sa{sv}", key, {})
         return Usage(size, inodes)
 
     async def list(

@@ -104,6 +104,10 @@ class BlockingClient:
         """Return the usage of a snapshot."""
         return self._wait(self._client.usage(key))
 
+    def background_usage(self, key: str) -> Usage:
+        """Return the usage of a snapshot, measured at idle priority of processor and disk."""
+        return self._wait(self._client.background_usage(key))
+
     def remove(self, key: str) -> None:
         """Remove a snapshot; its data is deleted in the background."""
         self._wait(self._client.remove(key))

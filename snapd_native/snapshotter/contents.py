@@ -33,10 +33,11 @@ class Contents:
             self._crew.clone(source, target, report, reflink=self._state.reflink)
         self._state.bring_to_life(id_)
 
-    def measure(self, id_: int, report: trees.Report) -> Usage:
-        """Measure the usage of a tree."""
+    def measure(self, id_: int, report: trees.Report, *, idle: bool = False) -> Usage:
+        """Measure the usage of a tree; with ``idle`` at idle priority."""
+        crew = self._idle_crew if idle else self._crew
         with self._state.open(str(id_)) as tree:
-            return self._crew.measure(tree, report)
+            return crew.measure(tree, report)
 
     def digest(self, id_: int, report: trees.Report) -> str:
         """Hash a tree; see `trees.Crew.digest`."""

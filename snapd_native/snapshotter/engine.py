@@ -287,10 +287,10 @@ class Snapshotter:
             return 0, 0
         return self._standby.count(record.id), standby_number(record.info.labels)
 
-    def usage(self, key: str, job: Job | None = None) -> Usage:
+    def usage(self, key: str, job: Job | None = None, *, idle: bool = False) -> Usage:
         """Return the usage of a snapshot: measured now if active, by Commit if committed.
 
-        The usage of a view is zero.
+        The usage of a view is zero. With ``idle``, measure at idle priority.
 
         Raises:
             InvalidArgument: the key is invalid.
@@ -311,7 +311,7 @@ class Snapshotter:
             unless_removed(self._store, record),
             explained(f"measure {quote(key)}"),
         ):
-            usage = self._contents.measure(record.id, report)
+            usage = self._contents.measure(record.id, report, idle=idle)
         job.conclude()
         return usage
 

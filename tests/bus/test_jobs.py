@@ -25,6 +25,7 @@ from snapd_native.errors import (
     SnapdError,
     Unavailable,
 )
+from snapd_native.trees.relay import IDLE
 from snapd_native.wire.names import BUS_NAME, JOB, JOB_PATH, OBJECT_PATH
 from tests.support.daemon_process import IMPATIENT, Notifications, started
 from tests.support.descriptors import hands, nothing_left_open, workers
@@ -228,6 +229,24 @@ def test_a_call_that_takes_long_shows_as_a_job(filled: Service, member: str) -> 
         assert watched.order() == order
         (removed,) = watched.signals("JobRemoved")
         assert removed.body == [number, path, key, "done", "", ""]
+
+    watch(scenario)
+
+
+def test_background_usage_is_measured_by_workers_of_idle_priority(
+    filled: Service, shared_client: BlockingClient
+) -> None:
+    usage = shared_client.background_usage("work")
+    assert usage == shared_client.usage("work")
+
+    async def scenario(watched: Watch) -> None:
+        with held_up(filled, IDLE):
+            calling = asyncio.ensure_future(watched.call("BackgroundUsage", "sa{sv}", "work", {}))
+            await watched.signal("JobNew")
+            async with Client() as other:
+                assert await other.usage("work") == usage
+            assert not calling.done()
+        assert await calling == [usage.size, usage.inodes]
 
     watch(scenario)
 

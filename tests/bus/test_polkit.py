@@ -64,6 +64,7 @@ DAEMON, BIN = 1, 2
 READS = [
     ("Stat", "s", "base"),
     ("Usage", "s", "base"),
+    ("BackgroundUsage", "sa{sv}", "base", "0"),
     ("Mounts", "s", "work"),
     ("Standby", "s", "base"),
     ("List", "asa{sv}", "0", "0"),

@@ -61,6 +61,7 @@ def populated(shared_client: BlockingClient) -> BlockingClient:
         (lambda c: c.stat("none"), NotFound, '"none"'),
         (lambda c: c.update("none", {}), NotFound, '"none"'),
         (lambda c: c.usage("none"), NotFound, '"none"'),
+        (lambda c: c.background_usage("none"), NotFound, '"none"'),
         (lambda c: c.remove("none"), NotFound, '"none"'),
         # The name is taken: keys and names share one namespace.
         (lambda c: c.prepare("active"), AlreadyExists, '"active"'),
@@ -247,6 +248,7 @@ def test_prepare_on_a_full_disk_raises_resource_exhausted(
         ("Stat", ("s", "key")),
         ("Update", ("sa{ss}as", "key", "0", "0")),
         ("Usage", ("s", "key")),
+        ("BackgroundUsage", ("sa{sv}", "key", "0")),
         ("List", ("asa{sv}", "0", "0")),
         ("Remove", ("sa{sv}", "key", "0")),
         ("Cleanup", ("a{sv}", "0")),

@@ -23,6 +23,7 @@ CALLS: dict[str, tuple[str, Body]] = {
     "Stat": ("s", ["key"]),
     "Update": ("sa{ss}as", ["key", {"a": "2"}, ["labels.a"]]),
     "Usage": ("s", ["key"]),
+    "BackgroundUsage": ("sa{sv}", ["key", {}]),
     "List": ("asa{sv}", [["name==key"], {}]),
     "Remove": ("sa{sv}", ["key", {}]),
     "Cleanup": ("a{sv}", [{}]),
@@ -40,6 +41,7 @@ NAMES = [
     ("Stat", 0),
     ("Update", 0),
     ("Usage", 0),
+    ("BackgroundUsage", 0),
     ("Remove", 0),
 ]
 """Each argument that names a snapshot."""

@@ -70,6 +70,7 @@ MAY_FAIL: dict[str, tuple[str, ...]] = {
     "Stat": ("NotFound",),
     "Update": ("NotFound",),
     "Usage": ("NotFound",),
+    "BackgroundUsage": ("NotFound",),
     "Remove": ("NotFound", "FailedPrecondition"),
     "Verify": ("NotFound", "FailedPrecondition"),
     "VerifyJob": ("NotFound", "FailedPrecondition"),
