@@ -100,8 +100,8 @@ class Client:
     ) -> Mount:
         """Create an active snapshot and return its mount.
 
-        ``progress`` is called some times a second. With it, a cancellation of this coroutine also
-        cancels the work.
+        ``progress`` is called some times a second. With it, a cancellation of this coroutine, or
+        Ctrl-C in a `BlockingClient`, also cancels the work.
         """
         if progress is None:
             return await self._create("Prepare", key, parent, labels)
