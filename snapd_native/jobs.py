@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
-from snapd_native.errors import Cancelled
+from snapd_native.errors import Cancelled, Unavailable
 from snapd_native.model import Usage, quote
 
 _POLL_SECONDS = 0.05
@@ -46,6 +46,7 @@ class Job:
         """The work in all; zeros while it is unknown."""
         self._begun = begun
         self._places = places
+        self._stopping: threading.Event | None = None
         self._inodes = 0
         self._size = 0
         self._lock = threading.Lock()
@@ -57,25 +58,29 @@ class Job:
         """The work so far."""
         return Usage(inodes=self._inodes, size=self._size)
 
-    def begin(self, operation: Operation, key: str, total: Usage | None = None) -> None:
-        """Note that the work begins."""
+    def begin(
+        self,
+        operation: Operation,
+        key: str,
+        total: Usage | None = None,
+        stopping: threading.Event | None = None,
+    ) -> None:
+        """Note that the work begins, and must end when ``stopping`` is set."""
         self.operation = operation
         self.key = key
+        self._stopping = stopping
         if total is not None:
             self.total = total
         self._begun()
 
     @contextmanager
-    def turn(self, report: Callable[[int, int], None]) -> Iterator[None]:
-        """Wait for one of the places, and keep it during the block.
-
-        ``report`` is called while this waits; it can raise to end that.
-        """
+    def turn(self) -> Iterator[None]:
+        """Wait for one of the places, and keep it during the block; raises as `report`."""
         if self._places is None:
             yield
             return
         while not self._places.acquire(timeout=_POLL_SECONDS):
-            report(0, 0)
+            self.report(0, 0)
         try:
             yield
         finally:
@@ -86,7 +91,10 @@ class Job:
 
         Raises:
             Cancelled: the job was cancelled, and the work must be undone.
+            Unavailable: the same, because the service is stopping.
         """
+        if self._stopping and self._stopping.is_set():
+            raise Unavailable("the service is stopping: try again when it runs")
         self._inodes += inodes
         self._size += size
         if self._cancelled:

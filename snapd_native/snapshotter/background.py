@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from snapd_native.errors import Cancelled, Unavailable
 
@@ -19,32 +17,21 @@ class Background:
     def __init__(self, name: str, complaint: str) -> None:
         """When a task fails, ``complaint`` is logged with the error."""
         self._complaint = complaint
-        self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None]
-        self._tasks = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(1, name)
 
     def submit(self, task: Callable[[], None]) -> Future[None]:
         """Run ``task`` after the tasks that were submitted before it."""
-        outcome: Future[None] = Future()
-        self._tasks.put((task, outcome))
-        return outcome
+        return self._thread.submit(self._run, task)
 
     def close(self) -> None:
         """End the thread after the last task that was submitted."""
-        self._tasks.put(None)
-        self._thread.join()
+        self._thread.shutdown()
 
-    def _run(self) -> None:
-        while (entry := self._tasks.get()) is not None:
-            task, outcome = entry
-            if not outcome.set_running_or_notify_cancel():
-                continue
-            try:
-                task()
-            except Exception as error:
-                if not isinstance(error, (Unavailable, Cancelled)):
-                    log.warning("%s: %s", self._complaint, error)
-                outcome.set_exception(error)
-            else:
-                outcome.set_result(None)
+    def _run(self, task: Callable[[], None]) -> None:
+        try:
+            task()
+        except (Unavailable, Cancelled):
+            raise
+        except Exception as error:
+            log.warning("%s: %s", self._complaint, error)
+            raise

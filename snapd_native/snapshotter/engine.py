@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 from snapd_native import linux
@@ -25,11 +24,9 @@ from snapd_native.model import (
     quote_path,
     standby_number,
 )
-from snapd_native.snapshotter import digests
 from snapd_native.snapshotter.background import Background
-from snapd_native.snapshotter.contents import Contents
 from snapd_native.snapshotter.failures import explained, unless_removed
-from snapd_native.snapshotter.labels import changed, label_key
+from snapd_native.snapshotter.labels import update_of, wants_digest, with_digest
 from snapd_native.snapshotter.mounter import Mounter
 from snapd_native.snapshotter.reaping import Reaper
 from snapd_native.snapshotter.standby import Standby
@@ -37,7 +34,7 @@ from snapd_native.snapshotter.state import StateDirectory
 from snapd_native.snapshotter.state.database import open_store
 from snapd_native.snapshotter.state.privacy import close_runtime
 from snapd_native.snapshotter.upkeep import Upkeep
-from snapd_native.snapshotter.watching import Watch
+from snapd_native.snapshotter.workers import Workers
 from snapd_native.snapshotter.write_back import WriteBack
 
 DEFAULT_LIMIT = 1000
@@ -95,7 +92,6 @@ class Snapshotter:
                 " or give its container the capability CAP_SYS_ADMIN"
             )
         self._stopping = stopping or threading.Event()
-        self._watch = Watch(self._stopping)
         with explained(f"use {quote_path(str(state))}"), ExitStack() as undo:
             self._state = StateDirectory(state)
             undo.callback(self._state.close)
@@ -108,12 +104,12 @@ class Snapshotter:
             """Mounts snapshots for others."""
             undo.callback(self.mounter.close)
             self._write_back = WriteBack(self._state, self._store, runtime / "doubt")
-            self._contents = Contents(self._state, self._write_back)
-            undo.callback(self._contents.close)
+            self._workers = Workers(self._state)
+            undo.callback(self._workers.close)
             self._syncer = Background("syncer", "a new snapshot could not be put on disk")
             undo.callback(self._syncer.close)
             self._syncer.submit(self._write_back.settle)
-            self._reaper = Reaper(self._state, self._store, self._watch.check)
+            self._reaper = Reaper(self._state, self._store, self._stopping)
             undo.callback(self._reaper.close)
             self._store.count_changes()
             # This needs space, which the deletion of leftovers may have freed.
@@ -122,7 +118,7 @@ class Snapshotter:
             undo.callback(self._standby.close)
             self._state.ballast.take()
             self.upkeep = Upkeep(
-                self._state, self._store, self._contents, self.mounter, self._reaper, self._watch
+                self._state, self._store, self._workers, self.mounter, self._reaper, self._stopping
             )
             """Checks, repairs and verifies all this."""
             self._resources = undo.pop_all()
@@ -214,21 +210,22 @@ class Snapshotter:
         if parent:
             check_name(parent, "parent")
         stored = check_labels(labels or {})
-        digest = digests.wanted(stored, digest)
+        digest = wants_digest(stored, digest)
         job = job or Job()
         with ExitStack() as undo:
             held = self._store.reserve_commit(name, key, parent)
             undo.callback(self._store.release, held)
-            job.begin(Operation.COMMIT, key)
+            job.begin(Operation.COMMIT, key, stopping=self._stopping)
             # The data is written to the disk while the tree is measured.
             self._syncer.submit(self._write_back.sync)
             with self.mounter.frozen(key, held.id):
                 with explained(f"commit {quote(key)}"):
-                    usage = self._contents.measure(held.id, self._watch.over(job))
+                    usage = self._workers.measure(held.id, job.report)
                     if digest:
-                        found = self._contents.digest(held.id, self._watch.over(job, count=False))
-                        stored = digests.recorded(key, stored, found)
-                    self._contents.sync(held.id)
+                        # The tree counts once in the progress of the job.
+                        found = self._workers.digest(held.id, lambda *_: job.report(0, 0))
+                        stored = with_digest(key, stored, found)
+                    self._write_back.sync_tree(held.id)
                 job.conclude()
                 self._store.publish_commit(held, usage, stored)
         self._standby.look()
@@ -268,10 +265,7 @@ class Snapshotter:
             InvalidArgument: the name, a label or a path is invalid.
             NotFound: the snapshot does not exist.
         """
-        check_name(name, "name")
-        given = check_labels(labels)
-        keys = [label_key(path) for path in fieldpaths or ("labels",)]
-        info = self._store.update(name, partial(changed, given=given, keys=keys))
+        info = self._store.update(check_name(name, "name"), update_of(labels, fieldpaths))
         self._standby.look()
         return info
 
@@ -304,14 +298,9 @@ class Snapshotter:
         if record.info.kind is Kind.VIEW:
             return Usage(0, 0)
         job = job or Job()
-        job.begin(Operation.USAGE, key)
-        report = self._watch.over(job)
-        with (
-            job.turn(report),
-            unless_removed(self._store, record),
-            explained(f"measure {quote(key)}"),
-        ):
-            usage = self._contents.measure(record.id, report, idle=idle)
+        job.begin(Operation.USAGE, key, stopping=self._stopping)
+        with job.turn(), unless_removed(self._store, record), explained(f"measure {quote(key)}"):
+            usage = self._workers.measure(record.id, job.report, idle=idle)
         job.conclude()
         return usage
 
@@ -366,7 +355,8 @@ class Snapshotter:
             held = self._store.reserve(key, parent)
             undo.callback(self._store.release, held)
             if kind is Kind.ACTIVE:
-                job.begin(Operation.PREPARE, key, held.parent.usage if held.parent else None)
+                total = held.parent.usage if held.parent else None
+                job.begin(Operation.PREPARE, key, total, self._stopping)
             doing = f"{'view' if kind is Kind.VIEW else 'prepare'} {quote(key)}"
             boot = None
             with explained(f"{doing} from {quote(parent)}" if parent else doing):
@@ -392,14 +382,13 @@ class Snapshotter:
 
         Return whether it is on disk.
         """
-        report = self._watch.over(job)
         ready = self._standby.take(parent.id)
         if ready:
             if self._state.adopt_standby(ready, id_):
-                report(job.total.inodes, job.total.size)
+                job.report(job.total.inodes, job.total.size)
                 return True
             self._standby.refuse(ready)
-        self._contents.copy(id_, parent.id, report)
+        self._workers.copy(id_, parent.id, job.report)
         return False
 
     def _mount(self, kind: Kind, tree: int) -> Mount:

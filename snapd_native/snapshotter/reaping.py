@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 
 from snapd_native import trees
+from snapd_native.jobs import Job, Operation
 from snapd_native.metastore import Metastore, Record
 from snapd_native.model import quote
 from snapd_native.snapshotter.background import Background
@@ -22,20 +24,21 @@ POLL_SECONDS = 0.05
 class Reaper:
     """Deletes directories one after the other, in a thread of its own."""
 
-    def __init__(self, state: StateDirectory, store: Metastore, report: trees.Report) -> None:
-        """Delete leftovers of crashes and removals. ``report`` may raise to end a deletion."""
+    def __init__(self, state: StateDirectory, store: Metastore, stopping: threading.Event) -> None:
+        """Delete leftovers of crashes and removals. Deletions end when ``stopping`` is set."""
         self._state = state
         self._store = store
-        self._report = report
+        self._job = Job()
+        self._job.begin(Operation.CLEANUP, "", stopping=stopping)
         self._background = Background(
             "reaper", "what was removed is not all deleted, Cleanup tries again"
         )
         try:
             self._take_back()
-            self._sweep(report)
+            self._sweep(self._job.report)
         except OSError as error:
             log.warning("something orphaned could not be deleted yet: %s", error)
-            self._background.submit(partial(self._sweep, report))
+            self._background.submit(partial(self._sweep, self._job.report))
         except BaseException:
             self.close()
             raise
@@ -99,7 +102,7 @@ class Reaper:
         task.result()
 
     def _delete(self, name: str) -> None:
-        self._state.delete(name, self._report)
+        self._state.delete(name, self._job.report)
         # A removal may have needed it, and has made room.
         self._state.ballast.take()
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Generic, TypeVar
 
 from snapd_native import trees
 from snapd_native.errors import DataLoss, FailedPrecondition
 from snapd_native.jobs import Job, Operation
 from snapd_native.metastore import Metastore
 from snapd_native.model import DIGEST_LABEL, Finding, Trouble, check_name, is_name, quote
-from snapd_native.snapshotter import digests
-from snapd_native.snapshotter.contents import Contents
 from snapd_native.snapshotter.failures import explained, unless_removed
+from snapd_native.snapshotter.labels import recorded_digest
 from snapd_native.snapshotter.mounter import Mounter
 from snapd_native.snapshotter.reaping import Reaper
-from snapd_native.snapshotter.shared import Shared
 from snapd_native.snapshotter.state import StateDirectory
-from snapd_native.snapshotter.watching import Watch
+from snapd_native.snapshotter.workers import Workers
+
+_POLL_SECONDS = 0.05
+"""Seconds after which a waiting caller checks again whether its own job is cancelled."""
+
+_T = TypeVar("_T")
 
 
 class Upkeep:
@@ -28,17 +33,17 @@ class Upkeep:
         self,
         state: StateDirectory,
         store: Metastore,
-        contents: Contents,
+        workers: Workers,
         mounter: Mounter,
         reaper: Reaper,
-        watch: Watch,
+        stopping: threading.Event,
     ) -> None:
         self._state = state
         self._store = store
-        self._contents = contents
+        self._workers = workers
         self._mounter = mounter
         self._reaper = reaper
-        self._watch = watch
+        self._stopping = stopping
         self._checks: Shared[Sequence[Finding]] = Shared()
 
     def cleanup(self, job: Job | None = None) -> None:
@@ -49,10 +54,10 @@ class Upkeep:
             Unavailable: the service is stopping.
         """
         job = job or Job()
-        job.begin(Operation.CLEANUP, "")
+        job.begin(Operation.CLEANUP, "", stopping=self._stopping)
         with explained("delete what was removed"):
             try:
-                self._reaper.finish(self._watch.over(job))
+                self._reaper.finish(job.report)
             except PermissionError:
                 raise FailedPrecondition(
                     "cannot delete what was removed: some of it is immutable, append-only or an"
@@ -68,9 +73,9 @@ class Upkeep:
         during a check share the result of the next one.
         """
         job = job or Job()
-        job.begin(Operation.CHECK, "")
+        job.begin(Operation.CHECK, "", stopping=self._stopping)
         with explained("check the state"):
-            found = self._checks.run(self._findings, self._watch.over(job))
+            found = self._checks.run(self._findings, job.report)
         job.conclude()
         return found
 
@@ -82,22 +87,21 @@ class Upkeep:
         records them.
         """
         job = job or Job()
-        job.begin(Operation.REPAIR, "")
-        report = self._watch.over(job)
+        job.begin(Operation.REPAIR, "", stopping=self._stopping)
         with explained("repair the state"):
-            found = self._findings(report)
+            found = self._findings(job.report)
             job.conclude()
             if not found:
                 return []
             for step in (
                 self._state.close_to_others,
                 self._store.repair,
-                partial(self._reaper.finish, report),
+                partial(self._reaper.finish, job.report),
                 self._mounter.repair,
             ):
                 with suppress(DataLoss, OSError):
                     step()
-            left = self._findings(report)
+            left = self._findings(job.report)
         return [finding for finding in found if finding not in left]
 
     def verify(self, name: str, job: Job | None = None) -> str:
@@ -112,16 +116,11 @@ class Upkeep:
             DataLoss: the tree has another digest, is damaged, or is gone.
         """
         record = self._store.get(check_name(name, "name"))
-        expected = digests.of(record)
+        expected = recorded_digest(record)
         job = job or Job()
-        job.begin(Operation.VERIFY, name, record.usage)
-        report = self._watch.over(job)
-        with (
-            job.turn(report),
-            unless_removed(self._store, record),
-            explained(f"verify {quote(name)}"),
-        ):
-            found = self._contents.digest_on_disk(record.id, report)
+        job.begin(Operation.VERIFY, name, record.usage, self._stopping)
+        with job.turn(), unless_removed(self._store, record), explained(f"verify {quote(name)}"):
+            found = self._workers.digest_on_disk(record.id, job.report)
         if found != expected:
             raise DataLoss(
                 f"{quote(name)} is not what was committed: its tree was changed or damaged,"
@@ -179,3 +178,47 @@ class Upkeep:
                     " restart the service, or move the tree away"
                 )
                 yield Finding(Trouble.ORPHAN, "", what)
+
+
+class Shared(Generic[_T]):
+    """Runs work for one caller at a time. Calls during a run share the result of the next run.
+
+    A caller never gets the result of a run that began before its call.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._begun = 0
+        """The number of the last run."""
+        self._is_running = False
+        self._succeeded = 0
+        """The last run that has a result."""
+        self._result: _T
+
+    def run(self, work: Callable[[trees.Report], _T], report: trees.Report) -> _T:
+        """Return the result of a run of ``work`` that begins now or later.
+
+        ``report`` is called with the progress of the run, or while another caller runs it. It may
+        raise; then the next caller does the work.
+        """
+        with self._changed:
+            wanted = self._begun + 1
+            while self._is_running:
+                self._changed.wait(_POLL_SECONDS)
+                report(0, 0)
+                if self._succeeded >= wanted:
+                    return self._result
+            if self._succeeded >= wanted:
+                return self._result
+            self._begun += 1
+            own = self._begun
+            self._is_running = True
+        try:
+            result = work(report)
+            with self._changed:
+                self._succeeded, self._result = own, result
+            return result
+        finally:
+            with self._changed:
+                self._is_running = False
+                self._changed.notify_all()

@@ -7,6 +7,7 @@ import os
 import threading
 from pathlib import Path
 
+from snapd_native.errors import DataLoss
 from snapd_native.metastore import Metastore
 from snapd_native.snapshotter.state import StateDirectory
 
@@ -58,11 +59,18 @@ class WriteBack:
         if new:
             self.sync()
             # A doubt lasts until the machine boots again, whatever is synced later.
-            self._store.settle(id_ for id_ in new if not self.doubts(id_))
+            self._store.settle(id_ for id_ in new if id_ > self._last)
 
-    def doubts(self, id_: int) -> bool:
-        """Tell whether a tree that was synced is perhaps not on disk completely."""
-        return id_ <= self._last
+    def sync_tree(self, id_: int) -> None:
+        """Write the tree of an active snapshot to the disk.
+
+        Raises:
+            OSError: as `sync`.
+            DataLoss: the tree is in doubt.
+        """
+        self.sync()
+        if id_ <= self._last:
+            raise DataLoss("a write to the disk has failed since it was prepared, prepare it anew")
 
     def _noted(self) -> int:
         try:

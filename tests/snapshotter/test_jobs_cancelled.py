@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -204,8 +205,14 @@ class Stepped(Job):
         self._pool = pool
         self._step = step
 
-    def begin(self, operation: Operation, key: str, total: Usage | None = None) -> None:
-        super().begin(operation, key, total)
+    def begin(
+        self,
+        operation: Operation,
+        key: str,
+        total: Usage | None = None,
+        stopping: threading.Event | None = None,
+    ) -> None:
+        super().begin(operation, key, total, stopping)
         self._reach("begun")
 
     def report(self, inodes: int, size: int) -> None:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from snapd_native import trees
-from snapd_native.snapshotter.shared import Shared
+from snapd_native.snapshotter.upkeep import Shared
 from tests.support.waiting import WAIT, becomes
 
 

@@ -266,7 +266,7 @@ def test_only_the_standby_worker_has_idle_priority(engine: Snapshotter) -> None:
         for key in ("a", "b"):
             engine.prepare(key, "base")
         assert os.sched_getscheduler(standby) == os.SCHED_IDLE
-    others = [worker.process.pid for worker in engine._contents._crew._idle]
+    others = [worker.process.pid for worker in engine._workers._crew._idle]
     assert others
     assert {os.sched_getscheduler(pid) for pid in others} == {os.SCHED_OTHER}
 

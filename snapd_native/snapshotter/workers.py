@@ -1,20 +1,17 @@
-"""The trees of snapshots: copy, measure, hash them, and put them on disk."""
+"""The worker processes that copy, measure and hash the trees of snapshots."""
 
 from __future__ import annotations
 
 from snapd_native import trees
-from snapd_native.errors import DataLoss
 from snapd_native.model import Usage
 from snapd_native.snapshotter.state import StateDirectory
-from snapd_native.snapshotter.write_back import WriteBack
 
 
-class Contents:
-    """The trees of one state directory. A report is called with progress, and may raise."""
+class Workers:
+    """Two crews for the trees of one state directory. A report may raise to end the work."""
 
-    def __init__(self, state: StateDirectory, write_back: WriteBack) -> None:
+    def __init__(self, state: StateDirectory) -> None:
         self._state = state
-        self._write_back = write_back
         self._crew = trees.Crew()
         self._idle_crew = trees.Crew(idle=True)
 
@@ -48,13 +45,3 @@ class Contents:
         """Hash a tree as it is on the disk, at idle priority."""
         with self._state.open(str(id_)) as tree:
             return self._idle_crew.digest(tree, report, from_disk=True)
-
-    def sync(self, id_: int) -> None:
-        """Put an active snapshot's tree on disk.
-
-        Raises:
-            DataLoss: a write has failed since the snapshot was prepared; see `WriteBack`.
-        """
-        self._write_back.sync()
-        if self._write_back.doubts(id_):
-            raise DataLoss("a write to the disk has failed since it was prepared, prepare it anew")
