@@ -31,7 +31,6 @@ from snapd_native.snapshotter.mounter import Mounter
 from snapd_native.snapshotter.reaping import Reaper
 from snapd_native.snapshotter.standby import Standby
 from snapd_native.snapshotter.state import StateDirectory
-from snapd_native.snapshotter.state.database import open_store
 from snapd_native.snapshotter.state.privacy import close_runtime
 from snapd_native.snapshotter.upkeep import Upkeep
 from snapd_native.snapshotter.workers import Workers
@@ -95,7 +94,7 @@ class Snapshotter:
         with explained(f"use {quote_path(str(state))}"), ExitStack() as undo:
             self._state = StateDirectory(state)
             undo.callback(self._state.close)
-            self._store = open_store(self._state, announce)
+            self._store = self._state.open_store(announce)
             undo.callback(self._store.close)
             close_runtime(runtime)
             self.mounter = Mounter(

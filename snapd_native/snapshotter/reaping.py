@@ -109,8 +109,7 @@ class Reaper:
     def _take_back(self) -> None:
         """Give trees that were set aside back to their records, if those exist again."""
         found = self._state.listing()
-        there = {id_ for _, prefix, id_ in found if not prefix}
-        for id_ in self._store.directories().keys() - there:
+        for id_ in self._store.directories().keys() - self._state.ids():
             if any(name == f"found-{id_}" for name, _, _ in found):
                 self._state.take_back(id_)
 

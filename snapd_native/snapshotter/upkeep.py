@@ -148,7 +148,7 @@ class Upkeep:
     def _lost(self) -> Iterator[Finding]:
         """Yield the snapshots without a directory."""
         before = self._store.directories()
-        there = {id_ for _, prefix, id_ in self._state.listing() if not prefix}
+        there = self._state.ids()
         # Ids are never reused, so a record that is seen before and after existed all the time.
         for id_, name in self._store.directories().items():
             if id_ in before and id_ not in there:

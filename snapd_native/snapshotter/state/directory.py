@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from snapd_native import linux, trees
 from snapd_native.errors import DataLoss, FailedPrecondition, Unavailable
-from snapd_native.model import Finding, Trouble, Usage, quote_path
+from snapd_native.metastore import Metastore
+from snapd_native.model import Change, Finding, Trouble, Usage, quote, quote_path
 from snapd_native.mounts import Place, Table
 from snapd_native.snapshotter.state.ballast import Ballast
 from snapd_native.snapshotter.state.privacy import (
     check_not_shared,
     make_private,
+    open_to_others,
     own_directory,
 )
 
+log = logging.getLogger(__name__)
+
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _STANDBY = re.compile(r"(making|ready)-([1-9][0-9]{0,18})-([1-9][0-9]{0,18})", re.ASCII)
-_FILES = ("metadata.db", "metadata.db-wal", "metadata.db-shm", "metadata.db.changes")
 _OURS = re.compile(r"(new-|rm-|found-)?([1-9][0-9]{0,18})", re.ASCII)
 
 
@@ -76,18 +80,43 @@ class StateDirectory:
         for fd in (self._snapshots, self._fd):
             os.close(fd)
 
-    @property
-    def database(self) -> Path:
-        """The path of the metastore."""
-        return self.path / "metadata.db"
+    def open_store(self, announce: Callable[[Change], None]) -> Metastore:
+        """Open the metastore, and remove snapshots that a power cut may have left incomplete.
 
-    def has_database(self) -> bool:
-        """Tell whether there is a metastore already."""
+        Raises:
+            Unavailable: another process has the database open.
+            FailedPrecondition: the database is not a file.
+            DataLoss: it is damaged, gone, or was made by a newer version.
+            ResourceExhausted: the disk is full.
+        """
+        path = self.path / "metadata.db"
+        there = self.ids()
+        if there and _is_empty(path):
+            raise DataLoss(
+                f"{path} is gone, but its snapshots are there:"
+                " restore it from a backup, or move the snapshots away"
+            )
+        ours = filter(None, map(_OURS.fullmatch, self._names()))
+        store = Metastore(
+            path,
+            announce,
+            # The id of a directory that could not be deleted is not used again.
+            first_id=max((int(match[2]) for match in ours), default=0) + 1,
+            make_room=self.ballast.drop,
+            may_be_new=not there,
+        )
         try:
-            found = self.database.lstat()
-        except FileNotFoundError:
-            return False
-        return found.st_size > 0 or not stat.S_ISREG(found.st_mode)
+            for name in store.forget_unsettled(self.mounting):
+                log.warning(
+                    "%s is gone: it was prepared just before a power cut or a disk's failure",
+                    quote(name),
+                )
+            if missing := len(store.directories().keys() - there):
+                log.error("%d snapshots have lost their directories", missing)
+        except BaseException:
+            store.close()
+            raise
+        return store
 
     @property
     def real_path(self) -> str:
@@ -264,10 +293,9 @@ class StateDirectory:
         """Undo `set_aside`."""
         self._rename(f"found-{id_}", str(id_))
 
-    def highest_id(self) -> int:
-        """Return the highest id in the name of a directory; 0 if there is none."""
-        matches = map(_OURS.fullmatch, self._names())
-        return max((int(match[2]) for match in matches if match), default=0)
+    def ids(self) -> set[int]:
+        """Return the ids of the snapshots that have a directory under its final name."""
+        return {id_ for _, prefix, id_ in self.listing() if not prefix}
 
     def listing(self) -> Sequence[tuple[str, str, int]]:
         """Return the directories of all snapshots: name, prefix such as ``rm-`` or empty, id.
@@ -279,7 +307,7 @@ class StateDirectory:
 
     def findings(self) -> Iterator[Finding]:
         """Yield what other users can access, and what in ``snapshots`` is not the service's."""
-        for name, found in self._open_to_others():
+        for name, _, found in open_to_others(self._fd, self._snapshots):
             path = quote_path(os.path.normpath(self.path / name))
             remedy = "call Repair" if _is_plain(found) else "it is no file, move it away"
             yield Finding(Trouble.MODE, "", f"others may reach {path}: {remedy}")
@@ -291,44 +319,12 @@ class StateDirectory:
 
     def close_to_others(self) -> None:
         """Deny all other users the files of the service."""
-        for name, _ in self._open_to_others():
+        for _, path, found in open_to_others(self._fd, self._snapshots):
             # If this fails, the next check reports the same finding.
-            with suppress(OSError), self._found(name) as path:
-                found = os.stat(path)
+            with suppress(OSError):
                 if _is_plain(found):
                     os.chown(path, os.geteuid(), -1)
                     os.chmod(path, found.st_mode & 0o700)
-
-    def _open_to_others(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Yield files and directories of the service that other users own or can access."""
-        for name in (".", "snapshots", *_FILES):
-            with suppress(FileNotFoundError):
-                if (fd := self._directories.get(name)) is not None:
-                    found = os.fstat(fd)
-                else:
-                    found = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
-                if found.st_uid != os.geteuid() or found.st_mode & 0o077:
-                    yield name, found
-
-    @property
-    def _directories(self) -> Mapping[str, int]:
-        """The directories that the service has open. A symbolic link can lead to them."""
-        return {".": self._fd, "snapshots": self._snapshots}
-
-    @contextmanager
-    def _found(self, name: str) -> Iterator[str]:
-        """Yield a path to the file that has the name now, even if the name is given to another.
-
-        The file is not opened: that could block, and closing it would end SQLite's locks on it.
-        """
-        if name in self._directories:
-            yield f"/proc/self/fd/{self._directories[name]}"
-            return
-        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._fd)
-        try:
-            yield f"/proc/self/fd/{fd}"
-        finally:
-            os.close(fd)
 
     def _rename(self, old: str, new: str) -> None:
         """Rename a directory, also one that is older than the quota project of ``snapshots``."""
@@ -365,6 +361,15 @@ class StateDirectory:
         except FileNotFoundError:
             return False
         return stat.S_ISDIR(found.st_mode)
+
+
+def _is_empty(path: Path) -> bool:
+    """Tell whether a file does not exist or is empty."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return True
+    return found.st_size == 0 and stat.S_ISREG(found.st_mode)
 
 
 def _is_plain(status: os.stat_result) -> bool:

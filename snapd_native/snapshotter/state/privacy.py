@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from snapd_native.errors import FailedPrecondition
+
+_FILES = ("metadata.db", "metadata.db-wal", "metadata.db-shm", "metadata.db.changes")
 
 
 def own_directory(path: Path) -> int:
@@ -55,6 +57,24 @@ def make_private(fd: int) -> None:
     # Every new snapshot would inherit a default ACL.
     with suppress(OSError):
         os.removexattr(fd, "system.posix_acl_default")
+
+
+def open_to_others(state: int, snapshots: int) -> Iterator[tuple[str, str, os.stat_result]]:
+    """Yield what other users own or can access in the state directory.
+
+    That is a name, a path that leads to the same file even if the name is given to another, and
+    the status. The file is not opened: that could block, and closing it would end SQLite's locks.
+    """
+    for name in (".", "snapshots", *_FILES):
+        with ExitStack() as stack, suppress(FileNotFoundError):
+            # A symbolic link can lead to the two directories.
+            fd = {".": state, "snapshots": snapshots}.get(name)
+            if fd is None:
+                fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=state)
+                stack.callback(os.close, fd)
+            found = os.fstat(fd)
+            if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+                yield name, f"/proc/self/fd/{fd}", found
 
 
 def close_runtime(path: Path) -> None:
