@@ -13,21 +13,13 @@ import sqlite3
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from snapd_native.errors import (
-    DataLoss,
-    FailedPrecondition,
-    Internal,
-    ResourceExhausted,
-    SnapdError,
-    Unavailable,
-)
+from snapd_native.errors import DataLoss, FailedPrecondition, ResourceExhausted
 from snapd_native.metastore.changes import Changes
-from snapd_native.metastore.readers import Readers
-from snapd_native.model import quote_path
+from snapd_native.metastore.failures import primary_code, translated, unreachable
 
 WAL_ROOM = 1 << 18
 """Bytes that the WAL file has from the beginning; see `Connections.delete`."""
@@ -44,13 +36,6 @@ _PAUSE = 0.02
 
 _LONG_PAUSE = 5.0
 """The same, when a deletion on a full disk needs the checkpoint."""
-
-# A damaged header can say that the database is read-only.
-_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_READONLY}
-_NOT_UNDERSTOOD = ("unsupported file format", "malformed JSON", "Could not decode")
-_FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM}
-_REFUSED = {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 class Connections:
@@ -75,12 +60,12 @@ class Connections:
         self._make_room = make_room
         self._lock = threading.Lock()
         self._readers = Readers(self._connect_reader)
-        self._counted: int | None = None
-        self._put = 0
+        self._checkpointed = 0
+        """The changed rows of this connection before the last checkpoint."""
         _make(path)
-        self._without_log = _changes_without_log(path)
-        self._put_back_changes = self._without_log or 0
         with translated(self._path.parent), ExitStack() as undo:
+            self._changes = Changes(path)
+            undo.callback(self._changes.close)
             self._writer = self._connect()
             undo.callback(self._writer.close)
             self._writer.execute("PRAGMA journal_mode = WAL").fetchone()
@@ -90,7 +75,6 @@ class Connections:
             # SQLite opens its files at the first read.
             self._writer.execute("PRAGMA schema_version").fetchone()
             self._files = _identities(path)
-            self._changes = Changes(path.with_name(path.name + ".changes"))
             undo.pop_all()
         with suppress(OSError):
             self._reserve()
@@ -111,7 +95,7 @@ class Connections:
         try:
             found = _identities(self._path)
         except OSError as error:
-            raise _unreachable(os.strerror(error.errno or errno.EIO)) from error
+            raise unreachable(os.strerror(error.errno or errno.EIO)) from error
         if found != self._files:
             raise DataLoss(
                 "metadata.db was moved or replaced while the service runs: restore it from a"
@@ -136,28 +120,21 @@ class Connections:
             try:
                 yield self._writer
             finally:
-                self._count()
-            if self._writer.total_changes - self._put >= _CHANGES:
-                self._put_back(_PAUSE)
+                self._changes.note(self._writer)
+            if self._writer.total_changes - self._checkpointed >= _CHANGES:
+                self._checkpoint(_PAUSE)
                 # If readers have prevented it, it is due again after as many changes.
-                self._put = self._writer.total_changes
+                self._checkpointed = self._writer.total_changes
 
     def lost_changes(self) -> int:
-        """Return how many durable changes are missing in the database.
-
-        An older copy of the database with a newer WAL lacks the changes between the two.
-        """
+        """Return how many durable changes are missing in the database."""
         with self._lock, translated(self._path.parent):
-            count, put_back = self._changes.read()
-            lost = count - _changes(self._writer)
-            if self._without_log is not None:
-                lost = max(lost, put_back - self._without_log)
-            return max(lost, 0)
+            return self._changes.lost(self._writer)
 
     def count_changes(self) -> None:
         """Accept the database's number of changes as complete, and count from there."""
         with self._lock, translated(self._path.parent):
-            self._note()
+            self._changes.begin(self._writer)
 
     def delete(self, db: sqlite3.Connection, statement: str, rows: Iterable[tuple[int]]) -> None:
         """Delete rows durably, even on a full disk. ``db`` is the connection for writing.
@@ -175,22 +152,13 @@ class Connections:
             except ResourceExhausted:
                 if not any(remedy() for remedy in remedies):
                     raise
-                self._put_back(_LONG_PAUSE)
+                self._checkpoint(_LONG_PAUSE)
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """Lend a connection that sees all committed changes and cannot write."""
         with translated(self._path.parent), self._readers.reading() as db:
             yield db
-
-    def _count(self) -> None:
-        if self._counted not in (None, self._writer.total_changes):
-            with suppress(sqlite3.Error):
-                self._note()
-
-    def _note(self) -> None:
-        self._counted = self._writer.total_changes
-        self._changes.write(_changes(self._writer), self._put_back_changes)
 
     def _connect(self) -> sqlite3.Connection:
         address = f"{self._path.absolute().as_uri()}?vfs=unix-excl"
@@ -211,7 +179,7 @@ class Connections:
         db.execute("PRAGMA query_only = ON")
         return db
 
-    def _put_back(self, seconds: float) -> None:
+    def _checkpoint(self, seconds: float) -> None:
         """Run a checkpoint if all readers end within ``seconds``."""
         # The changes are durable already, so that a failure is no error of the call.
         with self._readers.paused(seconds) as nobody_reads, suppress(sqlite3.Error):
@@ -219,9 +187,7 @@ class Connections:
                 return
             busy, _, _ = self._writer.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
             if not busy:
-                self._put_back_changes = _changes(self._writer)
-                if self._counted is not None:
-                    self._note()
+                self._changes.note_checkpoint(self._writer)
 
     def _reserve(self) -> None:
         # SQLite ignores what follows the last frame.
@@ -230,6 +196,53 @@ class Connections:
             os.posix_fallocate(fd, 0, WAL_ROOM)
         finally:
             os.close(fd)
+
+
+class Readers:
+    """Lends connections to threads, and keeps them open for the next reader."""
+
+    def __init__(self, connect: Callable[[], sqlite3.Connection]) -> None:
+        """``connect`` opens a connection."""
+        self._connect = connect
+        self._idle: list[sqlite3.Connection] = []
+        self._reading = 0
+        self._paused = False
+        self._changed = threading.Condition()
+
+    def close(self) -> None:
+        """Close all connections. No thread may be reading."""
+        while self._idle:
+            self._idle.pop().close()
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Lend a connection. A thread that has one must not ask for another."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._paused)
+            self._reading += 1
+            db = self._idle.pop() if self._idle else None
+        try:
+            db = db or self._connect()
+            yield db
+        finally:
+            with self._changed:
+                self._reading -= 1
+                if db:
+                    self._idle.append(db)
+                self._changed.notify_all()
+
+    @contextmanager
+    def paused(self, seconds: float) -> Iterator[bool]:
+        """Hold back new readers in the block; yield whether the others ended within ``seconds``."""
+        try:
+            with self._changed:
+                self._paused = True
+                nobody_reads = self._changed.wait_for(lambda: not self._reading, seconds)
+            yield nobody_reads
+        finally:
+            with self._changed:
+                self._paused = False
+                self._changed.notify_all()
 
 
 def _make(path: Path) -> None:
@@ -280,49 +293,9 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
     except BaseException as error:
         if db.in_transaction:
             db.execute("ROLLBACK")
-        if _code(error) == sqlite3.SQLITE_IOERR:
+        if primary_code(error) == sqlite3.SQLITE_IOERR:
             _overwrite(db)
         raise
-
-
-@contextmanager
-def translated(directory: Path) -> Iterator[None]:
-    """Turn SQLite's errors into the contract's; ``directory`` contains the database."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise _meaning(error, directory) from error
-
-
-def directory_of(db: sqlite3.Connection) -> Path:
-    """Return the directory that contains the database."""
-    (_, _, path) = db.execute("PRAGMA database_list").fetchone()
-    return Path(path).parent
-
-
-def _changes(db: sqlite3.Connection) -> int:
-    row = db.execute("SELECT count FROM changes WHERE id = 1").fetchone()
-    # If the disk has lost the count, all changes count as lost.
-    return row[0] if row and isinstance(row[0], int) else 0
-
-
-def _changes_without_log(path: Path) -> int | None:
-    """Return the number of changes in the database without its WAL; None if it is unreadable.
-
-    The database can be incomplete: a checkpoint that was interrupted is repeated from the WAL.
-    """
-    with suppress(sqlite3.Error, OSError):
-        # Opened like this, SQLite ignores the WAL, creates nothing and takes no lock.
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)) as db:
-            has_table = "SELECT 1 FROM sqlite_schema WHERE name = 'changes'"
-            count = _changes(db) if db.execute(has_table).fetchone() else 0
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        return count
-    return None
 
 
 def _overwrite(db: sqlite3.Connection) -> None:
@@ -334,56 +307,3 @@ def _overwrite(db: sqlite3.Connection) -> None:
     with suppress(sqlite3.Error):
         (version,) = db.execute("PRAGMA user_version").fetchone()
         db.execute(f"PRAGMA user_version = {version}")
-
-
-def _meaning(error: sqlite3.Error, directory: Path) -> SnapdError:
-    code = _code(error)
-    if code == sqlite3.SQLITE_BUSY:
-        path = quote_path(str(directory / "metadata.db"))
-        return Unavailable(f"{path} is open in another program: end that one (fuser names it)")
-    refusal = _refusal(directory) if code in _REFUSED else 0
-    if code in _FULL or refusal in _NO_ROOM:
-        return ResourceExhausted("no room is left for the metadata: free some and try again")
-    if code == sqlite3.SQLITE_IOERR or refusal:
-        return _unreachable(os.strerror(refusal) if refusal else str(error))
-    # SQLite has no code of its own for content that it does not understand. It reports a page that
-    # the disk cannot read like a damaged one.
-    if code in _DAMAGED or str(error).startswith(_NOT_UNDERSTOOD):
-        return DataLoss(
-            f"metadata.db cannot be used ({error}): check the disk and the kernel's log, and if all"
-            " is well there restore it from a backup"
-        )
-    return Internal(f"the metadata could not be used ({error}): see the service's log")
-
-
-def _unreachable(reason: str) -> DataLoss:
-    return DataLoss(
-        f"metadata.db cannot be read or written ({reason.lower()}): check the disk and the kernel's"
-        " log"
-    )
-
-
-def _code(error: BaseException) -> int:
-    # The primary result code is the low byte of the extended one.
-    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-
-
-def _refusal(directory: Path) -> int:
-    """Try to write a file; return the errno, or 0 if that works.
-
-    SQLite has the same code for a full disk and a failing one.
-    """
-    try:
-        fd = os.open(directory, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(fd, bytes(_PROBE))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        return error.errno or errno.EIO
-    return 0
-
-
-_PROBE = 1 << 16
-"""Bytes; more than most transactions write."""

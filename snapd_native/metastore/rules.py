@@ -11,7 +11,8 @@ from typing import NamedTuple, TypeAlias
 
 from snapd_native.errors import DataLoss
 from snapd_native.metastore import ledger, records
-from snapd_native.metastore.connections import directory_of, transaction, translated
+from snapd_native.metastore.connections import transaction
+from snapd_native.metastore.failures import directory_of, translated
 from snapd_native.metastore.schema import missing
 from snapd_native.model import Finding, Trouble, is_name, quote, quote_path, shown
 

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from snapd_native.errors import (
-    AlreadyExists,
-    Cancelled,
-    DataLoss,
-    FailedPrecondition,
-    InvalidArgument,
-    ResourceExhausted,
-)
+from snapd_native.errors import AlreadyExists, DataLoss, FailedPrecondition, InvalidArgument
 from snapd_native.filters import Filter
-from snapd_native.metastore import records
+from snapd_native.metastore import listing, records
 from snapd_native.metastore.connections import Connections, transaction
 from snapd_native.metastore.ledger import Ledger, turn_read_only
 from snapd_native.metastore.records import Record
 from snapd_native.metastore.reservations import Reservation, Reservations
 from snapd_native.metastore.rules import broken_rules, repair
 from snapd_native.metastore.schema import migrate
-from snapd_native.metastore.selection import condition
 from snapd_native.model import (
     STANDBY_LABEL,
     Added,
@@ -41,12 +32,6 @@ from snapd_native.model import (
     quote,
     standby_number,
 )
-
-MAX_PAGE = 8 << 20
-"""Bytes of names, parents and labels in a page at most. A message of the bus has 32 MiB."""
-
-_BLOCK = 16
-"""Records that List reads before it compares them."""
 
 
 class Metastore:
@@ -126,32 +111,10 @@ class Metastore:
         Raises:
             Cancelled: ``is_wanted`` returned false.
             InvalidArgument: the filters take too long.
-            ResourceExhausted: the page is over `MAX_PAGE`.
+            ResourceExhausted: the page is over `listing.MAX_PAGE`.
         """
-        where, values = condition(chosen)
-        found: list[Info] = []
-        size = 0
         with self._connections.reading() as db:
-            rows = db.execute(
-                f"SELECT {records.COLUMNS} WHERE s.name > ? AND ({where}) ORDER BY s.name",
-                (after, *values),
-            )
-            # Closing the cursor ends the read transaction, also after an error.
-            with closing(rows):
-                for row in _by_blocks(rows):
-                    if not is_wanted():
-                        raise Cancelled("the list is not wanted any more: nothing is changed")
-                    record = records.readable(row)
-                    if record and chosen.matches(info := record.info):
-                        found.append(info)
-                        size += sum(len(text.encode()) for text in (info.name, info.parent, row[7]))
-                        if size > MAX_PAGE:
-                            raise ResourceExhausted(
-                                f"the page is over {MAX_PAGE >> 20} MiB: ask for a smaller limit"
-                            )
-                        if len(found) == limit:
-                            break
-        return found
+            return listing.page(db, chosen, after, limit, is_wanted)
 
     def directories(self) -> Mapping[int, str]:
         """Return the ids and names of all snapshots that own a directory."""
@@ -406,17 +369,6 @@ class Metastore:
                 " choose another or remove that one"
             )
         self._reservations.check_free(name, what)
-
-
-def _by_blocks(rows: sqlite3.Cursor) -> Iterator[tuple[Any, ...]]:
-    """Iterate over rows, but read them in blocks.
-
-    SQLite releases the GIL for a moment at each row. That moment is mostly too short for a waiting
-    thread, and it restarts the switch interval after which Python forces a thread to hand over the
-    GIL. When List compared each row as it was read, other threads waited for half a second.
-    """
-    while block := rows.fetchmany(_BLOCK):
-        yield from block
 
 
 def _now() -> int:
