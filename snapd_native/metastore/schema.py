@@ -1,4 +1,4 @@
-"""The schema of ``metadata.db``, as a list of migrations."""
+"""The schema of ``metadata.db``, and its parts that a database lacks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 from snapd_native.errors import DataLoss
 
-MIGRATIONS = (
-    """
+VERSION = 5
+"""The ``user_version`` of the first release."""
+
+SCHEMA = """
     CREATE TABLE snapshots (
         id      INTEGER PRIMARY KEY AUTOINCREMENT,
         name    TEXT    NOT NULL UNIQUE
@@ -21,11 +23,17 @@ MIGRATIONS = (
         updated INTEGER NOT NULL,
         labels  TEXT    NOT NULL CHECK (json_type(labels) = 'object'),
         size    INTEGER CHECK (size >= 0),
-        inodes  INTEGER CHECK (inodes >= 0),
+        inodes  INTEGER CHECK (inodes >= 0), boot TEXT CHECK (boot IS NULL OR kind = 'active'),
         CHECK ((kind = 'committed') = (size IS NOT NULL AND inodes IS NOT NULL))
     ) STRICT;
+    -- The boot is that in which an active snapshot was prepared, until its tree is on disk: in any
+    -- other boot that tree can be incomplete.
 
     CREATE INDEX children ON snapshots (parent) WHERE parent IS NOT NULL;
+    CREATE INDEX unsettled ON snapshots (id) WHERE boot IS NOT NULL;
+    -- This needs no JSON, which a damaged disk can have made invalid.
+    CREATE INDEX standbys ON snapshots (id)
+        WHERE kind = 'committed' AND instr(labels, 'snapd-native.standby') > 0;
 
     CREATE TRIGGER parent_is_committed BEFORE INSERT ON snapshots
     WHEN new.parent IS NOT NULL
@@ -48,16 +56,7 @@ MIGRATIONS = (
     BEGIN
         SELECT RAISE (ABORT, 'only Commit changes more than labels');
     END;
-    """,
-    """
-    -- The boot of the machine during which an active snapshot was prepared, until its tree is on
-    -- disk: at any other boot that tree may be half there.
-    ALTER TABLE snapshots ADD COLUMN boot TEXT CHECK (boot IS NULL OR kind = 'active');
-    CREATE INDEX unsettled ON snapshots (id) WHERE boot IS NOT NULL;
-    CREATE INDEX standbys ON snapshots (id)
-        WHERE kind = 'committed' AND json_extract(labels, '$."snapd-native.standby"') IS NOT NULL;
-    """,
-    """
+
     CREATE TABLE mounts (
         id        INTEGER PRIMARY KEY,
         snapshot  INTEGER NOT NULL REFERENCES snapshots (id) ON DELETE CASCADE,
@@ -70,20 +69,14 @@ MIGRATIONS = (
         mount     INTEGER NOT NULL
     ) STRICT;
     CREATE INDEX mounted ON mounts (snapshot);
-    """,
-    """
+
     -- How many transactions there were; see `Changes`.
     CREATE TABLE changes (id INTEGER PRIMARY KEY CHECK (id = 1), count INTEGER NOT NULL) STRICT;
     INSERT INTO changes VALUES (1, 0);
-    """,
-    """
-    -- What a damaged disk has made of labels, this index can still do without.
-    DROP INDEX standbys;
-    CREATE INDEX standbys ON snapshots (id)
-        WHERE kind = 'committed' AND instr(labels, 'snapd-native.standby') > 0;
-    """,
-)
-"""The migrations in order; ``user_version`` is the number of those that were applied."""
+"""
+"""The schema. SQLite keeps the text of each statement, and `missing` compares it."""
+
+_RESTORE = "restore it from a backup"
 
 
 class Part(NamedTuple):
@@ -94,46 +87,42 @@ class Part(NamedTuple):
     sql: str
 
 
-def migrate(db: sqlite3.Connection, *, may_be_new: bool = True) -> None:
-    """Apply the missing migrations, each in a transaction of its own.
+def ensure_schema(db: sqlite3.Connection, *, may_be_new: bool = True) -> None:
+    """Create the schema in a new database, or check that the program knows the one that is there.
 
     Raises:
-        DataLoss: a newer version of the program has made the database, its schema is not that of
-            its version, or it is new and ``may_be_new`` is false.
+        DataLoss: another version of the program has made the database, it has lost a table, or it
+            is new and ``may_be_new`` is false.
     """
     (version,) = db.execute("PRAGMA user_version").fetchone()
-    if version > len(MIGRATIONS):
+    if version not in (0, VERSION):
+        remedy = "install the newer version again" if version > VERSION else _RESTORE
         raise DataLoss(
-            f"metadata.db has schema version {version}, this program knows {len(MIGRATIONS)}:"
-            " install the newer version again"
+            f"metadata.db has schema version {version}, this program knows {VERSION}: {remedy}"
         )
     if version == 0 and not may_be_new:
         raise DataLoss(
-            "metadata.db has lost its records, but its snapshots are there: restore it from a"
-            " backup, or move the snapshots away"
+            f"metadata.db has lost its records, but its snapshots are there: {_RESTORE},"
+            " or move the snapshots away"
         )
-    try:
-        for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
-            db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;")
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
-            raise
-        raise DataLoss(
-            f"metadata.db does not have its schema version {version} ({error}):"
-            " restore it from a backup"
-        ) from error
+    if version == 0:
+        try:
+            db.executescript(f"BEGIN IMMEDIATE; {SCHEMA}; PRAGMA user_version = {VERSION}; COMMIT;")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
+                raise
+            raise DataLoss(
+                f"metadata.db has tables, but no schema version ({error}): {_RESTORE}"
+            ) from error
     if lost := [part.name for part in missing(db) if part.type == "table"]:
-        raise DataLoss(
-            f"metadata.db has lost its table {' and '.join(lost)}: restore it from a backup"
-        )
+        raise DataLoss(f"metadata.db has lost its table {' and '.join(lost)}: {_RESTORE}")
 
 
 def missing(db: sqlite3.Connection) -> Sequence[Part]:
-    """Return the parts of the newest schema that a database lacks, or has in another form."""
+    """Return the parts of the schema that a database lacks, or has in another form."""
     there = _parts(db)
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as model:
-        for script in MIGRATIONS:
-            model.executescript(script)
+        model.executescript(SCHEMA)
         return [part for part in _parts(model) if part not in there]
 
 

@@ -16,7 +16,7 @@ from snapd_native.metastore.ledger import Ledger, turn_read_only
 from snapd_native.metastore.records import Record
 from snapd_native.metastore.reservations import Reservation, Reservations
 from snapd_native.metastore.rules import broken_rules, repair
-from snapd_native.metastore.schema import migrate
+from snapd_native.metastore.schema import ensure_schema
 from snapd_native.model import (
     STANDBY_LABEL,
     Added,
@@ -65,7 +65,7 @@ class Metastore:
         with ExitStack() as undo:
             undo.callback(self._connections.close)
             with self._connections.writing() as db:
-                migrate(db, may_be_new=may_be_new)
+                ensure_schema(db, may_be_new=may_be_new)
                 self._reservations = Reservations(max(records.last_id(db) + 1, first_id))
             self.lost_changes = self._connections.lost_changes()
             undo.pop_all()

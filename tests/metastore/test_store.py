@@ -30,7 +30,7 @@ from snapd_native.errors import (
 from snapd_native.filters import parse
 from snapd_native.metastore import Metastore, connections
 from snapd_native.metastore.connections import Connections
-from snapd_native.metastore.schema import MIGRATIONS, migrate
+from snapd_native.metastore.schema import VERSION, ensure_schema
 from snapd_native.model import Added, Change, Committed, Kind, Removed, Updated, Usage
 from tests.support.file_systems import mounted
 
@@ -250,13 +250,13 @@ def test_a_name_of_4096_bytes_can_be_stored(store: Metastore) -> None:
     assert store.get(name).info.name == name
 
 
-def test_the_schema_version_is_the_number_of_migrations(database: Path) -> None:
+def test_a_database_gets_the_schema_of_the_program_once(database: Path) -> None:
     with opened(database) as store:
         add(store, "key")
     with raw(database) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
+        assert db.execute("PRAGMA user_version").fetchone() == (VERSION,)
         before = list(db.execute("SELECT * FROM sqlite_schema"))
-        migrate(db)
+        ensure_schema(db)
         assert list(db.execute("SELECT * FROM sqlite_schema")) == before
     with opened(database) as store:
         assert names(store) == ["key"]
@@ -266,12 +266,12 @@ def test_a_database_of_a_newer_version_is_refused_and_unchanged(database: Path) 
     with opened(database) as store:
         add(store, "key")
     with raw(database) as db:
-        db.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+        db.execute(f"PRAGMA user_version = {VERSION + 1}")
     with pytest.raises(DataLoss, match="newer version"):
         Metastore(database, lambda *_: None)
     with raw(database) as db:
         assert db.execute("SELECT name FROM snapshots").fetchall() == [("key",)]
-        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        db.execute(f"PRAGMA user_version = {VERSION}")
     with opened(database) as store:
         assert names(store) == ["key"]
 
