@@ -3,8 +3,7 @@
 from snapd_native.mounts.attach import MOVED, attach, detach, detached, make_read_only, restore
 from snapd_native.mounts.elsewhere import Elsewhere, NotFrozen
 from snapd_native.mounts.hidden import Hidden
-from snapd_native.mounts.namespace import hidden_from_host
-from snapd_native.mounts.table import Entry, Place, Table
+from snapd_native.mounts.table import Entry, Place, Table, hidden_from_host
 from snapd_native.mounts.targets import Target, open_target, plain
 from snapd_native.mounts.users import users
 

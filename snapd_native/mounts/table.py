@@ -12,6 +12,10 @@ from typing import Self
 from snapd_native import linux
 
 _MOUNTINFO = Path("/proc/thread-self/mountinfo")
+_HOST = Path("/proc/1/mountinfo")
+_SYSTEMD = Path("/run/systemd/system")
+"""Exists if systemd manages the host; see sd_booted(3)."""
+
 _COLON = re.compile(r"(?<!\\):")
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
@@ -132,6 +136,18 @@ class Table:
     def on(self, parent: Entry) -> list[Entry]:
         """Return the mounts on a mount."""
         return [entry for entry in self if entry.parent == parent.id]
+
+
+def hidden_from_host() -> bool:
+    """Tell whether systemd runs in another mount namespace than this process."""
+    if not _SYSTEMD.is_dir():
+        return False
+    try:
+        host = Table.read(_HOST)
+    except OSError:
+        return False
+    # The id of a mount is unique, and a mount is in one namespace only.
+    return {entry.id for entry in host}.isdisjoint(entry.id for entry in Table.read())
 
 
 def _entry(line: bytes) -> Entry:

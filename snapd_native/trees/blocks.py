@@ -7,7 +7,7 @@ import fcntl
 import mmap
 import os
 
-from snapd_native.trees.walk import open_file
+from snapd_native.trees.opened import open_file
 
 _ALIGNMENT = 4096
 """Bytes to which offsets and lengths are rounded: the largest sector that Linux supports."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from snapd_native.trees.copy import Copier
 from snapd_native.trees.descent import Descent
 from snapd_native.trees.links import Links, link_table
-from snapd_native.trees.peers import Peers
+from snapd_native.trees.share import Peers
 from snapd_native.trees.walk import Report, Step, Walk, allocated
 
 WORTH_SHARING = 64

@@ -8,7 +8,8 @@ import stat
 from pathlib import Path
 
 from snapd_native import linux
-from snapd_native.trees.walk import Report, allocated, changed, link_target, open_file
+from snapd_native.trees.opened import changed, link_target, open_file
+from snapd_native.trees.walk import Report, allocated
 
 CHUNK = 16 << 20
 """Bytes that one call copies at most, so that the copy of a large file can be stopped soon."""

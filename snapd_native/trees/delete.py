@@ -8,8 +8,8 @@ import stat
 
 from snapd_native import linux
 from snapd_native.trees.descent import GONE, Descent, Scan
-from snapd_native.trees.opened import open_tree
-from snapd_native.trees.walk import Report, changed
+from snapd_native.trees.opened import changed, open_tree
+from snapd_native.trees.walk import Report
 
 _ROUNDS = 100
 """How often a directory that gets new entries while it is emptied is read again."""

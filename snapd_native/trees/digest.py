@@ -14,7 +14,8 @@ from typing import TypeAlias
 
 from snapd_native.trees.blocks import Blocks, open_blocks
 from snapd_native.trees.descent import Descent
-from snapd_native.trees.walk import Report, allocated, changed, link_target
+from snapd_native.trees.opened import changed, link_target
+from snapd_native.trees.walk import Report, allocated
 
 ALONE = 1 << 16
 """Bytes of a file up to which this thread hashes it; another thread would take longer."""

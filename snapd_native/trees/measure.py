@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from snapd_native.model import Usage
-from snapd_native.trees.peers import Peers
+from snapd_native.trees.share import Peers
 from snapd_native.trees.walk import Report, Step, Walk, allocated
 
 WORTH_SHARING = 256

@@ -1,9 +1,10 @@
-"""Open trees without the mounts inside them."""
+"""Open trees without the mounts inside them, and files that another process may replace."""
 
 from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -38,6 +39,44 @@ def open_tree(parent: int, name: str, *, writable: bool = False) -> Iterator[int
             os.close(root)
     finally:
         os.close(mount)
+
+
+def link_target(directory: int, name: str) -> str:
+    """Return the target of a symbolic link; raise `OSError` with ESTALE if it is none now."""
+    try:
+        return os.readlink(name, dir_fd=directory)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise changed() from None
+        raise
+
+
+def open_file(directory: int, name: str, flags: int = 0) -> int:
+    """Open a regular file for reading; wait while another process gives up a lease on it.
+
+    Samba and NFS servers hold leases; see F_SETLEASE in fcntl(2). This never waits for the other
+    end of a FIFO.
+
+    Raises:
+        OSError: an error of the kernel; ESTALE if it is not a regular file now.
+    """
+    flags |= os.O_RDONLY | os.O_CLOEXEC
+    try:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+    except BlockingIOError:
+        pass
+    found = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        if not stat.S_ISREG(os.fstat(found).st_mode):
+            raise changed()
+        return os.open(f"/proc/self/fd/{found}", flags)
+    finally:
+        os.close(found)
+
+
+def changed() -> OSError:
+    """Return the error for a tree that was changed while it was read."""
+    return OSError(errno.ESTALE, "the tree was changed while it was read")
 
 
 def reflink_works(directory: int) -> bool:

@@ -1,4 +1,4 @@
-"""The part of one worker in a job."""
+"""The part of one worker in a job, and how its work is shared with the other workers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import errno
 import os
 import select
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
-from snapd_native.trees.peers import Work
 from snapd_native.trees.relay import ANNOUNCED, DONE, FAILED, REPORT, Channels, Page, receive
 
 _WATCH = 256
@@ -27,6 +27,37 @@ _CHANGED = {
     errno.ESPIPE,
 }
 """Errors which mean that another process has changed the tree."""
+
+
+class Peers(Protocol):
+    """The other workers of the same tree.
+
+    A directory is a tuple of the fds that the work needs. A worker does itself what no peer takes.
+    """
+
+    def are_idle(self) -> bool:
+        """Tell whether a peer has nothing to do."""
+
+    def take_directory(self, *directory: int) -> bool:
+        """Offer everything below a directory; return whether a peer takes it."""
+
+    def take_names(self, names: Sequence[str], *directory: int) -> bool:
+        """Offer non-directories of a directory; return whether a peer takes them."""
+
+    def finish(self) -> None:
+        """Wait until peers have done all names that they have taken."""
+
+
+class Work(Protocol):
+    """The work on a tree. Its methods take the arguments of the methods of `Peers`."""
+
+    @property
+    def directory(self) -> Callable[..., None]:
+        """Do everything below a directory that no peer takes."""
+
+    @property
+    def names(self) -> Callable[..., None]:
+        """Do entries of a directory."""
 
 
 class Share:

@@ -1,8 +1,7 @@
-"""The walk through a tree that clone, measure and digest share."""
+"""The walk through a tree that clone and measure share."""
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -21,44 +20,6 @@ It is called many times a second, also with zeros, and can raise to end the work
 def allocated(status: os.stat_result) -> int:
     """Return the allocated bytes of a file. The unit of ``st_blocks`` is 512; see stat(3type)."""
     return status.st_blocks * 512
-
-
-def link_target(directory: int, name: str) -> str:
-    """Return the target of a symbolic link; raise `OSError` with ESTALE if it is none now."""
-    try:
-        return os.readlink(name, dir_fd=directory)
-    except OSError as error:
-        if error.errno == errno.EINVAL:
-            raise changed() from None
-        raise
-
-
-def open_file(directory: int, name: str, flags: int = 0) -> int:
-    """Open a regular file for reading; wait while another process gives up a lease on it.
-
-    Samba and NFS servers hold leases; see F_SETLEASE in fcntl(2). This never waits for the other
-    end of a FIFO.
-
-    Raises:
-        OSError: an error of the kernel; ESTALE if it is not a regular file now.
-    """
-    flags |= os.O_RDONLY | os.O_CLOEXEC
-    try:
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
-    except BlockingIOError:
-        pass
-    found = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-    try:
-        if not stat.S_ISREG(os.fstat(found).st_mode):
-            raise changed()
-        return os.open(f"/proc/self/fd/{found}", flags)
-    finally:
-        os.close(found)
-
-
-def changed() -> OSError:
-    """Return the error for a tree that was changed while it was read."""
-    return OSError(errno.ESTALE, "the tree was changed while it was read")
 
 
 class Step(Enum):

@@ -16,7 +16,7 @@ import pytest
 
 from snapd_native import trees
 from snapd_native.trees.blocks import Blocks, open_blocks
-from snapd_native.trees.walk import open_file
+from snapd_native.trees.opened import open_file
 from tests.support import torture_tree
 from tests.support.file_systems import FileSystem, mounted, scratch_on
 from tests.support.sample_trees import (
