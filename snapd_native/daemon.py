@@ -137,7 +137,7 @@ class _Daemon:
 
         self._notify("STATUS=Deleting what the last run left")
         halt = threading.Event()
-        opening = loop.run_in_executor(
+        recovery = loop.run_in_executor(
             None,
             partial(
                 Snapshotter,
@@ -150,16 +150,16 @@ class _Daemon:
             ),
         )
         asked = asyncio.ensure_future(self._stop.wait())
-        while not opening.done() and not asked.done():
+        while not recovery.done() and not asked.done():
             self._notify(f"EXTEND_TIMEOUT_USEC={_EXTENSION * 1_000_000}")
-            either: set[asyncio.Future[Any]] = {opening, asked}
+            either: set[asyncio.Future[Any]] = {recovery, asked}
             first = asyncio.FIRST_COMPLETED
             await asyncio.wait(either, timeout=_EXTENSION / 3, return_when=first)
         if asked.done():
             halt.set()
         asked.cancel()
         try:
-            return await opening
+            return await recovery
         except Unavailable:
             if halt.is_set():
                 return None

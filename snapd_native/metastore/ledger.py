@@ -79,7 +79,7 @@ class Ledger:
             ).fetchone()
             return int(id_)
 
-    def made_again(self, id_: int, boot: str, mount: int) -> None:
+    def recreated(self, id_: int, boot: str, mount: int) -> None:
         """Record that a mount was made again, during this boot."""
         with self._connections.writing() as db, transaction(db):
             db.execute("UPDATE mounts SET boot = ?, mount = ? WHERE id = ?", (boot, mount, id_))

@@ -94,7 +94,7 @@ def readable(row: Row) -> Record | None:
     return Record(id_, parent_id, info, None if size is None else Usage(size, inodes))
 
 
-def doomed(db: sqlite3.Connection, key: str) -> Record:
+def get_even_damaged(db: sqlite3.Connection, key: str) -> Record:
     """Return what Remove needs of a record, even if the rest is damaged.
 
     Raises:

@@ -348,7 +348,7 @@ class Metastore:
             FailedPrecondition: it has children, or a running call uses it.
         """
         with self._connections.writing() as db:
-            record = records.doomed(db, key)
+            record = records.get_even_damaged(db, key)
             child = "SELECT 1 FROM snapshots WHERE parent = ? LIMIT 1"
             has_child = db.execute(child, (record.id,)).fetchone()
             if has_child or self._reservations.is_parent(record):

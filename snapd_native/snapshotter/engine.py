@@ -227,7 +227,7 @@ class Snapshotter:
                     self._write_back.sync_tree(held.id)
                 job.conclude()
                 self._store.publish_commit(held, usage, stored)
-        self._standby.look()
+        self._standby.wake()
 
     def mounts(self, key: str) -> Mount:
         """Return the mount of an active snapshot or a view.
@@ -241,7 +241,7 @@ class Snapshotter:
         record = self._store.get(check_name(key))
         record.check_mountable()
         with unless_removed(self._store, record), explained(f"mount {quote(key)}"):
-            self._state.check(record.tree_id)
+            self._state.check_exists(record.tree_id)
         return self._mount(record.info.kind, record.tree_id)
 
     def stat(self, key: str) -> Info:
@@ -265,7 +265,7 @@ class Snapshotter:
             NotFound: the snapshot does not exist.
         """
         info = self._store.update(check_name(name, "name"), update_of(labels, fieldpaths))
-        self._standby.look()
+        self._standby.wake()
         return info
 
     def standby(self, name: str) -> tuple[int, int]:
@@ -341,7 +341,7 @@ class Snapshotter:
             self._reaper.retire(record)
         # The removal may have freed the ballast.
         self._state.ballast.take()
-        self._standby.look()
+        self._standby.wake()
 
     def _create(
         self, kind: Kind, key: str, parent: str, labels: Mapping[str, str] | None, job: Job
@@ -367,7 +367,7 @@ class Snapshotter:
                     on_disk = self._make_tree(held.id, held.parent, job)
                     boot = None if on_disk else self._state.mounting
                 else:
-                    self._state.check(held.parent.id)
+                    self._state.check_exists(held.parent.id)
             job.conclude()
             self._store.publish(held, kind, stored, boot)
             undo.pop_all()

@@ -34,7 +34,7 @@ class Reaper:
             "reaper", "what was removed is not all deleted, Cleanup tries again"
         )
         try:
-            self._take_back()
+            self._restore_set_aside()
             self._sweep(self._job.report)
         except OSError as error:
             log.warning("something orphaned could not be deleted yet: %s", error)
@@ -106,12 +106,12 @@ class Reaper:
         # A removal may have needed it, and has made room.
         self._state.ballast.take()
 
-    def _take_back(self) -> None:
+    def _restore_set_aside(self) -> None:
         """Give trees that were set aside back to their records, if those exist again."""
         found = self._state.listing()
         for id_ in self._store.directories().keys() - self._state.ids():
             if any(name == f"found-{id_}" for name, _, _ in found):
-                self._state.take_back(id_)
+                self._state.undo_set_aside(id_)
 
     def _sweep(self, report: trees.Report) -> None:
         failure: OSError | None = None

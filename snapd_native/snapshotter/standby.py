@@ -60,8 +60,8 @@ class Standby:
                 self._ready[parent].append(name)
         self._lock = threading.Lock()
         self._crew = trees.Crew(1, idle=True)
-        self._look = threading.Event()
-        self._look.set()
+        self._woken = threading.Event()
+        self._woken.set()
         self._closing = False
         self._watches_room = False
         self._short = False
@@ -69,9 +69,9 @@ class Standby:
         self._thread = threading.Thread(target=self._run, name="standby", daemon=True)
         self._thread.start()
 
-    def look(self) -> None:
+    def wake(self) -> None:
         """Look soon whether other clones are wanted now."""
-        self._look.set()
+        self._woken.set()
 
     def take(self, parent: int) -> str | None:
         """Give a complete clone to the caller: return its directory, or None if there is none."""
@@ -79,13 +79,13 @@ class Standby:
             ready = self._ready.get(parent)
             name = ready.popleft() if ready else None
         if name is not None:
-            self._look.set()
+            self._woken.set()
         return name
 
     def refuse(self, name: str) -> None:
         """Delete a clone that `take` has returned and that cannot be used."""
         self._refused.append(name)
-        self._look.set()
+        self._woken.set()
 
     def count(self, parent: int) -> int:
         """Return how many clones of a snapshot are complete."""
@@ -95,7 +95,7 @@ class Standby:
     def close(self) -> None:
         """Stop, and keep complete clones for the next start."""
         self._closing = True
-        self._look.set()
+        self._woken.set()
         self._thread.join()
         self._crew.close()
 
@@ -104,9 +104,9 @@ class Standby:
             if not complete:
                 self._drop(name)
         while not self._closing:
-            if self._look.wait(LOOK_SECONDS if self._watches_room else None):
+            if self._woken.wait(LOOK_SECONDS if self._watches_room else None):
                 self._failed.clear()
-            self._look.clear()
+            self._woken.clear()
             try:
                 while not self._closing and self._take_a_step():
                     pass
@@ -153,7 +153,7 @@ class Standby:
             self._check_closing()
             if not self._has_room():
                 raise Cancelled("there is no room for it")
-            if self._look.is_set() and not self._wants_more(self._store.standbys(), parent):
+            if self._woken.is_set() and not self._wants_more(self._store.standbys(), parent):
                 raise Cancelled("it is not wanted any more")
 
         self._last += 1

@@ -28,7 +28,7 @@ class Workers:
             self._state.open(name, writable=True) as target,
         ):
             self._crew.clone(source, target, report, reflink=self._state.reflink)
-        self._state.bring_to_life(id_)
+        self._state.complete(id_)
 
     def measure(self, id_: int, report: trees.Report, *, idle: bool = False) -> Usage:
         """Measure the usage of a tree; with ``idle`` at idle priority."""

@@ -157,7 +157,7 @@ def test_a_foreign_mount_with_a_recorded_id_is_not_listed(state: Path, places: P
         subprocess.run(["umount", str(here)], check=True)
         with by_hand("--bind", engine.mounts("work").source, there):
             # The kernel reuses mount ids sooner or later.
-            engine._store.ledger.made_again(line.id, line.boot, number(there))
+            engine._store.ledger.recreated(line.id, line.boot, number(there))
             assert engine.mounter.list_mounts() == []
             assert mounted_on(there)
 
@@ -242,7 +242,7 @@ def test_a_mount_restored_before_a_crash_is_not_mounted_twice(
     with another_boot(monkeypatch, state.parent):
         with opened(state) as engine:
             (line,) = engine._store.ledger.lines()
-            engine._store.ledger.made_again(line.id, "the boot before", 1)
+            engine._store.ledger.recreated(line.id, "the boot before", 1)
         before = number(here)
         with opened(state) as engine:
             assert targets(engine) == below(places) == [str(here)]

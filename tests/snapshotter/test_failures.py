@@ -78,7 +78,7 @@ def test_prepare_says_what_to_do_about_each_documented_system_error(
     [
         (StateDirectory, "create"),
         (trees.Crew, "clone"),
-        (StateDirectory, "bring_to_life"),
+        (StateDirectory, "complete"),
         (StateDirectory, "sync"),
         (trees.Crew, "measure"),
     ],
@@ -202,12 +202,12 @@ EMPTY, VIEW, REMOVE = "engine.prepare('new')", "engine.view('new', 'base')", "en
     ("where", "call", "after"),
     [
         ("clone", PREPARE, BEFORE),
-        ("bring_to_life", PREPARE, BEFORE),
+        ("complete", PREPARE, BEFORE),
         ("publish", PREPARE, BEFORE),
         ("_mount", PREPARE, ["base", "lone", "look", "new", "work"]),
         ("sync", PREPARE, ["base", "lone", "look", "new", "work"]),
         ("settle", PREPARE, ["base", "lone", "look", "new", "work"]),
-        ("bring_to_life", EMPTY, BEFORE),
+        ("complete", EMPTY, BEFORE),
         ("publish", EMPTY, BEFORE),
         ("publish", VIEW, BEFORE),
         ("sync", COMMIT, BEFORE),

@@ -119,7 +119,7 @@ class Mounter:
                 file system does not answer.
         """
         try:
-            busy = self._take_away(partial(self._of, target, uid), lazy)
+            busy = self._take_away(partial(self._find_owned, target, uid), lazy)
         except OSError as error:
             with explained(f"unmount {quote_path(target)}"):
                 raise not_unmounted(target, error) from None
@@ -139,7 +139,7 @@ class Mounter:
         with self._lock:
             return [
                 Mounted(entry.target, line.key, line.read_only, line.lifetime, line.uid)
-                for line, entry in self._reconciler.of(self._ledger.lines(snapshot))
+                for line, entry in self._reconciler.existing(self._ledger.lines(snapshot))
             ]
 
     def user(self, target: str) -> int | None:
@@ -191,7 +191,7 @@ class Mounter:
         """Make all mounts of an active snapshot's tree read-only; see `Freezer.frozen`."""
         return self._freezer.frozen(key, tree)
 
-    def _of(self, target: str, uid: int | None) -> tuple[Line, Entry | None]:
+    def _find_owned(self, target: str, uid: int | None) -> tuple[Line, Entry | None]:
         """Return the mount on ``target``, which must be that of ``uid`` if that is not None."""
         line, entry = self._reconciler.find(target)
         if uid not in (None, line.uid):
@@ -269,7 +269,7 @@ class Mounter:
         owner: str,
     ) -> None:
         lines = self._ledger.lines()
-        if any(entry.target == target.path for _, entry in self._reconciler.of(lines)):
+        if any(entry.target == target.path for _, entry in self._reconciler.existing(lines)):
             raise AlreadyExists(
                 f"a snapshot is mounted on {quote_path(target.path)} already: unmount it first"
             )

@@ -51,7 +51,7 @@ class Reconciler:
         # A Commit that was interrupted by the end of the service has left mounts read-only.
         self.repair(starting=True)
 
-    def of(self, lines: Sequence[Line]) -> list[tuple[Line, Entry]]:
+    def existing(self, lines: Sequence[Line]) -> list[tuple[Line, Entry]]:
         """Return the records whose mounts exist, each with its entry in the table."""
         if not lines:
             return []
@@ -65,11 +65,11 @@ class Reconciler:
         """
         if self.blind:
             return [line for line in lines if line.boot != self.boot]
-        standing = {line.id for line, _ in self.of(lines)}
+        mounted = {line.id for line, _ in self.existing(lines)}
         return [
             line
             for line in lines
-            if line.id not in standing
+            if line.id not in mounted
             and line.id not in self._leaving
             and line.lifetime is Lifetime.PERSISTENT
         ]
@@ -92,7 +92,7 @@ class Reconciler:
             )
         path = mounts.plain(target)
         lines = self._ledger.lines()
-        for line, entry in self.of(lines):
+        for line, entry in self.existing(lines):
             if entry.target == path:
                 return line, entry
         for line in self.absent(lines):
@@ -142,15 +142,15 @@ class Reconciler:
         found = []
         table = Table.read()
         lines = self._ledger.lines()
-        standing = {line: self.entry(line, table) for line in lines}
+        mounted = {line: self.entry(line, table) for line in lines}
         for line in self.absent(lines):
             what = f"it is not mounted on {quote_path(line.target)} any more"
             found.append((line.key, f"{what}: call Repair, or unmount it"))
-        for line, entry in standing.items():
+        for line, entry in mounted.items():
             if entry and line.read_only and not entry.read_only:
                 on = quote_path(line.target)
                 found.append((line.key, f"it is writable on {on}: call Repair"))
-        known = {entry.id for entry in standing.values() if entry}
+        known = {entry.id for entry in mounted.values() if entry}
         found += [
             ("", f"{quote_path(entry.target)} is mounted, but not known: unmount it by hand")
             for entry in table.within(str(self.own))
@@ -179,12 +179,12 @@ class Reconciler:
             for line in lines:
                 if line.boot != self.boot and line.lifetime is Lifetime.CLIENT:
                     self._ledger.forget([line.id])
-            standing, absent = self.of(lines), self.absent(lines)
+            mounted, absent = self.existing(lines), self.absent(lines)
             if starting:
                 for line in absent:
                     if line.boot == self.boot:
                         self.forget(line)
-        for line, entry in standing:
+        for line, entry in mounted:
             read_only = line.read_only or (entry.read_only and not starting)
             if entry.read_only == read_only and not entry.propagates:
                 continue
@@ -196,14 +196,14 @@ class Reconciler:
                     target, why = quote_path(entry.target), error.strerror
                     log.warning("%s may not be as it was mounted: %s", target, why)
         for line in absent:
-            self._make_again(line, frozen)
+            self._recreate(line, frozen)
         with self.lock, suppress(FileNotFoundError):
             # A directory without a mount is left over from one that is gone.
             for name in os.listdir(self.own):
                 with suppress(OSError):
                     os.rmdir(self.own / name)
 
-    def _make_again(self, line: Line, frozen: Collection[int]) -> None:
+    def _recreate(self, line: Line, frozen: Collection[int]) -> None:
         """Make a mount again if it is still `absent` and its tree is not ``frozen``."""
         try:
             if Path(line.target).parent == self.own:
@@ -226,13 +226,13 @@ class Reconciler:
         place = self._state.place(line.tree)
         if entry and entry.target == target.path and entry.root == place:
             # The service was killed after it had attached the mount.
-            self._ledger.made_again(line.id, self.boot, entry.id)
+            self._ledger.recreated(line.id, self.boot, entry.id)
             return
         with self._state.open_with_mounts(line.tree) as directory:
             mount = mounts.detached(directory, read_only=line.read_only)
         try:
             mounts.attach(mount, target.fd)
-            self._ledger.made_again(line.id, self.boot, linux.mount_id(mount))
+            self._ledger.recreated(line.id, self.boot, linux.mount_id(mount))
         finally:
             os.close(mount)
 

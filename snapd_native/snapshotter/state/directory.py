@@ -135,7 +135,7 @@ class StateDirectory:
         """Return the path of a snapshot's directory."""
         return str(self.path / "snapshots" / str(id_))
 
-    def check(self, id_: int) -> None:
+    def check_exists(self, id_: int) -> None:
         """Check that the directory of a snapshot exists.
 
         Raises:
@@ -151,7 +151,7 @@ class StateDirectory:
         os.chmod(name, 0o755, dir_fd=self._snapshots)  # noqa: S103 - the contract's mode
         return name
 
-    def bring_to_life(self, id_: int) -> str:
+    def complete(self, id_: int) -> str:
         """Rename the directory of `create` to its final name; return that."""
         name = str(id_)
         self._rename(f"new-{id_}", name)
@@ -160,7 +160,7 @@ class StateDirectory:
     def create_empty(self, id_: int) -> None:
         """Create an empty directory for a new snapshot under its final name, on disk."""
         self.create(id_)
-        self.bring_to_life(id_)
+        self.complete(id_)
         # A journal that contains the rename also contains the directory and its mode.
         os.fsync(self._snapshots)
 
@@ -289,7 +289,7 @@ class StateDirectory:
         os.fsync(self._snapshots)
         return name
 
-    def take_back(self, id_: int) -> None:
+    def undo_set_aside(self, id_: int) -> None:
         """Undo `set_aside`."""
         self._rename(f"found-{id_}", str(id_))
 
