@@ -4,6 +4,10 @@ containerd's filters use Go's ``regexp``, which has the syntax of RE2: Perl's wi
 and look-around. This module accepts the same syntax, except for flags that begin in the middle of
 an expression, ``U``, and ``\C``. The engine is a backtracking one, so a search that takes long is
 stopped. The daemon serves other callers meanwhile.
+
+RE2 itself would need no translation and no limit, but Debian 12 does not package its binding for
+Python (Debian 13 does: python3-re2), and two engines would differ. So the translation stays until
+Debian 12 is dropped.
 """
 
 from __future__ import annotations
@@ -27,15 +31,21 @@ SECONDS = 1.0
 """Seconds for all searches of one budget together."""
 
 _LEADING_FLAGS = re.compile(r"\(\?([ims]+)\)")
-_GROUP = re.compile(r"\((?:\?(?:P?<[A-Za-z_]\w*>|:))?", re.ASCII)
-_REPEAT = re.compile(r"[*+?]\??|\{(\d+)(?:,(\d*))?\}\??", re.ASCII)
 _CHARACTER = (
     r"\\(?:[pP](?:\{\^?\w+\}|[A-Z])|x\{[0-9A-Fa-f]{1,6}\}|x[0-9A-Fa-f]{2}"
     r"|0[0-7]{0,2}|[1-7][0-7]{1,2}|[dDsSwWafnrtv]|[\x00-/:-@\[-`{-\x7f])"
 )
-_ESCAPE = re.compile(rf"{_CHARACTER}|\\[AbBz]", re.ASCII)
-_CLASS = re.compile(r"\[\^?+\]?+(?:\[:\^?[a-z]+:\]|\\.|[^\]\\])*\]", re.DOTALL)
-_ITEM = re.compile(rf"{_CHARACTER}|\[:\^?[a-z]+:\]|[^\\]", re.ASCII | re.DOTALL)
+_TOKEN = re.compile(
+    r"(?P<quoted>\\Q(?P<literal>.*?)(?:\\E|\Z))"
+    rf"|(?P<escape>{_CHARACTER}|\\[AbBz])"
+    r"|(?P<set>\[\^?+\]?+(?:\[:\^?[a-z]+:\]|\\.|[^\]\\])*\])"
+    r"|(?P<repeat>[*+?]\??|\{(?P<least>\d+)(?:,(?P<most>\d*))?\}\??)"
+    r"|(?P<group>\((?:\?(?:P?<[A-Za-z_]\w*>|:)|(?!\?)))"
+    r"|(?P<plain>[^\\\[(])",
+    re.ASCII | re.DOTALL,
+)
+_ITEM = rf"({_CHARACTER}|\[:\^?[a-z]+:\]|[^\\])"
+_RANGE = re.compile(rf"{_ITEM}(?:-{_ITEM})?", re.ASCII | re.DOTALL)
 
 _ASCII = {
     "alnum": "0-9A-Za-z",
@@ -104,137 +114,96 @@ class Pattern:
 
 
 def _translate(text: str) -> str:
-    """Translate Go's syntax to the engine's, and refuse what Go refuses."""
-    flags, at = "", 0
-    if leading := _LEADING_FLAGS.match(text):
-        flags, at = leading[1], leading.end()
-    out = [f"(?{flags})"] if flags else []
-    repeats = _Repeats()
-    while at < len(text):
-        char = text[at]
-        found: re.Match[str] | None
-        if char == "(":
-            found = _GROUP.match(text, at)
-            if text.startswith("(?", at) and (found is None or found.end() == at + 1):
-                raise ValueError(f"{text[at : at + 3]} is not supported")
-            repeats.open()
-        elif char == "\\":
-            if text.startswith("\\Q", at):
-                literal = text[at + 2 :].partition("\\E")[0]
-                out.append(regex.escape(literal))
-                at += len(literal) + 4
-                if literal:
-                    repeats.atom()
-                continue
-            found = _ESCAPE.match(text, at)
-            repeats.atom()
-        elif char == "[":
-            found = _CLASS.match(text, at)
-            repeats.atom()
-        elif char in "*+?" or (char == "{" and _REPEAT.match(text, at)):
-            found = _REPEAT.match(text, at)
-            repeats.repeat(char, [int(count) for count in found.groups() if count] if found else [])
-        else:
-            out.append(("\\Z" if "m" not in flags else "$") if char == "$" else _plain(char))
-            repeats.plain(char)
-            at += 1
-            continue
-        if found is None:
-            raise ValueError(f"{text[at : at + 2]} is not supported or not closed")
-        out.append(_class(found[0]) if char == "[" else _rewrite(found[0]))
-        at = found.end()
-    return "".join(out)
-
-
-class _Repeats:
-    """Counts the repetitions in an expression, and refuses too many.
+    """Translate Go's syntax to the engine's, and refuse what Go refuses.
 
     The counts of nested repetitions are multiplied, as in Go: the engine needs memory for each.
     """
+    leading = _LEADING_FLAGS.match(text)
+    out, at = ([leading[0]], leading.end()) if leading else ([], 0)
+    end = "$" if leading and "m" in leading[1] else "\\Z"
+    # The highest count in each open group, and the count in what was last; 0 cannot be repeated.
+    counts, last = [1], 0
+    while at < len(text):
+        token = _TOKEN.match(text, at)
+        if token is None:
+            raise ValueError(f"{text[at : at + 3]} is not supported or not closed")
+        part, at = token[0], token.end()
+        match token.lastgroup:
+            case "quoted":
+                out.append(regex.escape(token["literal"]))
+                last = 1 if token["literal"] else last
+            case "escape" | "set":
+                out.append(_escape(part) if part[0] == "\\" else _set(part))
+                last = 1
+            case "repeat":
+                out.append(part)
+                if not last:
+                    raise ValueError(f"nothing to repeat before {part[0]}")
+                counts[-1] = max(counts[-1], last * _count(token))
+                if counts[-1] > MAX_REPEAT:
+                    raise ValueError(f"a repetition is over {MAX_REPEAT}, with those inside it")
+                last = 0
+            case "group":
+                out.append(part)
+                counts.append(1)
+                last = 0
+            case _:
+                out.append(end if part == "$" else "\\" + part if part in "{}" else part)
+                last = int(part not in "|^")
+                if part == ")" and len(counts) > 1:
+                    last = counts.pop()
+                    counts[-1] = max(counts[-1], last)
+    return "".join(out)
 
-    def __init__(self) -> None:
-        self._most = [1]
-        self._last = 0
 
-    def open(self) -> None:
-        self._most.append(1)
-        self._last = 0
-
-    def atom(self) -> None:
-        self._last = 1
-
-    def plain(self, char: str) -> None:
-        if char == ")" and len(self._most) > 1:
-            self._last = self._most.pop()
-            self._most[-1] = max(self._most[-1], self._last)
-        else:
-            self._last = int(char not in "|^")
-
-    def repeat(self, char: str, counts: list[int]) -> None:
-        if not self._last:
-            raise ValueError(f"nothing to repeat before {char}")
-        total = self._last * max(1, *counts, 1)
-        if total > MAX_REPEAT:
-            raise ValueError(f"a repetition is over {MAX_REPEAT}, with those inside it")
-        self._most[-1] = max(self._most[-1], total)
-        self._last = 0
+def _count(repeat: re.Match[str]) -> int:
+    return max([1, *(int(count) for count in (repeat["least"], repeat["most"]) if count)])
 
 
-def _plain(char: str) -> str:
-    return "\\" + char if char in "{}" else char
-
-
-def _rewrite(part: str) -> str:
-    """Translate a part of an expression that is not a set."""
+def _escape(part: str) -> str:
+    """Translate an escape that is not in a set."""
     if part == "\\z":
         return "\\Z"
     if part in ("\\b", "\\B"):
         word = f"[{_ASCII['word']}]"
         edge = f"(?<={word})(?!{word})|(?<!{word})(?={word})"
         return f"(?:{edge})" if part == "\\b" else f"(?!{edge})"
-    if part[0] != "\\":
-        return part
     if part.lower() in _ASCII:
         return f"[{'' if part in _ASCII else '^'}{_ASCII[part.lower()]}]"
     return _character(part)
 
 
-def _class(part: str) -> str:
+def _set(part: str) -> str:
     """Translate a set in brackets."""
     at = 2 if part[1] == "^" else 1
     out = [part[:at]]
     while at < len(part) - 1:
-        item = _item(part, at)
-        at += len(item)
-        if part[at] != "-" or at == len(part) - 2 or _members(item):
-            out.append(_members(item) or _one(item))
+        found = _RANGE.match(part, at, len(part) - 1)
+        if found is None:
+            raise ValueError(f"{part[at : at + 2]} is not supported")
+        first, last = found.groups()
+        if members := _members(first):
+            # What follows is no range.
+            out.append(members)
+            at = found.end(1)
             continue
-        last = _item(part, at + 1)
-        at += 1 + len(last)
-        if _members(last):
-            raise ValueError(f"{item}-{last} is no range")
-        out.append(f"{_one(item)}-{_one(last)}")
+        if last and _members(last):
+            raise ValueError(f"{found[0]} is no range")
+        out.append("-".join(_one(item) for item in (first, last) if item))
+        at = found.end()
     return "".join(out) + "]"
-
-
-def _item(part: str, at: int) -> str:
-    found = _ITEM.match(part, at, len(part) - 1)
-    if found is None:
-        raise ValueError(f"{part[at : at + 2]} is not supported")
-    return found[0]
 
 
 def _members(item: str) -> str:
     """Return the members of an item of a set; empty if it is one character."""
     if item[:2] in ("\\p", "\\P"):
         return _character(item)
-    negated = item.startswith("[:^") or (item[0] == "\\" and item[1].isupper())
-    name = (
-        item[3:-2] if item.startswith("[:^") else item[2:-2] if item[:2] == "[:" else item.lower()
-    )
+    is_posix = item.startswith("[:")
+    name = item[2:-2].lstrip("^") if is_posix else item.lower()
     if name in _ASCII:
+        negated = item[2] == "^" if is_posix else item[1].isupper()
         return _complement(_ASCII[name]) if negated else _ASCII[name]
-    if item.startswith("[:"):
+    if is_posix:
         raise ValueError(f"there is no class {item}")
     return ""
 
