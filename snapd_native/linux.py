@@ -58,17 +58,15 @@ def _checked(result: int, what: str) -> int:
     return result
 
 
+def _syscall(what: str, number: int, *arguments: int | bytes) -> int:
+    """Make a system call that the C library lacks."""
+    words = (ctypes.c_long(each) if isinstance(each, int) else each for each in arguments)
+    return _checked(_libc.syscall(ctypes.c_long(number), *words), what)
+
+
 def open_tree(dirfd: int, path: str, flags: int) -> int:
     """Open a mount, or with OPEN_TREE_CLONE a detached copy of it; Linux 5.2."""
-    return _checked(
-        _libc.syscall(
-            ctypes.c_long(_SYS_OPEN_TREE),
-            ctypes.c_int(dirfd),
-            ctypes.c_char_p(os.fsencode(path)),
-            ctypes.c_uint(flags),
-        ),
-        "open_tree",
-    )
+    return _syscall("open_tree", _SYS_OPEN_TREE, dirfd, os.fsencode(path), flags)
 
 
 def mount_setattr(
@@ -79,17 +77,7 @@ def mount_setattr(
     With AT_RECURSIVE in ``flags`` this includes the mounts on it, either all or none.
     """
     attr = struct.pack("=QQQQ", attr_set, attr_clr, propagation, 0)
-    _checked(
-        _libc.syscall(
-            ctypes.c_long(_SYS_MOUNT_SETATTR),
-            ctypes.c_int(fd),
-            ctypes.c_char_p(b""),
-            ctypes.c_uint(flags),
-            ctypes.c_char_p(attr),
-            ctypes.c_size_t(len(attr)),
-        ),
-        "mount_setattr",
-    )
+    _syscall("mount_setattr", _SYS_MOUNT_SETATTR, fd, b"", flags, attr, len(attr))
 
 
 def has_mount_setattr() -> bool:
@@ -113,43 +101,24 @@ def may_mount() -> bool:
 def move_mount(source: int, target: int) -> None:
     """Attach the detached mount ``source`` to the directory ``target``; Linux 5.2."""
     flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
-    _checked(
-        _libc.syscall(
-            ctypes.c_long(_SYS_MOVE_MOUNT),
-            ctypes.c_int(source),
-            ctypes.c_char_p(b""),
-            ctypes.c_int(target),
-            ctypes.c_char_p(b""),
-            ctypes.c_uint(flags),
-        ),
-        "move_mount",
-    )
+    _syscall("move_mount", _SYS_MOVE_MOUNT, source, b"", target, b"", flags)
 
 
 def openat2(dirfd: int, path: str, flags: int, resolve: int) -> int:
     """Open ``path`` with the flags RESOLVE_*; Linux 5.6."""
     how = struct.pack("=QQQ", flags, 0, resolve)
-    return _checked(
-        _libc.syscall(
-            ctypes.c_long(_SYS_OPENAT2),
-            ctypes.c_int(dirfd),
-            ctypes.c_char_p(os.fsencode(path)),
-            ctypes.c_char_p(how),
-            ctypes.c_size_t(len(how)),
-        ),
-        "openat2",
-    )
+    return _syscall("openat2", _SYS_OPENAT2, dirfd, os.fsencode(path), how, len(how))
 
 
 def umount2(path: str, flags: int) -> None:
     """Detach what is mounted on ``path``."""
-    _checked(_libc.umount2(ctypes.c_char_p(os.fsencode(path)), ctypes.c_int(flags)), "umount2")
+    _checked(_libc.umount2(os.fsencode(path), flags), "umount2")
 
 
 def enter_mount_namespace(fd: int) -> None:
     """Move this thread, and no other, to the mount namespace ``fd``; see setns(2)."""
-    _checked(_libc.unshare(ctypes.c_int(CLONE_FS)), "unshare")
-    _checked(_libc.setns(ctypes.c_int(fd), ctypes.c_int(CLONE_NEWNS)), "setns")
+    _checked(_libc.unshare(CLONE_FS), "unshare")
+    _checked(_libc.setns(fd, CLONE_NEWNS), "setns")
 
 
 def mount_id(fd: int, proc: int | None = None) -> int:
@@ -173,7 +142,7 @@ def is_uninterruptible(thread: int) -> bool:
 
 def syncfs(fd: int) -> None:
     """Write the whole file system of ``fd`` to disk; reports write-back errors since 5.8."""
-    _checked(_libc.syncfs(ctypes.c_int(fd)), "syncfs")
+    _checked(_libc.syncfs(fd), "syncfs")
 
 
 def ficlone(source: int, target: int) -> bool:
