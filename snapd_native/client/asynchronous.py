@@ -260,9 +260,8 @@ class Client:
 
         The caller closes the fd, and can attach it in any mount namespace with move_mount(2).
         """
-        return await self._connected().request_fd(
-            self._name, OBJECT_PATH, MANAGER, "OpenTree", "sa{sv}", [key, _read_only(read_only)]
-        )
+        (fd,) = await self._call("OpenTree", "sa{sv}", key, _read_only(read_only))
+        return int(fd)
 
     async def jobs(self) -> Sequence[Job]:
         """Return the jobs of the service."""

@@ -12,7 +12,7 @@ from snapd_native.trees.opened import changed, open_tree
 from snapd_native.trees.walk import Report
 
 _ROUNDS = 100
-"""How often a directory that gets new entries while it is emptied is read again."""
+"""How often a tree is emptied that gets new entries meanwhile."""
 
 
 def delete(parent: int, name: str, report: Report = lambda *_: None) -> None:
@@ -26,7 +26,7 @@ def delete(parent: int, name: str, report: Report = lambda *_: None) -> None:
             append-only, ESTALE if entries are created faster than they are deleted. Everything that
             can be deleted is deleted then.
     """
-    for rounds in range(_ROUNDS + 1):
+    for _ in range(_ROUNDS):
         with open_tree(parent, name, writable=True) as root:
             stuck = _empty(root, report)
         if stuck is not None:
@@ -37,27 +37,28 @@ def delete(parent: int, name: str, report: Report = lambda *_: None) -> None:
         except OSError as error:
             if error.errno != errno.ENOTEMPTY:
                 raise
-            if rounds == _ROUNDS:
-                raise changed() from None
+    raise changed()
 
 
 def _empty(root: int, report: Report) -> OSError | None:
-    """Delete everything below ``root``; return the last error, if there was one."""
+    """Delete everything below ``root``; return the last error, if there was one.
+
+    A directory that gets new entries meanwhile is left.
+    """
     stuck: OSError | None = None
     with Descent(root) as here:
-        levels: list[tuple[str, int, Scan]] = []
-        names, rounds = here.scan(), 0
+        levels: list[tuple[str, Scan]] = []
+        names = here.scan()
         while True:
             for name in names:
                 report(1, 0)
                 try:
                     _remove(here.fd, name, directory=False)
                 except IsADirectoryError:
-                    if not here.enter(name):
-                        continue
-                    levels.append((name, rounds, names))
-                    names, rounds = here.scan(), 0
-                    break
+                    if here.enter(name):
+                        levels.append((name, names))
+                        names = here.scan()
+                        break
                 except OSError as error:
                     if error.errno in GONE:
                         continue
@@ -68,20 +69,14 @@ def _empty(root: int, report: Report) -> OSError | None:
                 if not levels:
                     return stuck
                 here.up()
-                name, outer_rounds, outer_names = levels.pop()
+                name, names = levels.pop()
                 try:
                     os.rmdir(name, dir_fd=here.fd)
                 except OSError as error:
-                    if error.errno == errno.ENOTEMPTY and stuck is None and rounds < _ROUNDS:
-                        if here.enter(name):
-                            levels.append((name, outer_rounds, outer_names))
-                            names, rounds = here.scan(), rounds + 1
-                            continue
-                    elif error.errno in (errno.EBUSY, errno.ENOTEMPTY):
-                        stuck = stuck or (error if error.errno == errno.EBUSY else changed())
-                    elif error.errno not in GONE:
+                    if error.errno == errno.EBUSY:
+                        stuck = stuck or error
+                    elif error.errno not in (errno.ENOTEMPTY, *GONE):
                         raise
-                names, rounds = outer_names, outer_rounds
 
 
 def _remove(parent: int, name: str, *, directory: bool) -> None:

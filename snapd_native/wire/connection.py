@@ -91,40 +91,12 @@ class Connection(MessageBus):
     ) -> Body:
         """Call a method and return the result.
 
+        If the result is a file descriptor, the caller closes it. Other programs do not inherit it.
+
         Raises:
             SnapdError: the D-Bus error, translated; Unavailable if the connection is lost;
                 InvalidArgument if D-Bus cannot carry an argument.
         """
-        reply = await self._exchange(destination, path, interface, member, signature, body)
-        return reply.body
-
-    async def request_fd(
-        self,
-        destination: str,
-        path: str,
-        interface: str,
-        member: str,
-        signature: str = "",
-        body: Body | None = None,
-    ) -> int:
-        """Call a method that returns a file descriptor; raises as `request`.
-
-        The caller closes the fd. Other programs do not inherit it.
-        """
-        reply = await self._exchange(destination, path, interface, member, signature, body)
-        (index,) = reply.body
-        passed: _Passed = reply.unix_fds[index]
-        return passed.take()
-
-    async def _exchange(
-        self,
-        destination: str,
-        path: str,
-        interface: str,
-        member: str,
-        signature: str,
-        body: Body | None,
-    ) -> Message:
         _check_text(body)
         message = Message(
             destination=destination,
@@ -145,7 +117,7 @@ class Connection(MessageBus):
         if reply.message_type is MessageType.ERROR:
             text = reply.body[0] if reply.signature.startswith("s") else ""
             raise error_from(reply.error_name, text, destination)
-        return reply
+        return [reply.unix_fds[reply.body[0]].take()] if reply.signature == "h" else reply.body
 
     async def ask_driver(self, member: str, signature: str, body: Body) -> Body:
         """Call a method of the bus itself."""

@@ -38,10 +38,10 @@ pytestmark = on_ext4
 async def open_trees_and_close_them(bus: connection, number: int) -> None:
     for _ in range(number // 50):
         calls = [
-            bus.request_fd(BUS_NAME, OBJECT_PATH, MANAGER, "OpenTree", OPEN_TREE, [key, {}])
+            bus.request(BUS_NAME, OBJECT_PATH, MANAGER, "OpenTree", OPEN_TREE, [key, {}])
             for key in ["work", "look"] * 25
         ]
-        for fd in await asyncio.gather(*calls):
+        for (fd,) in await asyncio.gather(*calls):
             os.close(fd)
 
 
