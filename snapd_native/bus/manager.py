@@ -165,11 +165,7 @@ class Manager:
         given = unpack(options, read_only="b", lifetime="s")
         lifetime = _lifetime(given.pop("lifetime", Lifetime.PERSISTENT))
         owner = caller.owner if lifetime is Lifetime.CLIENT else ""
-        return [
-            self._mounter.mount(
-                key, target, **given, lifetime=lifetime, uid=caller.uid, owner=owner
-            )
-        ]
+        return [self._mounter.mount(key, target, **given, uid=caller.uid, owner=owner)]
 
     def _unmount(self, caller: Caller, target: str, options: Options) -> Body:
         given = unpack(options, lazy="b")

@@ -58,7 +58,6 @@ class Ledger:
         snapshot: int,
         target: str,
         read_only: bool,
-        lifetime: Lifetime,
         uid: int,
         owner: str,
         boot: str,
@@ -69,6 +68,7 @@ class Ledger:
 
         The records in ``absent`` lose their mount ids: the kernel can give those to other mounts.
         """
+        lifetime = Lifetime.CLIENT if owner else Lifetime.PERSISTENT
         with self._connections.writing() as db, transaction(db):
             db.executemany("UPDATE mounts SET mount = 0 WHERE id = ?", ((id_,) for id_ in absent))
             (id_,) = db.execute(

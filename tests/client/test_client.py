@@ -109,10 +109,12 @@ def test_both_clients_and_snapshotter_have_the_same_methods() -> None:
     assert asynchronous == blocking
     engine = {**methods(Snapshotter), **methods(Mounter), **methods(Upkeep)}
     for name in blocking.keys() & engine.keys():
-        # The service adds these parameters. A client has ``progress`` instead of ``job``.
+        # The service adds these parameters. A client has ``progress`` instead of ``job``, and
+        # ``lifetime`` instead of ``owner``.
         inner = {"job", "uid", "owner", "is_wanted"}
         common = [parameter for parameter in engine[name] if parameter not in inner]
-        assert [name for name in blocking[name] if name != "progress"] == common
+        own = {"progress", "lifetime"}
+        assert [parameter for parameter in blocking[name] if parameter not in own] == common
     assert blocking.keys() - engine.keys() == {"service", "walk", "jobs", "progress", "cancel"}
 
 

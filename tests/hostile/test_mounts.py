@@ -12,7 +12,6 @@ import pytest
 
 from snapd_native import mounts, trees
 from snapd_native.errors import DataLoss, FailedPrecondition
-from snapd_native.model import Lifetime
 from snapd_native.snapshotter import Snapshotter
 from tests.support.engine import gated, identity
 from tests.support.file_systems import on_ext4
@@ -245,7 +244,7 @@ def test_a_moved_mount_of_a_leaving_client_is_unmounted(
     before, after = places / "before", places / "after"
     before.mkdir()
     here = place(before)
-    full.mounter.mount("look", str(here), lifetime=Lifetime.CLIENT, owner="a client")
+    full.mounter.mount("look", str(here), owner="a client")
     real = mounts.detach
 
     def moving(entry: mounts.Entry, *, lazy: bool = False) -> None:

@@ -12,7 +12,6 @@ import pytest
 
 from snapd_native import linux
 from snapd_native.errors import NotFound
-from snapd_native.model import Lifetime
 from snapd_native.mounts import Table
 from snapd_native.snapshotter import Snapshotter
 from tests.support.engine import fill, kill_where_it_stands, names, opened
@@ -187,7 +186,7 @@ def test_persistent_mounts_are_restored_after_a_reboot(
         engine.mounter.mount("look", made[0])
         engine.mounter.mount("work", made[1])
         engine.mounter.mount("work", made[2], read_only=True)
-        engine.mounter.mount("work", made[3], lifetime=Lifetime.CLIENT, owner="bus :1.1")
+        engine.mounter.mount("work", made[3], owner="bus :1.1")
         own = engine.mounter.mount("lone")
         before = [mounted for mounted in engine.mounter.list_mounts() if mounted.target != made[3]]
     with another_boot(monkeypatch, state.parent):

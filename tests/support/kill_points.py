@@ -32,7 +32,7 @@ from snapd_native import linux
 from snapd_native.errors import Cancelled
 from snapd_native.jobs import Job
 from snapd_native.metastore.connections import Connections
-from snapd_native.model import STANDBY_LABEL, Change, Lifetime
+from snapd_native.model import STANDBY_LABEL, Change
 from snapd_native.snapshotter import Snapshotter
 from tests.support import PROJECT
 from tests.support.in_process import without_workers
@@ -107,7 +107,7 @@ def _cancel_a_prepare(engine: Snapshotter, _: Path) -> None:
 
 
 def _mount_for_a_client(engine: Snapshotter, place: Path) -> None:
-    engine.mounter.mount("work", str(place), lifetime=Lifetime.CLIENT, owner="a client")
+    engine.mounter.mount("work", str(place), owner="a client")
 
 
 def _release(engine: Snapshotter, _: Path) -> None:

@@ -24,7 +24,6 @@ from snapd_native.metastore import Line, Metastore, Record
 from snapd_native.model import (
     Finding,
     Kind,
-    Lifetime,
     Mounted,
     check_name,
     quote,
@@ -72,16 +71,15 @@ class Mounter:
         key: str,
         target: str = "",
         read_only: bool | None = None,
-        lifetime: Lifetime = Lifetime.PERSISTENT,
         uid: int = 0,
         owner: str = "",
     ) -> str:
         """Mount an active snapshot or a view on the directory ``target``, and return the target.
 
         If the target is empty, a directory is created for the mount. A view is mounted read-only,
-        with the mounts inside it. A mount with the lifetime ``client`` lasts until `release` is
-        called for ``owner``. A persistent mount lasts until `unmount`: it is made again after a
-        restart of the machine.
+        with the mounts inside it. With an ``owner``, the mount has the lifetime ``client`` and
+        lasts until `release` is called for them. Without one it lasts until `unmount`: it is made
+        again after a restart of the machine.
 
         Raises:
             InvalidArgument: the key is invalid; the target is relative, has a symbolic link in its
@@ -98,11 +96,10 @@ class Mounter:
         if self._reconciler.blind:
             raise FailedPrecondition(self._reconciler.blind)
         if not target:
-            return self._mount_on_own(key, read_only, lifetime, uid, owner)
+            return self._mount_on_own(key, read_only, uid, owner)
         with mounts.open_target(target, uid) as opened, self._lock:
             self._check_target(opened)
-            record = self._mountable(key, read_only)
-            self._mount(record, opened, read_only, lifetime, uid, owner)
+            self._mount(*self._mountable(key, read_only), opened, uid, owner)
             return opened.path
 
     def unmount(self, target: str, lazy: bool = False, uid: int | None = None) -> None:
@@ -156,7 +153,7 @@ class Mounter:
         """
         check_name(key)
         with self._lock:
-            return self._detached_tree(self._mountable(key, read_only), read_only)
+            return self._detached_tree(*self._mountable(key, read_only))
 
     def owners(self) -> Collection[str]:
         """Return the owners of all mounts with the lifetime ``client``."""
@@ -221,30 +218,30 @@ class Mounter:
                     self._reconciler.forget(line)
                     return None
 
-    def _mount_on_own(
-        self, key: str, read_only: bool | None, lifetime: Lifetime, uid: int, owner: str
-    ) -> str:
+    def _mount_on_own(self, key: str, read_only: bool | None, uid: int, owner: str) -> str:
         with self._lock:
-            record = self._mountable(key, read_only)
+            record, is_read_only = self._mountable(key, read_only)
             path = self._reconciler.own / str(record.id)
             with explained(f"mount {quote(key)}"):
                 self._reconciler.make_own(path)
             try:
                 with mounts.open_target(str(path)) as opened:
-                    self._mount(record, opened, read_only, lifetime, uid, owner)
+                    self._mount(record, is_read_only, opened, uid, owner)
                     return opened.path
             except BaseException:
                 with suppress(OSError):
                     path.rmdir()
                 raise
 
-    def _mountable(self, key: str, read_only: bool | None) -> Record:
+    def _mountable(self, key: str, read_only: bool | None) -> tuple[Record, bool]:
+        """Return the record of what can be mounted, and whether it is mounted read-only."""
         record = self._store.get_mountable(key)
-        if record.info.kind is Kind.VIEW and read_only is False:
+        is_view = record.info.kind is Kind.VIEW
+        if is_view and read_only is False:
             raise InvalidArgument(
                 f"{quote(key)} is a view, which nobody may write: mount it read-only"
             )
-        return record
+        return record, is_view or bool(read_only)
 
     def _check_target(self, target: Target) -> None:
         state = self._state.real_path
@@ -259,22 +256,13 @@ class Mounter:
                 " choose another"
             )
 
-    def _mount(
-        self,
-        record: Record,
-        target: Target,
-        read_only: bool | None,
-        lifetime: Lifetime,
-        uid: int,
-        owner: str,
-    ) -> None:
+    def _mount(self, record: Record, read_only: bool, target: Target, uid: int, owner: str) -> None:
         lines = self._ledger.lines()
         if any(entry.target == target.path for _, entry in self._reconciler.existing(lines)):
             raise AlreadyExists(
                 f"a snapshot is mounted on {quote_path(target.path)} already: unmount it first"
             )
         absent = self._reconciler.absent(lines)
-        is_read_only = _is_read_only(record, read_only)
         mount = self._detached_tree(record, read_only)
         try:
             if owner:
@@ -283,8 +271,7 @@ class Mounter:
                 id_ = self._ledger.add(
                     record.id,
                     target.path,
-                    is_read_only,
-                    lifetime,
+                    read_only,
                     uid,
                     owner,
                     self._reconciler.boot,
@@ -312,12 +299,12 @@ class Mounter:
                 self._reconciler.forget(line)
         log.debug("%s is mounted on %s", quote(record.info.name), quote_path(target.path))
 
-    def _detached_tree(self, record: Record, read_only: bool | None) -> int:
+    def _detached_tree(self, record: Record, read_only: bool) -> int:
         with (
             explained(f"mount {quote(record.info.name)}"),
             self._state.open_with_mounts(record.tree_id) as directory,
         ):
-            return mounts.detached(directory, read_only=_is_read_only(record, read_only))
+            return mounts.detached(directory, read_only=read_only)
 
     def _release_all(self, owner: str) -> None:
         for line in self._ledger.lines():
@@ -393,7 +380,3 @@ def _tell_released(line: Line, lazy: bool) -> None:
 _TRIES = 10
 _PAUSE = 0.1
 """Seconds after each attempt to unmount what a client has left."""
-
-
-def _is_read_only(record: Record, read_only: bool | None) -> bool:
-    return record.info.kind is Kind.VIEW or bool(read_only)
