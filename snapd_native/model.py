@@ -180,28 +180,21 @@ def check_name(name: str, what: str = "key") -> str:
     """
     if not name:
         raise InvalidArgument(f"the {what} is empty: give it 1 to {MAX_NAME} bytes")
-    try:
-        size = len(name.encode())
-    except UnicodeEncodeError:
-        raise InvalidArgument(
-            f"the {what} {quote(name)} is not valid UTF-8: choose another"
-        ) from None
+    size = _size(what, name)
     if size > MAX_NAME:
         raise InvalidArgument(
             f"the {what} {quote(name, 40)} has {size} bytes: at most {MAX_NAME} are allowed"
         )
-    if "\0" in name:
-        raise InvalidArgument(f"the {what} {quote(name)} contains a NUL character: leave it out")
     return name
 
 
 def is_text(text: object, most: int | None = None) -> bool:
     """Tell whether this is a text of at most ``most`` bytes that a message can contain."""
-    if not isinstance(text, str) or "\0" in text:
+    if not isinstance(text, str):
         return False
     try:
-        size = len(text.encode())
-    except UnicodeEncodeError:
+        size = _size("text", text)
+    except InvalidArgument:
         return False
     return most is None or size <= most
 
@@ -224,14 +217,7 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
     for key, value in labels.items():
         if not key:
             raise InvalidArgument("a label has an empty key: name it")
-        if "\0" in key + value:
-            raise InvalidArgument(f"the label {quote(key)} contains a NUL character: leave it out")
-        try:
-            size = len(key.encode()) + len(value.encode())
-        except UnicodeEncodeError:
-            raise InvalidArgument(
-                f"the label {quote(key)} is not valid UTF-8: correct it"
-            ) from None
+        size = _size("label", key, value)
         if size > MAX_LABEL:
             raise InvalidArgument(
                 f"the label {quote(key, 40)} has {size} bytes with its value:"
@@ -248,6 +234,16 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
             f" give 0 to {MAX_STANDBY}"
         )
     return {key: value for key, value in labels.items() if value}
+
+
+def _size(what: str, name: str, value: str = "") -> int:
+    """Return the bytes of a name with its value, or raise if no message can contain them."""
+    if "\0" in name + value:
+        raise InvalidArgument(f"the {what} {quote(name)} contains a NUL character: leave it out")
+    try:
+        return len(name.encode()) + len(value.encode())
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"the {what} {quote(name)} is not valid UTF-8: correct it") from None
 
 
 def standby_number(labels: Mapping[str, str]) -> int:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -37,7 +38,7 @@ _STYLES = {Kind.COMMITTED: "green", Kind.ACTIVE: "yellow", Kind.VIEW: "cyan"}
 def mount(value: Mount, *, as_json: bool) -> None:
     """Print a mount: type, source and options, separated by tabs."""
     if as_json:
-        _print_json({"type": value.type, "source": value.source, "options": list(value.options)})
+        _print_json(asdict(value))
     else:
         print(f"{value.type}\t{value.source}\t{','.join(value.options)}")
 
@@ -47,13 +48,7 @@ def mounted(found: Sequence[Mounted], *, as_json: bool) -> None:
     if as_json:
         _print_json(
             [
-                {
-                    "target": value.target,
-                    "key": value.key,
-                    "read-only": value.read_only,
-                    "lifetime": value.lifetime.value,
-                    "uid": value.uid,
-                }
+                {name.replace("_", "-"): each for name, each in asdict(value).items()}
                 for value in found
             ]
         )
@@ -73,9 +68,7 @@ def mounted(found: Sequence[Mounted], *, as_json: bool) -> None:
 def findings(found: Sequence[Finding], *, as_json: bool) -> None:
     """Print findings: the kind, the key of the snapshot and a sentence, separated by tabs."""
     if as_json:
-        _print_json(
-            [{"kind": each.kind.value, "key": each.key, "what": each.what} for each in found]
-        )
+        _print_json([asdict(each) for each in found])
         return
     for each in found:
         print(f"{each.kind.value}\t{shown(each.key)}\t{shown(each.what)}")
@@ -106,8 +99,7 @@ def stat(info: Info, *, as_json: bool, standby: Standby | None = None) -> None:
     """Print a record, and the number of standby clones if some are wanted."""
     clones = standby if standby and standby.wanted else None
     if as_json:
-        also = {"standby": {"ready": clones.ready, "wanted": clones.wanted}} if clones else {}
-        _print_json(_plain(info) | also)
+        _print_json(_plain(info) | ({"standby": asdict(clones)} if clones else {}))
         return
     table = _grid()
     rows = {
@@ -171,19 +163,7 @@ def _octal(match: re.Match[str]) -> str:
 def jobs(found: Sequence[tuple[Job, Progress]], *, as_json: bool) -> None:
     """Print jobs and their progress."""
     if as_json:
-        _print_json(
-            [
-                {
-                    "id": job.id,
-                    "operation": job.operation,
-                    "key": job.key,
-                    "uid": job.uid,
-                    "done": {"size": now.done.size, "inodes": now.done.inodes},
-                    "total": {"size": now.total.size, "inodes": now.total.inodes},
-                }
-                for job, now in found
-            ]
-        )
+        _print_json([asdict(job) | asdict(now) for job, now in found])
         return
     grid = _grid("ID", "OPERATION", "KEY", "UID", "INODES", "SIZE", right=(0, 3, 4, 5))
     for job, now in found:
@@ -235,9 +215,7 @@ def lineage(infos: Iterable[Info], *, as_json: bool) -> None:
 def usage(usages: Sequence[tuple[str, Usage]], *, as_json: bool) -> None:
     """Print the usage of snapshots."""
     if as_json:
-        _print_json(
-            [{"key": key, "size": used.size, "inodes": used.inodes} for key, used in usages]
-        )
+        _print_json([{"key": key} | asdict(used) for key, used in usages])
         return
     grid = _grid("KEY", "SIZE", "INODES", right=(1, 2))
     for key, used in usages:
@@ -263,14 +241,7 @@ def age(microseconds: int) -> str:
 
 
 def _plain(info: Info) -> dict[str, Any]:
-    return {
-        "name": info.name,
-        "kind": info.kind.value,
-        "parent": info.parent,
-        "created": _utc(info.created),
-        "updated": _utc(info.updated),
-        "labels": dict(info.labels),
-    }
+    return asdict(info) | {"created": _utc(info.created), "updated": _utc(info.updated)}
 
 
 def _nested(children: dict[str, list[Info]]) -> list[dict[str, Any]]:

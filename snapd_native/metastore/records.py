@@ -26,6 +26,8 @@ _DESCRIPTIONS: Mapping[str, str] = {
     Kind.COMMITTED: "a committed snapshot",
 }
 
+_LIST = "list them to see which there are"
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -69,21 +71,6 @@ def fault(row: Row) -> str:
     return ", ".join(wrong)
 
 
-def record_of(row: Row) -> Record:
-    """Return the record in a row.
-
-    Raises:
-        DataLoss: it is damaged.
-    """
-    record = readable(row)
-    if record is None:
-        raise DataLoss(
-            f"the record of {quote(str(row[1]))} is damaged ({fault(row)}):"
-            " restore metadata.db from a backup, or remove the snapshot"
-        )
-    return record
-
-
 def readable(row: Row) -> Record | None:
     """Return the record in a row; None if it is damaged."""
     labels = _unpacked(row[7])
@@ -100,18 +87,10 @@ def get_even_damaged(db: sqlite3.Connection, key: str) -> Record:
     Raises:
         NotFound: there is none.
     """
-    row = _find(db, key)
-    if row is None:
-        raise _missing(key)
+    row = _row(db, key, f"there is no snapshot {quote(key)}: {_LIST}")
     id_, _, kind, parent_id, *_ = row
     known = Kind(kind) if kind in _DESCRIPTIONS else Kind.ACTIVE
     return Record(id_, parent_id, Info(key, known, "", 0, 0, {}), None)
-
-
-def find(db: sqlite3.Connection, name: str) -> Record | None:
-    """Return the record of a snapshot, if there is one; DataLoss if it is damaged."""
-    row = _find(db, name)
-    return record_of(row) if row else None
 
 
 def get(db: sqlite3.Connection, key: str) -> Record:
@@ -121,10 +100,7 @@ def get(db: sqlite3.Connection, key: str) -> Record:
         NotFound: there is none.
         DataLoss: it is damaged.
     """
-    record = find(db, key)
-    if record is None:
-        raise _missing(key)
-    return record
+    return _record(_row(db, key, f"there is no snapshot {quote(key)}: {_LIST}"))
 
 
 def committed_parent(db: sqlite3.Connection, parent: str) -> Record:
@@ -135,9 +111,7 @@ def committed_parent(db: sqlite3.Connection, parent: str) -> Record:
         InvalidArgument: it is not committed.
         DataLoss: it is damaged.
     """
-    record = find(db, parent)
-    if record is None:
-        raise NotFound(f"there is no parent {quote(parent)}: commit it first")
+    record = _record(_row(db, parent, f"there is no parent {quote(parent)}: commit it first"))
     if record.info.kind is not Kind.COMMITTED:
         kind = described(record.info.kind)
         raise InvalidArgument(
@@ -176,13 +150,21 @@ def last_id(db: sqlite3.Connection) -> int:
     return int(last)
 
 
-def _find(db: sqlite3.Connection, name: str) -> Row | None:
+def _row(db: sqlite3.Connection, name: str, missing: str) -> Row:
     row: Row | None = db.execute(f"SELECT {COLUMNS} WHERE s.name = ?", (name,)).fetchone()
+    if row is None:
+        raise NotFound(missing)
     return row
 
 
-def _missing(key: str) -> NotFound:
-    return NotFound(f"there is no snapshot {quote(key)}: list them to see which there are")
+def _record(row: Row) -> Record:
+    record = readable(row)
+    if record is None:
+        raise DataLoss(
+            f"the record of {quote(str(row[1]))} is damaged ({fault(row)}):"
+            " restore metadata.db from a backup, or remove the snapshot"
+        )
+    return record
 
 
 def _is_parent(id_: object, name: object) -> bool:

@@ -28,7 +28,7 @@ def cloning(source: int, target: int) -> Iterator[int]:
         yield table
     root = os.fstat(source)
     os.fchmod(target, stat.S_IMODE(root.st_mode))
-    Copier(lambda *_: None, reflink=False).finish_directory(source, target, root)
+    Copier(lambda *_: None, reflink=False).copy_attributes(source, target, root)
 
 
 class Cloner:
@@ -92,7 +92,7 @@ class Cloner:
     def _finish(self, source: int, target: int, status: os.stat_result) -> None:
         # If a peer still created entries, the times would change and the entries inherit the ACL.
         self._peers.finish()
-        self._copier.finish_directory(source, target, status)
+        self._copier.copy_attributes(source, target, status)
 
 
 def _forget_inherited(target: int) -> None:

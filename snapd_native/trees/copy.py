@@ -64,13 +64,9 @@ class Copier:
         return allocated(status)
 
     def make_directory(self, parent: int, name: str, status: os.stat_result) -> None:
-        """Create the copy of a directory; `finish_directory` sets its attributes."""
+        """Create the copy of a directory; `copy_attributes` sets its attributes."""
         # Without the setgid bit, with which new entries would inherit the group.
         os.mkdir(name, stat.S_IMODE(status.st_mode) & ~_SPECIAL, dir_fd=parent)
-
-    def finish_directory(self, source: int, target: int, status: os.stat_result) -> None:
-        """Set the attributes of the open directory ``target`` from `make_directory`."""
-        self._copy_attributes(source, target, status)
 
     def _copy_file(self, source: int, target: int, name: str, status: os.stat_result) -> int:
         rest = allocated(status)
@@ -81,7 +77,7 @@ class Copier:
             try:
                 if status.st_size and not (self._reflink and linux.ficlone(reader, writer)):
                     rest -= self._copy_data(reader, writer, status)
-                self._copy_attributes(reader, writer, status)
+                self.copy_attributes(reader, writer, status)
             finally:
                 os.close(writer)
         except OSError:
@@ -92,7 +88,8 @@ class Copier:
             os.close(reader)
         return rest
 
-    def _copy_attributes(self, source: int, target: int, status: os.stat_result) -> None:
+    def copy_attributes(self, source: int, target: int, status: os.stat_result) -> None:
+        """Set the attributes of the open file or directory ``target``."""
         # The order matters to the kernel: chown drops setuid and file capabilities, and an access
         # ACL sets mode bits.
         mode = stat.S_IMODE(status.st_mode)
