@@ -99,8 +99,7 @@ class Scan:
     """An iteration over the names in a directory, in the order of inodes.
 
     That is about the order of the inodes on the disk. ext4 lists names in the order of their
-    hashes,
-    with which a disk would have to seek for each inode.
+    hashes, with which a disk would have to seek for each inode.
     """
 
     def __init__(self, directory: int) -> None:

@@ -141,7 +141,7 @@ class StateDirectory:
         Raises:
             DataLoss: it does not.
         """
-        if not self._is_directory(str(id_)):
+        if not stat.S_ISDIR(self._mode(str(id_))):
             raise _lost()
 
     def create(self, id_: int) -> str:
@@ -151,11 +151,9 @@ class StateDirectory:
         os.chmod(name, 0o755, dir_fd=self._snapshots)  # noqa: S103 - the contract's mode
         return name
 
-    def complete(self, id_: int) -> str:
-        """Rename the directory of `create` to its final name; return that."""
-        name = str(id_)
-        self._rename(f"new-{id_}", name)
-        return name
+    def complete(self, id_: int) -> None:
+        """Rename the directory of `create` to its final name."""
+        self._rename(f"new-{id_}", str(id_))
 
     def create_empty(self, id_: int) -> None:
         """Create an empty directory for a new snapshot under its final name, on disk."""
@@ -229,12 +227,8 @@ class StateDirectory:
             DataLoss: it does not exist.
         """
         with ExitStack() as stack:
-            try:
+            with _lost_if_gone():
                 fd = stack.enter_context(trees.open_tree(self._snapshots, name, writable=writable))
-            except OSError as error:
-                if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                    raise _lost() from None
-                raise
             yield fd
 
     @contextmanager
@@ -248,10 +242,9 @@ class StateDirectory:
         rules = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_SYMLINKS | linux.RESOLVE_NO_XDEV
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         try:
-            fd = linux.openat2(self._snapshots, str(id_), flags, rules)
+            with _lost_if_gone():
+                fd = linux.openat2(self._snapshots, str(id_), flags, rules)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                raise _lost() from None
             if error.errno == errno.EXDEV:
                 raise FailedPrecondition(
                     "something else is mounted on the snapshot's directory: unmount that"
@@ -280,7 +273,7 @@ class StateDirectory:
         """Delete the directory of `create`, under its first or its final name."""
         # While it is not alive yet, what has its final name is somebody else's.
         making = f"new-{id_}"
-        self.delete(making if self._is_there(making) else str(id_), lambda *_: None)
+        self.delete(making if self._mode(making) else str(id_), lambda *_: None)
 
     def set_aside(self, id_: int) -> str:
         """Rename a directory, on disk, so that it is never deleted; return its new name."""
@@ -303,7 +296,11 @@ class StateDirectory:
         Directories that are not the service's are left out, and so never changed.
         """
         matches = map(_OURS.fullmatch, self._names())
-        return [(m[0], m[1] or "", int(m[2])) for m in matches if m and self._is_directory(m[0])]
+        return [
+            (found[0], found[1] or "", int(found[2]))
+            for found in matches
+            if found and stat.S_ISDIR(self._mode(found[0]))
+        ]
 
     def findings(self) -> Iterator[Finding]:
         """Yield what other users can access, and what in ``snapshots`` is not the service's."""
@@ -313,7 +310,8 @@ class StateDirectory:
             yield Finding(Trouble.MODE, "", f"others may reach {path}: {remedy}")
         for name in self._names():
             ours = _OURS.fullmatch(name) or _STANDBY.fullmatch(name)
-            if not (ours and (self._is_directory(name) or not self._is_there(name))):
+            mode = self._mode(name)
+            if mode and not (ours and stat.S_ISDIR(mode)):
                 what = f"{quote_path(name)} is not the service's: move it out of snapshots/"
                 yield Finding(Trouble.FOREIGN, "", what)
 
@@ -348,19 +346,12 @@ class StateDirectory:
         finally:
             os.close(fd)
 
-    def _is_there(self, name: str) -> bool:
+    def _mode(self, name: str) -> int:
+        """Return the type and mode of an entry of ``snapshots``; 0 if there is none."""
         try:
-            os.stat(name, dir_fd=self._snapshots, follow_symlinks=False)
+            return os.stat(name, dir_fd=self._snapshots, follow_symlinks=False).st_mode
         except FileNotFoundError:
-            return False
-        return True
-
-    def _is_directory(self, name: str) -> bool:
-        try:
-            found = os.stat(name, dir_fd=self._snapshots, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return stat.S_ISDIR(found.st_mode)
+            return 0
 
 
 def _is_empty(path: Path) -> bool:
@@ -374,6 +365,16 @@ def _is_empty(path: Path) -> bool:
 
 def _is_plain(status: os.stat_result) -> bool:
     return stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+
+
+@contextmanager
+def _lost_if_gone() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise _lost() from None
+        raise
 
 
 def _lost() -> DataLoss:
