@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,21 +14,16 @@ from snapd_native.model import quote
 if TYPE_CHECKING:
     from snapd_native.client import BlockingClient
 
-_Command = TypeVar("_Command", bound=Callable[..., None])
-
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
-
-def labels_option(command: _Command) -> _Command:
-    """Let a command take labels, for `parsed_labels`."""
-    return click.option(
-        "-l",
-        "--label",
-        "labels",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Set a label; can be given several times.",
-    )(command)
+labels_option = click.option(
+    "-l",
+    "--label",
+    "labels",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set a label; can be given several times.",
+)
 
 
 @contextmanager

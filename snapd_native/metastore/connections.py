@@ -58,7 +58,8 @@ class Connections:
         """
         self._path = path
         self._make_room = make_room
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
+        """Held while a thread writes."""
         self._readers = Readers(self._connect_reader)
         self._checkpointed = 0
         """The changed rows of this connection before the last checkpoint."""
@@ -81,7 +82,7 @@ class Connections:
 
     def close(self) -> None:
         """Close all connections. SQLite puts the WAL into the database and deletes it."""
-        with self._lock:
+        with self.lock:
             self._readers.close()
             self._writer.close()
             self._changes.close()
@@ -103,19 +104,13 @@ class Connections:
             )
 
     @contextmanager
-    def holding(self) -> Iterator[None]:
-        """Let no other thread write during the block."""
-        with self._lock:
-            yield
-
-    @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """Lend the writing connection to one thread at a time, outside any transaction.
 
         Raises:
             DataLoss: as `check_in_place`.
         """
-        with self._lock, translated(self._path.parent):
+        with self.lock, translated(self._path.parent):
             self.check_in_place()
             try:
                 yield self._writer
@@ -128,12 +123,12 @@ class Connections:
 
     def lost_changes(self) -> int:
         """Return how many durable changes are missing in the database."""
-        with self._lock, translated(self._path.parent):
+        with self.lock, translated(self._path.parent):
             return self._changes.lost(self._writer)
 
     def count_changes(self) -> None:
         """Accept the database's number of changes as complete, and count from there."""
-        with self._lock, translated(self._path.parent):
+        with self.lock, translated(self._path.parent):
             self._changes.begin(self._writer)
 
     def delete(self, db: sqlite3.Connection, statement: str, rows: Iterable[tuple[int]]) -> None:

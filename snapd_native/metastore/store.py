@@ -163,12 +163,12 @@ class Metastore:
 
     def last_id(self) -> int:
         """Return the highest id so far."""
-        with self._connections.holding():
+        with self._connections.lock:
             return self._reservations.last_id
 
     def reserved(self) -> set[int]:
         """Return the ids of all reservations."""
-        with self._connections.holding():
+        with self._connections.lock:
             return self._reservations.ids()
 
     def reserve(self, key: str, parent: str) -> Reservation:
@@ -219,7 +219,7 @@ class Metastore:
 
     def release(self, reservation: Reservation) -> None:
         """End a reservation; one that was published has ended already."""
-        with self._connections.holding():
+        with self._connections.lock:
             self._reservations.release(reservation)
 
     def publish(

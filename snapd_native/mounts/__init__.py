@@ -1,21 +1,21 @@
 """Make mounts with the kernel's new mount API, find them, and tell which processes use them."""
 
 from snapd_native.mounts.attach import MOVED, attach, detach, detached, make_read_only, restore
-from snapd_native.mounts.elsewhere import Elsewhere, NotFrozen
-from snapd_native.mounts.hidden import Hidden
+from snapd_native.mounts.namespaces import NotFrozen, OtherNamespaces
 from snapd_native.mounts.table import Entry, Place, Table, hidden_from_host
 from snapd_native.mounts.targets import Target, open_target, plain
+from snapd_native.mounts.unattached import Unattached
 from snapd_native.mounts.users import users
 
 __all__ = [
     "MOVED",
-    "Elsewhere",
     "Entry",
-    "Hidden",
     "NotFrozen",
+    "OtherNamespaces",
     "Place",
     "Table",
     "Target",
+    "Unattached",
     "attach",
     "detach",
     "detached",

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from snapd_native import mounts
 from snapd_native.errors import FailedPrecondition
 from snapd_native.model import quote, quote_path
-from snapd_native.mounts import Elsewhere, Entry, Hidden, Table
+from snapd_native.mounts import Entry, OtherNamespaces, Table, Unattached
 from snapd_native.snapshotter.failures import explained
 from snapd_native.snapshotter.mounter.reconciler import Reconciler
 from snapd_native.snapshotter.mounter.refusals import (
     can_write,
     enumerated,
-    frozen_elsewhere,
+    frozen_in_namespaces,
     not_frozen,
 )
 from snapd_native.snapshotter.state import StateDirectory
@@ -45,21 +45,21 @@ class Freezer:
         with self._reconciler.lock:
             self.trees.add(tree)
         done: list[Entry] = []
-        elsewhere, hidden = Elsewhere(), Hidden()
+        namespaces, unattached = OtherNamespaces(), Unattached()
         try:
             self._freeze_on_host(key, tree, done)
-            self._freeze_elsewhere(key, tree, elsewhere, hidden)
+            self._freeze_others(key, tree, namespaces, unattached)
             yield
         except BaseException:
-            hidden.thaw()
-            elsewhere.thaw()
+            unattached.thaw()
+            namespaces.thaw()
             for entry in done:
                 with self._reconciler.turn(entry):
                     thaw(entry)
             raise
         finally:
-            hidden.close()
-            elsewhere.close()
+            unattached.close()
+            namespaces.close()
             with self._reconciler.lock:
                 self.trees.discard(tree)
 
@@ -81,7 +81,9 @@ class Freezer:
                 else:
                     done.append(entry)
 
-    def _freeze_elsewhere(self, key: str, tree: int, elsewhere: Elsewhere, hidden: Hidden) -> None:
+    def _freeze_others(
+        self, key: str, tree: int, namespaces: OtherNamespaces, unattached: Unattached
+    ) -> None:
         """Make all other mounts of a tree read-only, or raise."""
         place = self._state.place(tree)
         if not place:
@@ -92,10 +94,10 @@ class Freezer:
                 f" {enumerated([entry.target for entry in overlays])} writes to it,"
                 " unmount that first"
             )
-        with frozen_elsewhere(key):
-            elsewhere.freeze(place)
+        with frozen_in_namespaces(key):
+            namespaces.freeze(place)
         with explained(f"commit {quote(key)}"), self._state.open(str(tree)) as root:
-            if writers := hidden.freeze(root, elsewhere.known):
+            if writers := unattached.freeze(root, namespaces.known):
                 raise can_write(key, writers)
 
 

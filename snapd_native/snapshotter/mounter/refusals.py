@@ -64,7 +64,7 @@ def _out_of_reach(target: str, error: OSError) -> str:
 
 
 @contextmanager
-def frozen_elsewhere(key: str) -> Iterator[None]:
+def frozen_in_namespaces(key: str) -> Iterator[None]:
     """Translate `NotFrozen`, of a mount in another namespace, to the error of a Commit."""
     try:
         yield

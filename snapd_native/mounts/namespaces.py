@@ -43,7 +43,7 @@ class NotFrozen(Exception):
         self.error = error
 
 
-class Elsewhere:
+class OtherNamespaces:
     """Makes the mounts of a tree in other namespaces read-only."""
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ from snapd_native.mounts.users import mapped
 _RULES = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_SYMLINKS | linux.RESOLVE_NO_XDEV
 
 
-class Hidden:
+class Unattached:
     """Makes the detached mounts of a tree read-only."""
 
     def __init__(self) -> None:
