@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Self
 
-from dbus_next.errors import SignatureBodyMismatchError
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
@@ -173,7 +172,9 @@ class Client:
         if after:
             options["after"] = Variant("s", after)
         if limit is not None:
-            options["limit"] = _limit(limit)
+            if not 0 <= limit < 1 << 32:
+                raise InvalidArgument(f"invalid limit {limit}: give a positive number")
+            options["limit"] = Variant("u", limit)
         (infos,) = await self._call("List", "asa{sv}", [*filters], options)
         return [info_from_wire(info) for info in infos]
 
@@ -329,8 +330,9 @@ class Client:
         async for message in arrived:
             if message.path == path and values:
                 # The values that were read can be newer than those of this signal.
-                for name, value in message.body[1].items():
-                    values[name] = max(values[name], value, key=_value)
+                for name, now in message.body[1].items():
+                    if now.value > values[name].value:
+                        values[name] = now
                 progress(_progress(values))
             elif message.member == "JobRemoved" and message.body[1] == path:
                 *_, result, name, text = message.body
@@ -366,18 +368,6 @@ def _labels(labels: Mapping[str, str] | None) -> dict[str, Variant]:
 
 def _read_only(read_only: bool | None) -> dict[str, Variant]:
     return {} if read_only is None else {"read-only": Variant("b", read_only)}
-
-
-def _limit(limit: int) -> Variant:
-    try:
-        return Variant("u", limit)
-    except SignatureBodyMismatchError:
-        raise InvalidArgument(f"invalid limit {limit}: give a positive number") from None
-
-
-def _value(variant: Variant) -> int:
-    number: int = variant.value
-    return number
 
 
 def _progress(values: Mapping[str, Variant]) -> Progress:

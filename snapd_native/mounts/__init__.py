@@ -2,10 +2,9 @@
 
 from snapd_native.mounts.attach import MOVED, attach, detach, detached, make_read_only, restore
 from snapd_native.mounts.namespaces import NotFrozen, OtherNamespaces
+from snapd_native.mounts.processes import Unattached, users
 from snapd_native.mounts.table import Entry, Place, Table, hidden_from_host
 from snapd_native.mounts.targets import Target, open_target, plain
-from snapd_native.mounts.unattached import Unattached
-from snapd_native.mounts.users import users
 
 __all__ = [
     "MOVED",

@@ -120,7 +120,7 @@ class Upkeep:
         job = job or Job()
         job.begin(Operation.VERIFY, name, record.usage, self._stopping)
         with job.turn(), unless_removed(self._store, record), explained(f"verify {quote(name)}"):
-            found = self._workers.digest_on_disk(record.id, job.report)
+            found = self._workers.digest(record.id, job.report, from_disk=True)
         if found != expected:
             raise DataLoss(
                 f"{quote(name)} is not what was committed: its tree was changed or damaged,"

@@ -36,12 +36,8 @@ class Workers:
         with self._state.open(str(id_)) as tree:
             return crew.measure(tree, report)
 
-    def digest(self, id_: int, report: trees.Report) -> str:
-        """Hash a tree; see `trees.Crew.digest`."""
+    def digest(self, id_: int, report: trees.Report, *, from_disk: bool = False) -> str:
+        """Hash a tree; with ``from_disk`` as it is on the disk, at idle priority."""
+        crew = self._idle_crew if from_disk else self._crew
         with self._state.open(str(id_)) as tree:
-            return self._crew.digest(tree, report)
-
-    def digest_on_disk(self, id_: int, report: trees.Report) -> str:
-        """Hash a tree as it is on the disk, at idle priority."""
-        with self._state.open(str(id_)) as tree:
-            return self._idle_crew.digest(tree, report, from_disk=True)
+            return crew.digest(tree, report, from_disk=from_disk)

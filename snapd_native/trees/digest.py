@@ -9,7 +9,7 @@ import stat
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import closing, suppress
+from contextlib import closing
 from typing import TypeAlias
 
 from snapd_native.trees.blocks import Blocks, open_blocks
@@ -43,10 +43,6 @@ _LETTERS = {
     stat.S_IFIFO: b"p",
     stat.S_IFSOCK: b"s",
 }
-
-
-class _EndOfData(Exception):
-    """The rest of the file is a hole."""
 
 
 class Digester:
@@ -153,9 +149,9 @@ class Digester:
         blocks = hashlib.sha256()
         size = allocated(status)
         offset = 0
-        with closing(Blocks(fd, min(BLOCK, status.st_size))) as file, suppress(_EndOfData):
-            while offset < status.st_size:
-                offset = _data(fd, offset) // BLOCK * BLOCK
+        with closing(Blocks(fd, min(BLOCK, status.st_size))) as file:
+            while offset < status.st_size and (start := _data(fd, offset)) is not None:
+                offset = start // BLOCK * BLOCK
                 # The kernel refuses to read behind the largest possible offset.
                 block = file.read(offset, min(BLOCK, status.st_size - offset))
                 if block != _ZEROS[: len(block)]:
@@ -211,14 +207,14 @@ class Digester:
         return size
 
 
-def _data(fd: int, offset: int) -> int:
-    """Return the offset of the next data of a file."""
+def _data(fd: int, offset: int) -> int | None:
+    """Return the offset of the next data of a file; None if the rest is a hole."""
     try:
         return os.lseek(fd, offset, os.SEEK_DATA)
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
-        raise _EndOfData from None
+        return None
 
 
 def _netstring(data: bytes) -> bytes:
