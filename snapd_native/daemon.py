@@ -9,7 +9,7 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,8 @@ def run(name: str, state: Path, runtime: Path, least_free: float) -> int:
     try:
         with explained(f"make the runtime directory {quote_path(str(runtime))}"):
             runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
-        asyncio.run(_Daemon(name, state, runtime, least_free).serve())
+        engine = partial(Snapshotter, state, least_free=least_free, runtime=runtime)
+        asyncio.run(_Daemon(name, engine).serve())
     except (SnapdError, OSError) as error:
         log.critical("%s", error)
         return 1
@@ -66,11 +67,9 @@ def run(name: str, state: Path, runtime: Path, least_free: float) -> int:
 
 
 class _Daemon:
-    def __init__(self, name: str, state: Path, runtime: Path, least_free: float) -> None:
+    def __init__(self, name: str, engine: Callable[..., Snapshotter]) -> None:
         self._name = name
-        self._state = state
-        self._runtime = runtime
-        self._least_free = least_free
+        self._engine = engine
         self._systemd = SystemdNotifier()
         self._stop = asyncio.Event()
         self._dispatcher: Dispatcher | None = None
@@ -137,18 +136,8 @@ class _Daemon:
 
         self._notify("STATUS=Deleting what the last run left")
         halt = threading.Event()
-        recovery = loop.run_in_executor(
-            None,
-            partial(
-                Snapshotter,
-                self._state,
-                announce,
-                halt,
-                self._least_free,
-                self._runtime,
-                soft_reboots,
-            ),
-        )
+        engine = partial(self._engine, announce=announce, stopping=halt, soft_reboots=soft_reboots)
+        recovery = loop.run_in_executor(None, engine)
         asked = asyncio.ensure_future(self._stop.wait())
         while not recovery.done() and not asked.done():
             self._notify(f"EXTEND_TIMEOUT_USEC={_EXTENSION * 1_000_000}")

@@ -165,7 +165,7 @@ def test_watchdog_pings_stop_while_all_threads_of_a_lane_hang(
         loop = asyncio.get_running_loop()
         notifications.socket.setblocking(False)
         feeding = asyncio.ensure_future(
-            _Daemon("a name", scratch, scratch, 0.1)._feed(0.001, lanes, snapshotter)
+            _Daemon("a name", Snapshotter)._feed(0.001, lanes, snapshotter)
         )
         for _ in range(3):
             assert await loop.sock_recv(notifications.socket, 100) == b"WATCHDOG=1"

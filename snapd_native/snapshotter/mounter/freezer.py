@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 from snapd_native import mounts
 from snapd_native.errors import FailedPrecondition
@@ -45,23 +45,21 @@ class Freezer:
         with self._reconciler.lock:
             self.trees.add(tree)
         done: list[Entry] = []
-        namespaces, unattached = OtherNamespaces(), Unattached()
-        try:
-            self._freeze_on_host(key, tree, done)
-            self._freeze_others(key, tree, namespaces, unattached)
-            yield
-        except BaseException:
-            unattached.thaw()
-            namespaces.thaw()
-            for entry in done:
-                with self._reconciler.turn(entry):
-                    thaw(entry)
-            raise
-        finally:
-            unattached.close()
-            namespaces.close()
-            with self._reconciler.lock:
-                self.trees.discard(tree)
+        with closing(OtherNamespaces()) as namespaces, closing(Unattached()) as unattached:
+            try:
+                self._freeze_on_host(key, tree, done)
+                self._freeze_others(key, tree, namespaces, unattached)
+                yield
+            except BaseException:
+                unattached.thaw()
+                namespaces.thaw()
+                for entry in done:
+                    with self._reconciler.turn(entry):
+                        thaw(entry)
+                raise
+            finally:
+                with self._reconciler.lock:
+                    self.trees.discard(tree)
 
     def _freeze_on_host(self, key: str, tree: int, done: list[Entry]) -> None:
         """Make the host's mounts of a tree read-only, and append them to ``done``."""
