@@ -110,12 +110,13 @@ def test_both_clients_and_snapshotter_have_the_same_methods() -> None:
     engine = {**methods(Snapshotter), **methods(Mounter), **methods(Upkeep)}
     for name in blocking.keys() & engine.keys():
         # The service adds these parameters. A client has ``progress`` instead of ``job``, and
-        # ``lifetime`` instead of ``owner``.
-        inner = {"job", "uid", "owner", "is_wanted"}
+        # ``lifetime`` instead of ``owner``; it calls BackgroundUsage for ``idle``.
+        inner = {"job", "uid", "owner", "is_wanted", "idle"}
         common = [parameter for parameter in engine[name] if parameter not in inner]
         own = {"progress", "lifetime"}
         assert [parameter for parameter in blocking[name] if parameter not in own] == common
-    assert blocking.keys() - engine.keys() == {"service", "walk", "jobs", "progress", "cancel"}
+    alone = {"service", "walk", "jobs", "progress", "cancel", "background_usage"}
+    assert blocking.keys() - engine.keys() == alone
 
 
 KINDS = [kind for kind in vars(errors).values() if inspect.isclass(kind) and kind is not SnapdError]
