@@ -13,7 +13,9 @@ import struct
 
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
+AT_STATX_DONT_SYNC = 0x4000
 AT_RECURSIVE = 0x8000
+STATX_DIOALIGN = 0x2000
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 MS_PRIVATE = 1 << 18
@@ -129,6 +131,39 @@ def mount_id(fd: int, proc: int | None = None) -> int:
     path = f"self/fdinfo/{fd}" if proc is not None else f"/proc/self/fdinfo/{fd}"
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)) as fdinfo:
         return next(int(line.split()[1]) for line in fdinfo if line.startswith("mnt_id:"))
+
+
+def device(fd: int) -> int:
+    """Return the device of the file system of ``fd``, which is not accessed: it may not answer."""
+    major, minor = struct.unpack_from("=2I", _statx(fd, AT_STATX_DONT_SYNC, 0), 136)
+    return os.makedev(major, minor)
+
+
+def has_direct_io(fd: int) -> bool | None:
+    """Tell whether O_DIRECT of a file reads past the page cache; None before Linux 6.1.
+
+    A file system can accept the flag and ignore it, as ext4 does with data=journal.
+    """
+    found = _statx(fd, 0, STATX_DIOALIGN)
+    (mask,) = struct.unpack_from("=I", found)
+    (alignment,) = struct.unpack_from("=I", found, 156)
+    return bool(alignment) if mask & STATX_DIOALIGN else None
+
+
+def _statx(fd: int, flags: int, mask: int) -> bytes:
+    """Return the struct statx of an open file; Linux 4.11."""
+    found = ctypes.create_string_buffer(256)
+    _checked(
+        _libc.statx(
+            ctypes.c_int(fd),
+            ctypes.c_char_p(b""),
+            ctypes.c_int(AT_EMPTY_PATH | flags),
+            ctypes.c_uint(mask),
+            found,
+        ),
+        "statx",
+    )
+    return found.raw
 
 
 def is_uninterruptible(thread: int) -> bool:

@@ -7,6 +7,7 @@ import fcntl
 import mmap
 import os
 
+from snapd_native import linux
 from snapd_native.trees.opened import open_file
 
 _ALIGNMENT = 4096
@@ -17,10 +18,14 @@ def open_blocks(directory: int, name: str, *, from_disk: bool) -> int:
     """Open a file for `Blocks`; with ``from_disk`` it is read from the disk."""
     if from_disk:
         try:
-            return open_file(directory, name, os.O_DIRECT)
+            fd = open_file(directory, name, os.O_DIRECT)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
+        else:
+            if not linux.has_direct_io(fd):
+                _drop_cache(fd)
+            return fd
     fd = open_file(directory, name)
     if from_disk:
         _drop_cache(fd)

@@ -7,6 +7,7 @@ import mmap
 import os
 import re
 import sqlite3
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ from snapd_native.model import DIGEST_LABEL, Usage
 from snapd_native.snapshotter import Snapshotter
 from tests.support.disk_damage import damage_on_disk
 from tests.support.engine import opened, state_of, write
-from tests.support.file_systems import long_on_xfs
+from tests.support.file_systems import long_on_xfs, mounted
 from tests.support.service import Service, request
 
 pytestmark = long_on_xfs
@@ -75,6 +76,24 @@ def test_verify_finds_damage_on_disk_that_the_page_cache_hides(full: Snapshotter
         assert file.read_bytes() == content
         with pytest.raises(DataLoss, match='"done"'):
             full.upkeep.verify("done")
+
+
+def test_verify_finds_damage_on_a_file_system_that_ignores_o_direct(loop_directory: Path) -> None:
+    with (
+        mounted("ext4", 64 << 20, loop_directory, flags="data=journal") as journaled,
+        opened(journaled.root / "state") as engine,
+    ):
+        file = Path(engine.prepare("work").source) / "large"
+        file.write_bytes(os.urandom(3 << 20))
+        engine.commit("done", "work", digest=True)
+        # A freeze writes the data from the journal to its place.
+        for flag in ("--freeze", "--unfreeze"):
+            subprocess.run(["fsfreeze", flag, str(journaled.root)], check=True)
+        content = file.read_bytes()
+        damage_on_disk(file)
+        assert file.read_bytes() == content
+        with pytest.raises(DataLoss, match='"done"'):
+            engine.upkeep.verify("done")
 
 
 @pytest.mark.parametrize("text", ["sha256", "yes", "SHA256:12"])

@@ -55,16 +55,16 @@ def loop_directory() -> Iterator[Path]:
 
 @contextmanager
 def mounted(
-    name: str, size: int, directory: Path, options: Sequence[str] = ()
+    name: str, size: int, directory: Path, options: Sequence[str] = (), flags: str = "defaults"
 ) -> Iterator[FileSystem]:
     """Mount a new file system of ``size`` bytes below ``directory`` for the block.
 
-    If that is impossible, the test is skipped. ``options`` are options of mkfs. The image is
-    unlinked after the mount, so that an unmount frees its space.
+    If that is impossible, the test is skipped. ``options`` are options of mkfs, and ``flags`` of
+    mount. The image is unlinked after the mount, so that an unmount frees its space.
     """
     image, root = _make(name, size, directory, options)
     try:
-        command = ["mount", "-o", "loop", "--make-private", str(image), str(root)]
+        command = ["mount", "-o", f"loop,{flags}", "--make-private", str(image), str(root)]
         _run(command, f"mounting {name} on a loop device")
     except BaseException:
         root.rmdir()
