@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import chain
 from pathlib import Path
 
@@ -86,18 +86,20 @@ def _held(process: Path, tree: int, known: Collection[int]) -> Iterator[int]:
 def _opened(link: Path, tree: int, known: Collection[int]) -> int | None:
     # For a detached mount the path begins at the root of the mount, which is the tree.
     path = os.readlink(link).lstrip("/") or "."
-    there = linux.openat2(tree, path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, _RULES)
-    try:
+    with ExitStack() as undo:
+        there = linux.openat2(tree, path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, _RULES)
+        undo.callback(os.close, there)
         fd = os.open(link, os.O_PATH | os.O_CLOEXEC)
-        if (
-            linux.mount_id(fd) not in known
-            and os.path.samestat(os.fstat(fd), os.fstat(there))
-            and not os.fstatvfs(fd).f_flag & os.ST_RDONLY
-        ):
-            return fd
-        os.close(fd)
-    finally:
-        os.close(there)
+        with ExitStack() as unless_held:
+            unless_held.callback(os.close, fd)
+            if (
+                linux.mount_id(fd) not in known
+                and linux.device(fd) == os.fstat(there).st_dev
+                and os.path.samestat(os.fstat(fd), os.fstat(there))
+                and not os.fstatvfs(fd).f_flag & os.ST_RDONLY
+            ):
+                unless_held.pop_all()
+                return fd
     return None
 
 

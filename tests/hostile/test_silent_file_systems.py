@@ -145,6 +145,28 @@ def test_a_start_does_not_ask_the_file_system_of_an_intact_mount(
         engine.mounter.unmount(here)
 
 
+def test_commit_does_not_ask_a_file_system_that_a_process_holds_after_a_lazy_unmount(
+    full: Snapshotter, silent: SilentFileSystem
+) -> None:
+    """No mount namespace contains it, and each user may make one with fusermount."""
+    # subprocess would change the directory while it holds the GIL, which the file system needs.
+    command = ["sh", "-c", 'cd "$1" && echo && exec cat', "sh", str(silent.root)]
+    pipe = subprocess.PIPE
+    with (
+        subprocess.Popen(command, stdin=pipe, stdout=pipe) as process,
+        ThreadPoolExecutor() as pool,
+    ):
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"\n"
+        subprocess.run(["umount", "--lazy", str(silent.root)], check=True)
+        silent.stop_answering()
+        try:
+            pool.submit(full.commit, "done", "work").result(WAIT)
+            assert not silent.was_asked()
+        finally:
+            silent.answer()
+
+
 def test_repeated_calls_on_a_silent_mount_leave_one_thread(
     mounted: Snapshotter, silent: SilentFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
