@@ -35,6 +35,10 @@ MOUNT_ATTR__ATIME = 0x00000070
 CLONE_FS = 0x00000200
 CLONE_NEWNS = 0x00020000
 
+NS_GET_USERNS = 0xB701
+NS_MNT_GET_NEXT = 0x8010B70B
+NS_MNT_GET_PREV = 0x8010B70C
+
 FICLONE = 0x40049409
 FS_IOC_GETFLAGS = 0x80086601
 FS_IOC_SETFLAGS = 0x40086602
@@ -121,6 +125,33 @@ def enter_mount_namespace(fd: int) -> None:
     """Move this thread, and no other, to the mount namespace ``fd``; see setns(2)."""
     _checked(_libc.unshare(CLONE_FS), "unshare")
     _checked(_libc.setns(fd, CLONE_NEWNS), "setns")
+
+
+def owner_namespace(fd: int) -> int:
+    """Return the inode number of the user namespace that owns the namespace ``fd``.
+
+    See ioctl_ns(2). PermissionError means that it is an ancestor of this process's.
+    """
+    owner = fcntl.ioctl(fd, NS_GET_USERNS)
+    try:
+        return os.fstat(owner).st_ino
+    finally:
+        os.close(owner)
+
+
+def neighbour_namespace(fd: int, request: int) -> int | None:
+    """Open the mount namespace that was created after or before the mount namespace ``fd``.
+
+    ``request`` is NS_MNT_GET_NEXT or NS_MNT_GET_PREV. Return None if there is no further one, or
+    before Linux 6.12.
+    """
+    # ENOTTY: the kernel is older.
+    try:
+        return int(fcntl.ioctl(fd, request, bytearray(16), True))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTTY):
+            return None
+        raise
 
 
 def mount_id(fd: int, proc: int | None = None) -> int:

@@ -26,10 +26,11 @@ _ROUNDS = 10
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """A mount namespace, and a process in it."""
+    """A mount namespace."""
 
     fd: int
     pid: int
+    """A process in it; 0 if none is known."""
 
 
 class NotFrozen(Exception):
@@ -38,7 +39,7 @@ class NotFrozen(Exception):
     def __init__(self, pid: int, entry: Entry, error: OSError) -> None:
         super().__init__(pid, entry, error)
         self.pid = pid
-        """A process in the namespace."""
+        """As that of `Namespace`."""
         self.entry = entry
         self.error = error
 
@@ -97,7 +98,10 @@ class OtherNamespaces:
             table = _table(proc)
             self.known.update(entry.id for entry in table)
             _check_overlays(namespace.pid, table, place)
+            foreign = _is_foreign(namespace.fd, proc)
             for entry in table.showing(place):
+                if foreign:
+                    _check_locked(namespace.pid, entry, proc)
                 if entry.read_only:
                     continue
                 try:
@@ -135,6 +139,34 @@ class OtherNamespaces:
         return True
 
 
+def _is_foreign(namespace: int, proc: int) -> bool:
+    """Tell whether another user namespace than this process's owns a mount namespace.
+
+    Its users can then change the flags of mounts that were not locked when they were copied.
+    """
+    try:
+        own = os.stat("self/ns/user", dir_fd=proc).st_ino
+        return linux.owner_namespace(namespace) != own
+    except PermissionError:
+        return False
+
+
+def _check_locked(pid: int, entry: Entry, proc: int) -> None:
+    """Check that the users of a foreign namespace cannot make a mount writable.
+
+    Raises:
+        NotFrozen: they can.
+    """
+    if entry.read_only:
+        try:
+            make_read_only(entry, read_only=False, proc=proc)
+        except PermissionError:
+            # It was read-only when it was copied; see mount_namespaces(7).
+            return
+        make_read_only(entry, proc=proc)
+    raise NotFrozen(pid, entry, OSError(errno.EPERM, "its user can make it writable again"))
+
+
 def _check_overlays(pid: int, table: Table, place: Place) -> None:
     for overlay in table.overlays(place, writing=True):
         raise NotFrozen(pid, overlay, OSError(errno.ETXTBSY, "an overlay writes to it"))
@@ -142,27 +174,39 @@ def _check_overlays(pid: int, table: Table, place: Place) -> None:
 
 @contextmanager
 def _namespaces() -> Iterator[tuple[list[Namespace], list[int]]]:
-    """Open the mount namespaces of all processes, except for this one's.
+    """Open all mount namespaces, except for this process's.
 
-    Yield also the processes whose namespaces root is not permitted to open.
+    Before Linux 6.12 those are not found that have no process. Yield also the threads whose
+    namespaces root is not permitted to open.
     """
     with ExitStack() as stack:
-        seen = {os.stat("/proc/self/ns/mnt").st_ino}
+        own = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, own)
+        seen = {os.fstat(own).st_ino}
         found: list[Namespace] = []
         closed: list[int] = []
-        for process in Path("/proc").glob("[0-9]*"):
-            # A process can end meanwhile.
+        # A thread can have a namespace of its own, and live longer than the first thread.
+        for thread in Path("/proc").glob("[0-9]*/task/[0-9]*"):
+            # A thread can end meanwhile.
             with suppress(FileNotFoundError, ProcessLookupError):
                 try:
-                    if os.stat(process / "ns" / "mnt").st_ino in seen:
+                    if os.stat(thread / "ns" / "mnt").st_ino in seen:
                         continue
-                    fd = os.open(process / "ns" / "mnt", os.O_RDONLY | os.O_CLOEXEC)
+                    fd = os.open(thread / "ns" / "mnt", os.O_RDONLY | os.O_CLOEXEC)
                 except PermissionError:
-                    closed.append(int(process.name))
+                    closed.append(int(thread.name))
                     continue
                 stack.callback(os.close, fd)
                 seen.add(os.fstat(fd).st_ino)
-                found.append(Namespace(fd, int(process.name)))
+                found.append(Namespace(fd, int(thread.parent.parent.name)))
+        for request in (linux.NS_MNT_GET_NEXT, linux.NS_MNT_GET_PREV):
+            at = own
+            while (other := linux.neighbour_namespace(at, request)) is not None:
+                stack.callback(os.close, other)
+                at = other
+                if os.fstat(other).st_ino not in seen:
+                    seen.add(os.fstat(other).st_ino)
+                    found.append(Namespace(other, 0))
         yield found, closed
 
 

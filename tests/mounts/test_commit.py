@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from snapd_native import trees
+from snapd_native import linux, trees
 from snapd_native.errors import AlreadyExists, FailedPrecondition, SnapdError
 from snapd_native.jobs import Job
 from snapd_native.model import Kind, Lifetime, Mounted
@@ -86,6 +87,105 @@ def test_commit_makes_the_mounts_in_other_namespaces_read_only(
                     for name in (f"from {pid}", "other"):
                         assert "Read-only file system" in write_inside(pid, here / name)
                 full.upkeep.verify("done")
+
+
+_THREAD = """
+import ctypes, sys, threading
+
+def work():
+    assert libc.unshare(0x00020000) == 0
+    print(flush=True)
+    sys.stdin.readline()
+    try:
+        open(sys.argv[1], "a").write("more")
+    except OSError as error:
+        print(error.strerror, flush=True)
+
+libc = ctypes.CDLL(None)
+thread = threading.Thread(target=work)
+thread.start()
+if sys.argv[2] == "ended":
+    libc.pthread_exit(None)
+"""
+"""A thread in a mount namespace of its own writes to a file; the first thread can end before."""
+
+
+@pytest.mark.parametrize("first_thread", ["waits", "ended"])
+def test_commit_makes_mounts_in_the_namespace_of_a_thread_read_only(
+    full: Snapshotter, places: Path, first_thread: str
+) -> None:
+    here = place(places)
+    full.mounter.mount("work", str(here))
+    command = [sys.executable, "-c", _THREAD, str(here / "file"), first_thread]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "\n"
+        if first_thread == "ended":
+            status = Path(f"/proc/{process.pid}/status")
+            becomes(lambda: "(zombie)" in status.read_text(), expected=True)
+        full.commit("done", "work", digest=True)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "Read-only file system\n"
+    full.upkeep.verify("done")
+
+
+def test_commit_makes_mounts_in_a_namespace_without_a_process_read_only(
+    full: Snapshotter, places: Path
+) -> None:
+    here = place(places)
+    full.mounter.mount("work", str(here))
+    with namespace() as pid:
+        kept = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
+    try:
+        if linux.neighbour_namespace(kept, linux.NS_MNT_GET_PREV) is None:
+            pytest.skip("Linux before 6.12 does not list mount namespaces")
+        full.commit("done", "work", digest=True)
+        enter = ["nsenter", f"--mount=/proc/self/fd/{kept}", "touch", str(here / "new")]
+        done = subprocess.run(enter, pass_fds=[kept], capture_output=True, text=True, check=False)
+        assert "Read-only file system" in done.stderr
+        full.upkeep.verify("done")
+    finally:
+        os.close(kept)
+
+
+@pytest.mark.parametrize("theirs", ["rw", "ro"])
+def test_commit_is_refused_while_a_user_namespace_has_a_copy_of_a_writable_mount(
+    full: Snapshotter, places: Path, theirs: str
+) -> None:
+    """Its user could make the copy writable again, also after Commit."""
+    here = place(places)
+    full.mounter.mount("work", str(here))
+    with namespace("--user", "--map-root-user") as pid:
+        enter = ["nsenter", "--user", "--mount", "--target", str(pid)]
+        remount = [*enter, "mount", "-o", f"remount,bind,{theirs}", str(here)]
+        subprocess.run(remount, check=True)
+        says = rf"stays writable on .* of pid {pid} \(its user can make it writable again\)"
+        with pytest.raises(FailedPrecondition, match=says):
+            full.commit("done", "work")
+        assert writable(here)
+        flags = subprocess.run(
+            [*enter, "findmnt", "--noheadings", "--output", "VFS-OPTIONS", here],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert flags.stdout.split(",")[0] == theirs
+    full.commit("done", "work")
+
+
+def test_commit_accepts_a_copy_of_a_read_only_mount_in_a_user_namespace(
+    full: Snapshotter, places: Path
+) -> None:
+    here = place(places)
+    full.mounter.mount("work", str(here), read_only=True)
+    with namespace("--user", "--map-root-user") as pid:
+        full.commit("done", "work")
+        enter = ["nsenter", "--user", "--mount", "--target", str(pid)]
+        remount = [*enter, "mount", "-o", "remount,bind,rw", str(here)]
+        assert subprocess.run(remount, check=False, capture_output=True).returncode != 0
 
 
 def test_commit_after_a_restart_is_refused_while_a_lazily_unmounted_file_is_open(

@@ -72,9 +72,12 @@ def frozen_in_namespaces(key: str) -> Iterator[None]:
         if failure.error.errno == errno.EBUSY:
             raise not_frozen(key, failure.entry, failure.error) from None
         target = quote_path(failure.entry.target)
+        where, what = f"the mount namespace of pid {failure.pid}", "end that process"
+        if not failure.pid:
+            where, what = "a mount namespace without a process", "end what keeps that"
         raise FailedPrecondition(
-            f"cannot commit {quote(key)}: it stays writable on {target} in the mount namespace of"
-            f" pid {failure.pid} ({failure.error.strerror}), end that process or unmount it there"
+            f"cannot commit {quote(key)}: it stays writable on {target} in {where}"
+            f" ({failure.error.strerror}), {what} or unmount it there"
         ) from None
     except OSError as error:
         raise FailedPrecondition(
