@@ -30,7 +30,7 @@ from snapd_native.bus.lanes import Lane, Lanes
 from snapd_native.bus.log import logged
 from snapd_native.bus.manager import Caller, Manager, Method, signal
 from snapd_native.bus.replies import ERROR, Answer, check_signature, failure, marshalled, result
-from snapd_native.errors import ResourceExhausted, Unavailable
+from snapd_native.errors import Cancelled, ResourceExhausted, Unavailable
 from snapd_native.jobs import Job
 from snapd_native.model import Change, quote
 from snapd_native.mounts import plain
@@ -192,6 +192,8 @@ class Dispatcher:
             if is_large:
                 self.connection.has_room.wait()
             try:
+                if method.lane is Lane.LIST and not caller.is_there():
+                    raise Cancelled("the caller has left the bus: nothing is read")
                 return result(call, returns, self._perform(call, method, caller, *extra), serial)
             except Exception as error:
                 return failure(call, error, serial)

@@ -379,42 +379,53 @@ def test_calls_with_a_wrong_signature_change_nothing(
     assert os.path.isdir(shared_client.mounts("key").source)
 
 
-def test_a_list_ends_when_its_caller_leaves(
+def test_lists_end_when_their_caller_leaves_and_waiting_ones_do_not_begin(
     on_bus: str, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise List would keep a processor busy without a client."""
+    lists = Lane.LIST.threads
     with opened(scratch / "state") as engine:
         fill(engine)
-    begun, go_on, read = threading.Event(), threading.Event(), Counter[str]()
-    readable = records.readable
+    begun, go_on, read = threading.Semaphore(0), threading.Event(), Counter[str]()
+    readable, arguments = records.readable, Call.arguments
+
+    def parse(call: Call) -> Body:
+        read["calls"] += 1
+        return arguments(call)
 
     def wait(row: tuple[Any, ...]) -> records.Record | None:
         read["rows"] += 1
-        begun.set()
+        begun.release()
         assert go_on.wait(WAIT)
         return readable(row)
 
     async def scenario() -> None:
         async with dispatching(scratch / "state") as dispatcher, connection() as other:
             async with connection() as leaving:
-                asking = asyncio.ensure_future(
-                    leaving.ask(member="List", signature="asa{sv}", body=[[], {}])
-                )
-                await asyncio.to_thread(begun.wait, WAIT)
+                asking = [
+                    asyncio.ensure_future(
+                        leaving.ask(member="List", signature="asa{sv}", body=[[], {}])
+                    )
+                    for _ in range(lists + 1)
+                ]
+                for _ in range(lists):
+                    await asyncio.to_thread(begun.acquire, timeout=WAIT)
                 name = str(leaving.unique_name)
-            asking.cancel()
+            for task in asking:
+                task.cancel()
             async with asyncio.timeout(WAIT):
                 while dispatcher._authority.knows(name):
                     await asyncio.sleep(0.01)
             go_on.set()
             assert await dispatcher.finish(WAIT)
-            assert read["rows"] == 1
+            assert read == {"rows": lists, "calls": lists}
             assert not (
                 await other.ask(member="List", signature="asa{sv}", body=[[], {}])
             ).error_name
-            assert read["rows"] == 5
+            assert read == {"rows": lists + 4, "calls": lists + 1}
 
     monkeypatch.setattr(records, "readable", wait)
+    monkeypatch.setattr(Call, "arguments", parse)
     try:
         asyncio.run(scenario())
     finally:
