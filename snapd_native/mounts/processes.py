@@ -77,7 +77,8 @@ def _held(process: Path, tree: int, known: Collection[int]) -> Iterator[int]:
     """
     with suppress(OSError):
         links = [process / "cwd", process / "root", *(process / "fd").iterdir()]
-        for link in [*links, *_mapped(process, writable=True)]:
+        # A process can make a shared mapping writable later, if it has opened the file for writing.
+        for link in [*links, *_mapped(process, "s")]:
             with suppress(OSError):
                 if (fd := _opened(link, tree, known)) is not None:
                     yield fd
@@ -110,7 +111,9 @@ def _uses(process: Path, mount: int, writing: bool) -> bool:
             if _is_open_on(path.read_text(errors="replace"), mount, writing):
                 return True
     links = [] if writing else [process / name for name in _LINKS]
-    return any(_is_on(link, mount) for link in chain(links, _mapped(process, writable=writing)))
+    return any(
+        _is_on(link, mount) for link in chain(links, _mapped(process, "ws" if writing else ""))
+    )
 
 
 def _is_open_on(fdinfo: str, mount: int, writing: bool) -> bool:
@@ -125,11 +128,14 @@ def _named(process: Path) -> tuple[int, str]:
     return int(process.name), (process / "comm").read_text(errors="replace").strip()
 
 
-def _mapped(process: Path, *, writable: bool) -> Iterator[Path]:
-    """Iterate over links to the files that a process has mapped; with ``writable``, for writing."""
+def _mapped(process: Path, rights: str = "") -> Iterator[Path]:
+    """Iterate over links to the files that a process has mapped with all of ``rights``.
+
+    A right is a letter of proc_pid_maps(5), such as ``s`` for a shared mapping.
+    """
     for line in (process / "maps").read_text(errors="replace").splitlines():
-        addresses, rights, _, _, inode, *_ = line.split(maxsplit=5)
-        if inode != "0" and (not writable or (rights[1] == "w" and rights[3] == "s")):
+        addresses, given, _, _, inode, *_ = line.split(maxsplit=5)
+        if inode != "0" and set(rights) <= set(given):
             # The name of the link has no leading zeros; see proc_pid_map_files(5).
             start, end = (f"{int(number, 16):x}" for number in addresses.split("-"))
             yield process / "map_files" / f"{start}-{end}"
