@@ -151,11 +151,15 @@ def test_commit_makes_mounts_in_a_namespace_without_a_process_read_only(
         os.close(kept)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("theirs", ["rw", "ro"])
 def test_commit_is_refused_while_a_user_namespace_has_a_copy_of_a_writable_mount(
     full: Snapshotter, places: Path, theirs: str
 ) -> None:
-    """Its user could make the copy writable again, also after Commit."""
+    """Its user could make the copy writable again, also after Commit.
+
+    The user namespace has copies of the mounts of all other tests, too.
+    """
     here = place(places)
     full.mounter.mount("work", str(here))
     with namespace("--user", "--map-root-user") as pid:
@@ -176,6 +180,7 @@ def test_commit_is_refused_while_a_user_namespace_has_a_copy_of_a_writable_mount
     full.commit("done", "work")
 
 
+@pytest.mark.alone
 def test_commit_accepts_a_copy_of_a_read_only_mount_in_a_user_namespace(
     full: Snapshotter, places: Path
 ) -> None:
