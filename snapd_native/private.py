@@ -144,11 +144,16 @@ def private_daemon(
         )
         daemon = Daemon(process, state)
         stack.callback(daemon.stop)
-        _await_ready(process, notify)
+        await_ready(process, notify)
         yield daemon
 
 
-def _await_ready(process: subprocess.Popen[bytes], notify: socket.socket) -> None:
+def await_ready(process: subprocess.Popen[bytes], notify: socket.socket) -> None:
+    """Wait until a process says on the socket ``notify`` that it is ready; see sd_notify(3).
+
+    Raises:
+        Unavailable: it has ended or takes too long.
+    """
     # A pidfd becomes readable when the process ends.
     ended = os.pidfd_open(process.pid)
     try:

@@ -41,6 +41,7 @@ _COMMANDS = [
     upkeep.cancel,
     upkeep.cleanup,
     processes.daemon,
+    processes.containerd,
     processes.demo,
 ]
 

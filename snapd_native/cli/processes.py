@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from snapd_native.errors import AccessDenied
+from snapd_native.errors import AccessDenied, Unavailable
 
 
 @click.command()
@@ -65,6 +65,48 @@ def _begin_in_utf8_mode() -> None:
     """Start the program again in UTF-8 mode, unless the locale uses the encoding of D-Bus."""
     if sys.getfilesystemencoding() != "utf-8":
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606 - it is this program
+
+
+@click.command()
+@click.option(
+    "--socket",
+    type=click.Path(path_type=Path),
+    default=Path("/run/snapd-native-containerd/containerd.sock"),
+    show_default=True,
+    help="The socket that containerd connects to.",
+)
+@click.option(
+    "--name",
+    default="containerd",
+    show_default=True,
+    help="The name of the containerd; each that uses the store has its own.",
+)
+@click.option(
+    "--usage-age",
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    default=60,
+    show_default=True,
+    help="How old the usage of an active snapshot may be.",
+)
+@click.pass_obj
+def containerd(instance: str, socket: Path, name: str, usage_age: float) -> None:
+    """Run the snapshots plugin of containerd; systemd starts this."""
+    _begin_in_utf8_mode()
+    from snapd_native import logs
+
+    try:
+        from snapd_native.containerd.server import run
+    except ModuleNotFoundError as error:
+        raise Unavailable(
+            f"the Python package {error.name} is missing: install the package"
+            " snapd-native-containerd, or snapd-native[containerd] with pip"
+        ) from None
+
+    logs.configure(logging.INFO)
+    if os.geteuid() != 0:
+        raise AccessDenied("the plugin needs root: run it as root")
+    sys.exit(run(instance, socket.absolute(), name, usage_age))
 
 
 @click.command()

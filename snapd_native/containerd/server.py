@@ -1,0 +1,96 @@
+"""The plugin as a process: listen on a Unix socket, serve and end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import stat
+from pathlib import Path
+
+import grpc
+from sdnotify import SystemdNotifier
+
+from snapd_native.containerd.service import Service
+from snapd_native.containerd.snapshots import Snapshots
+from snapd_native.errors import FailedPrecondition, InvalidArgument, SnapdError, Unavailable
+from snapd_native.model import quote_path
+
+log = logging.getLogger(__name__)
+
+GRACE = 10.0
+"""Seconds for running calls after SIGTERM; then those that copy are undone."""
+
+MAX_SOCKET = 107
+"""Bytes in the path of a Unix socket at most; see unix(7)."""
+
+
+def run(instance: str, path: Path, name: str, usage_age: float) -> int:
+    """Serve the containerd ``name`` until SIGTERM or SIGINT; return the process's exit status."""
+    os.umask(0o077)
+    try:
+        asyncio.run(_serve(Snapshots(instance, name, usage_age), path))
+    except SnapdError as error:
+        log.critical("%s", error)
+        return 1
+    return 0
+
+
+async def _serve(snapshots: Snapshots, path: Path) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    server = grpc.aio.server(handlers=[Service(snapshots).handler()])
+    _listen(server, path)
+    try:
+        await server.start()
+        SystemdNotifier().notify("READY=1")
+        log.info("serving containerd's snapshots on %s", quote_path(str(path)))
+        await stop.wait()
+        SystemdNotifier().notify("STOPPING=1")
+        await server.stop(GRACE)
+    finally:
+        await snapshots.close()
+        path.unlink(missing_ok=True)
+
+
+def _listen(server: grpc.aio.Server, path: Path) -> None:
+    """Make the socket, for root only.
+
+    Raises:
+        InvalidArgument: the path is too long.
+        FailedPrecondition: the path is not a socket, or another process serves on it.
+        Unavailable: the socket cannot be made.
+    """
+    shown = quote_path(str(path))
+    if len(os.fsencode(path)) > MAX_SOCKET:
+        raise InvalidArgument(f"the path {shown} is over {MAX_SOCKET} bytes long: choose another")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_unused(path)
+        server.add_insecure_port(f"unix:{path}")
+        path.chmod(0o600)
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "gRPC cannot listen on it"
+        raise Unavailable(f"the socket {shown} cannot be made ({reason}): choose another") from None
+
+
+def _check_unused(path: Path) -> None:
+    """Refuse a path that gRPC would replace, unless it is the socket of an ended process."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise FailedPrecondition(
+                f"{quote_path(str(path))} is not a socket: choose another path"
+            )
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX) as other:
+        try:
+            other.connect(str(path))
+        except ConnectionRefusedError:
+            return
+    raise FailedPrecondition(
+        f"another process serves on {quote_path(str(path))}: end it, or choose another path"
+    )

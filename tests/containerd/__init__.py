@@ -1,0 +1,1 @@
+"""The snapshots plugin of containerd, by its socket and under real containerds."""

@@ -1,0 +1,197 @@
+"""Container images, and a containerd that unpacks and runs them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.service import PATIENCE
+from tests.support.waiting import eventually
+
+IMAGE = "example.com/test:1"
+
+_MEDIA = "application/vnd.oci.image"
+
+
+def layer(*entries: tarfile.TarInfo | tuple[str | tarfile.TarInfo, bytes]) -> bytes:
+    """Return a layer as an uncompressed archive; a pair is a regular file."""
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for entry in entries:
+            info, data = entry if isinstance(entry, tuple) else (entry, b"")
+            if isinstance(info, str):
+                info = tarfile.TarInfo(info)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return raw.getvalue()
+
+
+def special(
+    name: str,
+    kind: bytes = tarfile.REGTYPE,
+    mode: int = 0o755,
+    to: str = "",
+    attributes: Mapping[str, str] | None = None,
+) -> tarfile.TarInfo:
+    """Return an entry that is not an ordinary file; ``to`` is the target of a link."""
+    info = tarfile.TarInfo(name)
+    info.type, info.mode, info.linkname = kind, mode, to
+    info.uid, info.gid, info.mtime = 1000, 1001, 1_600_000_000
+    info.devmajor, info.devminor = 1, 7
+    info.pax_headers = {f"SCHILY.xattr.{key}": text for key, text in (attributes or {}).items()}
+    return info
+
+
+def write_image(path: Path, layers: Sequence[bytes], name: str = IMAGE) -> None:
+    """Write an image as an archive in the OCI layout, as ``ctr images import`` reads it."""
+    with tarfile.open(path, "w") as archive:
+
+        def add(name: str, data: bytes) -> None:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+        def blob(data: bytes, kind: str) -> dict[str, object]:
+            digest = hashlib.sha256(data).hexdigest()
+            add(f"blobs/sha256/{digest}", data)
+            return {
+                "mediaType": f"{_MEDIA}.{kind}",
+                "digest": f"sha256:{digest}",
+                "size": len(data),
+            }
+
+        platform = {"architecture": "amd64", "os": "linux"}
+        digests = [f"sha256:{hashlib.sha256(data).hexdigest()}" for data in layers]
+        configuration = {
+            **platform,
+            "config": {"Cmd": ["/bin/sh"], "Env": ["PATH=/bin"]},
+            "rootfs": {"type": "layers", "diff_ids": digests},
+        }
+        manifest = {
+            "schemaVersion": 2,
+            "mediaType": f"{_MEDIA}.manifest.v1+json",
+            "config": blob(json.dumps(configuration).encode(), "config.v1+json"),
+            "layers": [blob(data, "layer.v1.tar") for data in layers],
+        }
+        described = blob(json.dumps(manifest).encode(), "manifest.v1+json")
+        described |= {"platform": platform, "annotations": {"io.containerd.image.name": name}}
+        add("index.json", json.dumps({"schemaVersion": 2, "manifests": [described]}).encode())
+        add("oci-layout", b'{"imageLayoutVersion": "1.0.0"}')
+
+
+def programs() -> bytes:
+    """Return a layer with a shell."""
+    busybox = Path(shutil.which("busybox") or "").read_bytes()
+    return layer(
+        special("bin", tarfile.DIRTYPE),
+        (special("bin/busybox"), busybox),
+        *(special(f"bin/{name}", tarfile.LNKTYPE, to="bin/busybox") for name in ("sh", "cat")),
+    )
+
+
+_CONFIGURATION = """
+version = 2
+root = "{directory}/root"
+state = "{directory}/state"
+disabled_plugins = ["io.containerd.internal.v1.opt"{disabled}]
+[grpc]
+address = "{directory}/containerd.sock"
+[proxy_plugins.snapd-native]
+type = "snapshot"
+address = "{socket}"
+{more}
+"""
+
+
+@dataclass
+class Containerd:
+    """A running containerd."""
+
+    directory: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start containerd, and wait until it answers."""
+        log = self.directory / "log"
+        with log.open("ab") as stderr:
+            command = ["containerd", "--config", f"{self.directory}/config.toml"]
+            process = subprocess.Popen(command, stderr=stderr, process_group=0)
+        self.process = process
+        eventually(lambda: process.poll() is not None or self._answers())
+        assert process.poll() is None, log.read_text()[-2000:]
+
+    def kill(self) -> None:
+        """Kill containerd."""
+        assert self.process
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """End containerd, and unmount what a killed one has left, the innermost mounts first."""
+        assert self.process
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+        for target in reversed([line.split()[4] for line in mounts]):
+            if target.startswith(f"{self.directory}/"):
+                subprocess.run(["umount", target], check=True)
+
+    def _answers(self) -> bool:
+        if not os.path.exists(self.address):
+            return False
+        command = ["ctr", "--address", self.address, "version"]
+        return subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+    @property
+    def address(self) -> str:
+        return f"{self.directory}/containerd.sock"
+
+    def ctr(self, *arguments: str, fails: bool = False) -> str:
+        """Run ctr, which must succeed, and return its output; if it ``fails``, the error."""
+        done = subprocess.run(
+            ["ctr", "--address", self.address, *arguments],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert (done.returncode != 0) == fails, done.stderr
+        return done.stderr if fails else done.stdout
+
+    def snapshots(self, snapshotter: str) -> list[str]:
+        """Return the keys of the snapshots that containerd knows."""
+        lines = self.ctr("snapshots", "--snapshotter", snapshotter, "ls").splitlines()[1:]
+        return [line.split()[0] for line in lines]
+
+    def collect(self) -> None:
+        """Run the garbage collection, and wait for its end."""
+        self.ctr("images", "tag", "--force", IMAGE, "example.com/unused:1")
+        self.ctr("images", "rm", "--sync", "example.com/unused:1")
+
+
+@contextmanager
+def containerd(
+    socket: Path, more: str = "", disabled: str = ', "io.containerd.grpc.v1.cri"'
+) -> Iterator[Containerd]:
+    """Run a containerd with the plugin on ``socket`` as its snapshotter ``snapd-native``."""
+    # The path of a socket is at most 107 bytes long.
+    with tempfile.TemporaryDirectory(prefix="snapd-native-containerd-") as directory:
+        (Path(directory) / "config.toml").write_text(
+            _CONFIGURATION.format(directory=directory, socket=socket, more=more, disabled=disabled)
+        )
+        running = Containerd(Path(directory))
+        running.start()
+        try:
+            yield running
+        finally:
+            running.stop()
