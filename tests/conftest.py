@@ -14,7 +14,7 @@ pytest_plugins = [
     "tests.support.kernel_mounts",
     "tests.support.sample_trees",
     "tests.support.service",
-    "tests.support.sharing",
+    "tests.support.markers",
     "tests.support.job_watch",
     "tests.support.bus_mounts",
     "tests.support.daemon_process",

@@ -23,11 +23,11 @@ from bench.results import Case
 from bench.trees import GROWTH, ROOTFS, TREES
 from tests.support import PROJECT
 from tests.support.file_systems import FileSystem
-from tests.support.service import PATIENCE, processes
+from tests.support.service import HANG_TIMEOUT, processes_marked
 
 # Only the benchmark needs containerd, grpc and matplotlib, so they may be missing.
 PEERS = ["containerd", "cp"] if shutil.which("containerd") and find_spec("grpc") else ["cp"]
-DRAWS = find_spec("matplotlib") is not None
+HAS_MATPLOTLIB = find_spec("matplotlib") is not None
 
 
 class Benchmark:
@@ -58,7 +58,7 @@ class Benchmark:
 
     def check_nothing_left(self) -> None:
         """Check that no process, file or mount is left; `loop_directory` checks loop devices."""
-        assert processes(self._mark) == []
+        assert processes_marked(self._mark) == []
         assert list(self._temporary.iterdir()) == []
         assert list(self._directory.iterdir()) == [self._temporary]
         assert str(self._directory) not in Path("/proc/self/mountinfo").read_text()
@@ -74,9 +74,9 @@ def benchmark(ext4: FileSystem, loop_directory: Path) -> Iterator[Benchmark]:
 def test_the_benchmark_measures_every_case(benchmark: Benchmark, tmp_path: Path) -> None:
     found, document, plot = (tmp_path / name for name in ("found.json", "found.md", "plot.svg"))
     document.write_text("above\n<!-- results: begin -->\nold\n<!-- results: end -->\nbelow\n")
-    drawing: list[str | Path] = ["--plot", plot] if DRAWS else []
+    drawing: list[str | Path] = ["--plot", plot] if HAS_MATPLOTLIB else []
     running = benchmark.start("--json", found, "--document", document, *drawing)
-    out, error = running.communicate(timeout=PATIENCE)
+    out, error = running.communicate(timeout=HANG_TIMEOUT)
     assert running.returncode == 0, error
     benchmark.check_nothing_left()
 
@@ -99,7 +99,7 @@ def test_the_benchmark_measures_every_case(benchmark: Benchmark, tmp_path: Path)
         assert f"| {case} |" in text
     assert text.startswith("above\n<!-- results: begin -->\n\n|")
     assert text.endswith("|\n\n<!-- results: end -->\nbelow\n")
-    assert plot.exists() == DRAWS
+    assert plot.exists() == HAS_MATPLOTLIB
 
 
 @pytest.mark.parametrize("interrupt", ["ctrl-c", "sigterm"])
@@ -115,7 +115,7 @@ def test_an_interrupted_benchmark_leaves_no_process_file_or_mount(
         os.killpg(running.pid, signal.SIGINT)
     else:
         running.terminate()
-    running.communicate(timeout=PATIENCE)
+    running.communicate(timeout=HANG_TIMEOUT)
     assert running.returncode == 1
     benchmark.check_nothing_left()
     assert not (tmp_path / "found.json").exists()
@@ -123,7 +123,7 @@ def test_an_interrupted_benchmark_leaves_no_process_file_or_mount(
 
 def test_an_unknown_tree_name_exits_with_2(benchmark: Benchmark) -> None:
     running = benchmark.start("--trees", "rootfs,forest")
-    _, error = running.communicate(timeout=PATIENCE)
+    _, error = running.communicate(timeout=HANG_TIMEOUT)
     assert running.returncode == 2
     assert "'forest' is none of rootfs, " in error
     benchmark.check_nothing_left()

@@ -6,8 +6,6 @@ import asyncio
 import gc
 import os
 import subprocess
-import threading
-from collections import Counter
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -32,24 +30,24 @@ from snapd_native.wire.names import (
     PEER,
 )
 from snapd_native.wire.values import Body
-from tests.support.descriptors import descriptors, wait_until_closed, workers
-from tests.support.dispatching import dispatching
-from tests.support.engine import fill, opened
+from tests.support.descriptors import descriptors, wait_until_closed, worker_pids
+from tests.support.engine import open_engine, populate
 from tests.support.file_systems import long_on_xfs
-from tests.support.holding import held
+from tests.support.holding import HeldCalls, hold_at_files, hold_function
 from tests.support.service import (
     NOBODY,
     Service,
     as_user,
+    call_method,
     check_sentence,
-    committed,
+    commit_snapshot,
     connection,
-    everything,
-    refused,
-    request,
-    run,
+    expect_error,
+    run_with_client,
+    snapshots_and_directories,
 )
-from tests.support.waiting import WAIT
+from tests.support.service_in_process import serve_in_process
+from tests.support.waiting import WAIT_TIMEOUT
 
 pytestmark = long_on_xfs
 
@@ -81,7 +79,11 @@ def test_an_answered_call_is_freed_without_the_garbage_collector(
         return [found for found in gc.get_objects() if isinstance(found, Call)]
 
     async def scenario() -> None:
-        async with dispatching(scratch / "state"), connection() as bus, asyncio.timeout(WAIT):
+        async with (
+            serve_in_process(scratch / "state"),
+            connection() as bus,
+            asyncio.timeout(WAIT_TIMEOUT),
+        ):
             await bus.ask(member=member, signature=signature, body=body)
             # The reply arrives a moment before the service frees the call.
             while calls():
@@ -95,7 +97,7 @@ def test_an_answered_call_is_freed_without_the_garbage_collector(
         gc.enable()
 
 
-def test_a_call_with_no_reply_expected_gets_no_reply(shared: Service) -> None:
+def test_a_call_with_no_reply_expected_gets_no_reply(shared_service: Service) -> None:
     async def scenario(client: Client) -> list[Message]:
         replies: list[Message] = []
         async with client.changes() as changes, connection() as bus:
@@ -125,16 +127,16 @@ def test_a_call_with_no_reply_expected_gets_no_reply(shared: Service) -> None:
                 await bus.ask(interface=PEER, member="Ping")
         return replies
 
-    assert len(run(scenario)) == 10
+    assert len(run_with_client(scenario)) == 10
 
 
 def test_the_daemon_keeps_no_descriptor_sent_with_a_call(
-    shared: Service, shared_client: BlockingClient
+    shared_service: Service, shared_client: BlockingClient
 ) -> None:
-    before = descriptors(shared)
+    before = descriptors(shared_service)
 
     async def scenario() -> None:
-        bus = await MessageBus(bus_address=shared.address, negotiate_unix_fd=True).connect()
+        bus = await MessageBus(bus_address=shared_service.address, negotiate_unix_fd=True).connect()
         for member, signature in (("Stat", "h"), ("Ping", "h"), ("Prepare", "ah")):
             with open("/dev/null", "rb") as file:
                 message = Message(
@@ -152,11 +154,13 @@ def test_the_daemon_keeps_no_descriptor_sent_with_a_call(
 
     asyncio.run(scenario())
     shared_client.list()
-    wait_until_closed(shared, before)
+    wait_until_closed(shared_service, before)
 
 
 @pytest.mark.parametrize("mebibytes", [10, 30])
-def test_a_message_over_4_mib_raises_invalid_argument(shared: Service, mebibytes: int) -> None:
+def test_a_message_over_4_mib_raises_invalid_argument(
+    shared_service: Service, mebibytes: int
+) -> None:
     async def scenario(client: Client) -> None:
         async with connection() as bus:
             for member in ("Stat", "Mounts"):
@@ -165,17 +169,24 @@ def test_a_message_over_4_mib_raises_invalid_argument(shared: Service, mebibytes
                 assert reply.error_name == "org.snapdnative1.Error.InvalidArgument"
                 check_sentence(reply.body[0], member, "4194304")
 
-    run(scenario)
+    run_with_client(scenario)
 
 
 def test_large_messages_of_other_users_raise_access_denied(
-    shared: Service, shared_client: BlockingClient
+    shared_service: Service, shared_client: BlockingClient
 ) -> None:
     for member in ("Stat", "Prepare"):
         done = subprocess.run(
             [
                 *as_user(NOBODY),
-                *("busctl", f"--address={shared.address}", "call", BUS_NAME, OBJECT_PATH, MANAGER),
+                *(
+                    "busctl",
+                    f"--address={shared_service.address}",
+                    "call",
+                    BUS_NAME,
+                    OBJECT_PATH,
+                    MANAGER,
+                ),
                 *(member, "as", "100", *["x" * 15_000] * 100),
             ],
             check=False,
@@ -187,7 +198,7 @@ def test_large_messages_of_other_users_raise_access_denied(
 
 
 def test_closed_connections_leave_no_open_descriptors(
-    shared: Service, shared_client: BlockingClient
+    shared_service: Service, shared_client: BlockingClient
 ) -> None:
     async def scenario() -> None:
         for _ in range(300):
@@ -195,16 +206,16 @@ def test_closed_connections_leave_no_open_descriptors(
                 await bus.ask(member="Stat", signature="s", body=["none"])
 
     shared_client.list()
-    before = descriptors(shared)
+    before = descriptors(shared_service)
     asyncio.run(scenario())
     shared_client.list()
-    wait_until_closed(shared, before)
+    wait_until_closed(shared_service, before)
 
 
 def test_answered_calls_leave_no_open_descriptors(
-    shared: Service, shared_client: BlockingClient
+    shared_service: Service, shared_client: BlockingClient
 ) -> None:
-    committed(shared_client, "base", files={"file": "text"})
+    commit_snapshot(shared_client, "base", files={"file": "text"})
 
     async def scenario(client: Client) -> None:
         async def one(number: int) -> None:
@@ -232,37 +243,37 @@ def test_answered_calls_leave_no_open_descriptors(
         await client.cleanup()
 
     shared_client.list()
-    before = descriptors(shared)
-    run(scenario)
-    wait_until_closed(shared, before)
+    before = descriptors(shared_service)
+    run_with_client(scenario)
+    wait_until_closed(shared_service, before)
 
 
 def test_prepare_completes_after_its_caller_has_left_the_bus(
-    shared: Service, shared_client: BlockingClient
+    shared_service: Service, shared_client: BlockingClient
 ) -> None:
-    root = committed(shared_client, "base", files={"file": "text"})
+    root = commit_snapshot(shared_client, "base", files={"file": "text"})
 
     async def scenario(client: Client) -> None:
         async with client.changes() as changes:
-            with held(root / "file") as copy:
+            with hold_at_files(root / "file") as copy:
                 async with Client() as leaving:
                     preparing = asyncio.ensure_future(leaving.prepare("key", "base"))
                     await asyncio.to_thread(copy.wait_until_reached)
-                assert isinstance(await thrown(preparing), Unavailable)
+                assert isinstance(await wait_for_exception(preparing), Unavailable)
             assert await anext(changes) == Added("key", Kind.ACTIVE, "base")
 
-    run(scenario)
+    run_with_client(scenario)
     copy = Path(shared_client.mounts("key").source)
     assert (copy / "file").read_text() == "text"
 
 
-async def thrown(calling: asyncio.Future[Any]) -> BaseException | None:
+async def wait_for_exception(calling: asyncio.Future[Any]) -> BaseException | None:
     await asyncio.wait({calling})
     return calling.exception()
 
 
 def test_the_daemon_answers_512_calls_at_once(
-    shared: Service, shared_client: BlockingClient
+    shared_service: Service, shared_client: BlockingClient
 ) -> None:
     shared_client.prepare("key")
 
@@ -281,18 +292,18 @@ def test_more_than_64_long_calls_at_once_raise_resource_exhausted(
     service: Service, client: BlockingClient
 ) -> None:
     """All calls of the lane `TREE` wait for one deletion. Calls of other lanes are answered."""
-    committed(client, "base")
-    tree = committed(client, "doomed")
+    commit_snapshot(client, "base")
+    tree = commit_snapshot(client, "doomed")
 
     async def scenario(client: Client) -> None:
-        with held(tree) as deletion:
+        with hold_at_files(tree) as deletion:
             await client.remove("doomed")
             await asyncio.to_thread(deletion.wait_until_reached)
             waiting = [asyncio.ensure_future(client.cleanup()) for _ in range(70)]
             async with Client() as other:
                 while sum(task.done() for task in waiting) < 6:
                     await other.stat("base")
-                with refused(ResourceExhausted, "64"):
+                with expect_error(ResourceExhausted, "64"):
                     await other.prepare("new", "base")
                 assert [info.name for info in await other.list()] == ["base"]
                 await other.view("view", "base")
@@ -303,19 +314,19 @@ def test_more_than_64_long_calls_at_once_raise_resource_exhausted(
         assert [type(outcome) for outcome in failed] == [ResourceExhausted] * 6
         await client.prepare("new", "base")
 
-    run(scenario)
+    run_with_client(scenario)
 
 
 def test_eighty_verify_calls_at_once_do_not_block_prepare(
     service: Service, client: BlockingClient
 ) -> None:
-    committed(client, "base", files={"file": "text"})
+    commit_snapshot(client, "base", files={"file": "text"})
     (Path(client.prepare("making").source) / "file").write_text("text")
     client.commit("large", "making", digest=True)
     file = Path(client.view("look", "large").source) / "file"
 
     async def scenario(client: Client) -> None:
-        with held(file) as reading:
+        with hold_at_files(file) as reading:
             verifying = [asyncio.ensure_future(client.verify("large")) for _ in range(80)]
             await asyncio.to_thread(reading.wait_until_reached)
             async with Client() as other:
@@ -323,16 +334,16 @@ def test_eighty_verify_calls_at_once_do_not_block_prepare(
                     await other.stat("base")
                 await other.prepare("copy", "base")
         outcomes = await asyncio.gather(*verifying, return_exceptions=True)
-        refused = [one for one in outcomes if isinstance(one, BaseException)]
-        assert [type(one) for one in refused] == [ResourceExhausted] * 16
+        failures = [one for one in outcomes if isinstance(one, BaseException)]
+        assert [type(one) for one in failures] == [ResourceExhausted] * 16
 
-    run(scenario)
+    run_with_client(scenario)
 
 
 def test_verify_jobs_do_not_block_prepare_and_use_few_workers(
     service: Service, client: BlockingClient
 ) -> None:
-    committed(client, "base", files={"file": "text"})
+    commit_snapshot(client, "base", files={"file": "text"})
     (Path(client.prepare("making").source) / "file").write_text("text")
     client.commit("large", "making", digest=True)
     file = Path(client.view("look", "large").source) / "file"
@@ -344,27 +355,27 @@ def test_verify_jobs_do_not_block_prepare_and_use_few_workers(
                 reply = await bus.ask(member="VerifyJob", signature="sa{sv}", body=["large", {}])
                 return reply.error_name or reply.body[0]
 
-            with held(file) as reading:
+            with hold_at_files(file) as reading:
                 await asyncio.gather(*(verify() for _ in range(64)))
                 await asyncio.to_thread(reading.wait_until_reached, Lane.VERIFY.places)
                 assert await verify() == "org.snapdnative1.Error.ResourceExhausted"
                 await client.prepare("copy", "base")
                 await client.usage("copy")
-                assert len(workers(service, IDLE)) == Lane.VERIFY.places
+                assert len(worker_pids(service, IDLE)) == Lane.VERIFY.places
                 # The list has the jobs that work and the jobs that wait for a place.
                 jobs = await client.jobs()
                 assert len(jobs) == 64
                 await asyncio.gather(*(client.cancel(job.id) for job in jobs))
             assert await client.jobs() == []
 
-    run(scenario)
+    run_with_client(scenario)
 
 
 def test_calls_with_a_wrong_signature_change_nothing(
-    shared: Service, shared_client: BlockingClient
+    shared_service: Service, shared_client: BlockingClient
 ) -> None:
     shared_client.prepare("key")
-    before = everything(shared_client, shared)
+    before = snapshots_and_directories(shared_client, shared_service)
     for signature in ("v", "a{sv}", "ssv", "aaaas"):
         values: dict[str, list[object]] = {
             "v": [Variant("v", Variant("v", Variant("s", "deep")))],
@@ -373,34 +384,22 @@ def test_calls_with_a_wrong_signature_change_nothing(
             "aaaas": [[[[["key"]]]]],
         }
         for member in ("Prepare", "Commit", "Remove"):
-            with refused(InvalidArgument, member):
-                request(member, signature, *values[signature])
-    assert everything(shared_client, shared) == before
+            with expect_error(InvalidArgument, member):
+                call_method(member, signature, *values[signature])
+    assert snapshots_and_directories(shared_client, shared_service) == before
     assert os.path.isdir(shared_client.mounts("key").source)
 
 
 def test_lists_end_when_their_caller_leaves_and_waiting_ones_do_not_begin(
-    on_bus: str, scratch: Path, monkeypatch: pytest.MonkeyPatch
+    on_bus: str, scratch: Path
 ) -> None:
     """Otherwise List would keep a processor busy without a client."""
     lists = Lane.LIST.threads
-    with opened(scratch / "state") as engine:
-        fill(engine)
-    begun, go_on, read = threading.Semaphore(0), threading.Event(), Counter[str]()
-    readable, arguments = records.readable, Call.arguments
+    with open_engine(scratch / "state") as engine:
+        populate(engine)
 
-    def parse(call: Call) -> Body:
-        read["calls"] += 1
-        return arguments(call)
-
-    def wait(row: tuple[Any, ...]) -> records.Record | None:
-        read["rows"] += 1
-        begun.release()
-        assert go_on.wait(WAIT)
-        return readable(row)
-
-    async def scenario() -> None:
-        async with dispatching(scratch / "state") as dispatcher, connection() as other:
+    async def scenario(reading: HeldCalls, parsing: HeldCalls) -> None:
+        async with serve_in_process(scratch / "state") as dispatcher, connection() as other:
             async with connection() as leaving:
                 asking = [
                     asyncio.ensure_future(
@@ -408,25 +407,24 @@ def test_lists_end_when_their_caller_leaves_and_waiting_ones_do_not_begin(
                     )
                     for _ in range(lists + 1)
                 ]
-                for _ in range(lists):
-                    await asyncio.to_thread(begun.acquire, timeout=WAIT)
+                await asyncio.to_thread(reading.wait_until_reached, lists)
                 name = str(leaving.unique_name)
             for task in asking:
                 task.cancel()
-            async with asyncio.timeout(WAIT):
+            async with asyncio.timeout(WAIT_TIMEOUT):
                 while dispatcher._authority.knows(name):
                     await asyncio.sleep(0.01)
-            go_on.set()
-            assert await dispatcher.finish(WAIT)
-            assert read == {"rows": lists, "calls": lists}
+            reading.release()
+            assert await dispatcher.finish(WAIT_TIMEOUT)
+            assert (reading.count, parsing.count) == (lists, lists)
             assert not (
                 await other.ask(member="List", signature="asa{sv}", body=[[], {}])
             ).error_name
-            assert read == {"rows": lists + 4, "calls": lists + 1}
+            assert (reading.count, parsing.count) == (lists + 4, lists + 1)
 
-    monkeypatch.setattr(records, "readable", wait)
-    monkeypatch.setattr(Call, "arguments", parse)
-    try:
-        asyncio.run(scenario())
-    finally:
-        go_on.set()
+    with (
+        hold_function(records, "readable") as reading,
+        hold_function(Call, "arguments") as parsing,
+    ):
+        parsing.release()
+        asyncio.run(scenario(reading, parsing))

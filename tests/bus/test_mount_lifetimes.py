@@ -28,25 +28,25 @@ from snapd_native.private import private_bus
 from tests.support.bus_mounts import (
     MOUNT,
     UNMOUNT,
-    is_gone,
-    listed,
-    stock,
+    is_unmounted,
+    list_mounts,
+    populate_service,
 )
 from tests.support.file_systems import on_ext4
-from tests.support.kernel_mounts import below, mounted_on, place, user_in
+from tests.support.kernel_mounts import make_target, mounted_on, mounts_below, run_process_in
 from tests.support.service import (
     Service,
+    call_method,
     connection,
-    request,
-    serving,
+    run_daemon,
 )
-from tests.support.waiting import becomes, eventually
+from tests.support.waiting import wait_until, wait_until_equal
 
 pytestmark = on_ext4
 
 T = TypeVar("T")
 
-HOLDER = """
+CLIENT_WITH_MOUNT = """
 import os, sys
 from snapd_native.client import BlockingClient
 from snapd_native.model import Lifetime
@@ -60,10 +60,10 @@ with BlockingClient() as client:
 
 
 @contextmanager
-def holding(target: Path, how: str = "") -> Iterator[subprocess.Popen[bytes]]:
-    """Run a client with a client mount at ``target``; if ``how`` is "inside", it works there."""
+def run_client_with_mount(target: Path, how: str = "") -> Iterator[subprocess.Popen[bytes]]:
+    """Run a client with a client mount at ``target``; with ``how`` "inside", it works in there."""
     with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(target), how],
+        [sys.executable, "-c", CLIENT_WITH_MOUNT, str(target), how],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as process:
@@ -77,56 +77,58 @@ def holding(target: Path, how: str = "") -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.mark.parametrize("how", ["ends", "is killed", "inside"])
 def test_a_client_mount_is_unmounted_when_its_client_leaves(
-    stocked: Service, places: Path, how: str
+    populated_service: Service, places: Path, how: str
 ) -> None:
-    here = place(places)
-    with holding(here, how) as client:
-        assert listed() == [[str(here), "work", False, "client", 0]]
+    here = make_target(places)
+    with run_client_with_mount(here, how) as client:
+        assert list_mounts() == [[str(here), "work", False, "client", 0]]
         if how == "ends":
             client.communicate(b"\n")
             assert client.returncode == 0
         else:
             client.kill()
             client.wait()
-        eventually(lambda: is_gone(here))
+        wait_until(lambda: is_unmounted(here))
     assert list(here.iterdir()) == []
-    request("Remove", "sa{sv}", "work", {})
+    call_method("Remove", "sa{sv}", "work", {})
 
 
 def test_a_client_mount_is_unmounted_while_another_process_uses_it(
-    stocked: Service, places: Path
+    populated_service: Service, places: Path
 ) -> None:
-    here = place(places)
+    here = make_target(places)
     with (
-        holding(here) as client,
-        user_in(here) as cat,
+        run_client_with_mount(here) as client,
+        run_process_in(here) as cat,
     ):
         client.kill()
         client.wait()
-        eventually(lambda: is_gone(here))
+        wait_until(lambda: is_unmounted(here))
         assert cat.poll() is None
         assert Path(f"/proc/{cat.pid}/cwd/file").read_text() == "text"
-    request("Remove", "sa{sv}", "work", {})
+    call_method("Remove", "sa{sv}", "work", {})
 
 
 def test_only_the_client_mounts_of_a_leaving_client_are_unmounted(
-    stocked: Service, shared_client: BlockingClient, places: Path
+    populated_service: Service, shared_client: BlockingClient, places: Path
 ) -> None:
-    made = [place(places, f"{number}") for number in range(20)]
-    kept, others = str(place(places, "kept")), str(place(places, "other"))
+    made = [make_target(places, f"{number}") for number in range(20)]
+    kept, others = str(make_target(places, "kept")), str(make_target(places, "other"))
     shared_client.mount("work", others, lifetime=Lifetime.CLIENT)
     with BlockingClient() as client:
         client.mount("work", kept)
         for target in made:
             client.mount("look", str(target), lifetime=Lifetime.CLIENT)
         client.mount("look", lifetime=Lifetime.CLIENT)
-        assert len(listed()) == 23
-    eventually(lambda: len(listed()) == 2)
-    assert below(places) == [others, kept]
+        assert len(list_mounts()) == 23
+    wait_until(lambda: len(list_mounts()) == 2)
+    assert mounts_below(places) == [others, kept]
 
 
-def test_a_client_that_leaves_during_mount_leaves_no_mount(stocked: Service, places: Path) -> None:
-    made = [str(place(places, f"{number}")) for number in range(60)]
+def test_a_client_that_leaves_during_mount_leaves_no_mount(
+    populated_service: Service, places: Path
+) -> None:
+    made = [str(make_target(places, f"{number}")) for number in range(60)]
     options = {"lifetime": Variant("s", "client")}
 
     async def scenario() -> None:
@@ -147,22 +149,22 @@ def test_a_client_that_leaves_during_mount_leaves_no_mount(stocked: Service, pla
 
     asyncio.run(scenario())
     # The daemon unmounts for this client after it has unmounted for all clients before.
-    last = place(places, "last")
-    with holding(last, "is killed"):
+    last = make_target(places, "last")
+    with run_client_with_mount(last, "is killed"):
         pass
-    eventually(lambda: is_gone(last) and below(places) == [])
+    wait_until(lambda: is_unmounted(last) and mounts_below(places) == [])
 
 
 @pytest.mark.parametrize("meanwhile", [False, True])
-def test_a_client_mount_survives_a_killed_daemon_but_not_its_client(
+def test_a_client_mount_stays_when_the_daemon_is_killed_and_ends_with_its_client(
     on_bus: str, scratch: Path, places: Path, meanwhile: bool
 ) -> None:
-    here, state = place(places), scratch / "state"
+    here, state = make_target(places), scratch / "state"
     with ExitStack() as stack:
-        with serving(on_bus, state, status=-signal.SIGKILL) as service:
+        with run_daemon(on_bus, state, status=-signal.SIGKILL) as service:
             with BlockingClient() as client:
-                stock(client)
-            holder = stack.enter_context(holding(here))
+                populate_service(client)
+            holder = stack.enter_context(run_client_with_mount(here))
             before = mounted_on(here)
             service.daemon.process.kill()
             service.daemon.process.wait()
@@ -171,45 +173,45 @@ def test_a_client_mount_survives_a_killed_daemon_but_not_its_client(
         if meanwhile:
             stack.close()
             assert mounted_on(here) == before
-        with serving(on_bus, state):
+        with run_daemon(on_bus, state):
             if not meanwhile:
                 # The start is complete when the daemon unmounts for a client that leaves later.
                 with BlockingClient() as client:
                     client.mount("look", lifetime=Lifetime.CLIENT)
-                becomes(listed, [[str(here), "work", False, "client", 0]])
+                wait_until_equal(list_mounts, [[str(here), "work", False, "client", 0]])
                 assert mounted_on(here) == before
                 holder.kill()
-            eventually(lambda: is_gone(here))
+            wait_until(lambda: is_unmounted(here))
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_persistent_mounts_survive_the_end_of_the_daemon(
     on_bus: str, scratch: Path, places: Path, how: signal.Signals
 ) -> None:
-    here, there, state = place(places), place(places, "there"), scratch / "state"
-    with serving(on_bus, state, status=0 if how is signal.SIGTERM else -how) as service:
+    here, there, state = make_target(places), make_target(places, "there"), scratch / "state"
+    with run_daemon(on_bus, state, status=0 if how is signal.SIGTERM else -how) as service:
         with BlockingClient() as client:
-            stock(client)
+            populate_service(client)
             client.mount("work", str(here))
             client.mount("look", str(there))
-        before, rows = [mounted_on(here), mounted_on(there)], listed()
+        before, rows = [mounted_on(here), mounted_on(there)], list_mounts()
         service.daemon.process.send_signal(how)
         service.daemon.process.wait()
     for _ in range(2):
-        with serving(on_bus, state):
-            assert listed() == rows
-            assert below(places) == [str(here), str(there)]
+        with run_daemon(on_bus, state):
+            assert list_mounts() == rows
+            assert mounts_below(places) == [str(here), str(there)]
             assert [mounted_on(here), mounted_on(there)] == before
-    with serving(on_bus, state):
+    with run_daemon(on_bus, state):
         for target in (here, there):
-            request("Unmount", UNMOUNT, str(target), {})
+            call_method("Unmount", UNMOUNT, str(target), {})
             assert mounted_on(target) is None
 
 
 def test_client_mounts_of_an_earlier_bus_are_unmounted_at_start(
     scratch: Path, places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here, kept, state = place(places), place(places, "kept"), scratch / "state"
+    here, kept, state = make_target(places), make_target(places, "kept"), scratch / "state"
     name = ""
 
     async def hold(buses: ExitStack, service: Service) -> str:
@@ -224,11 +226,11 @@ def test_client_mounts_of_an_earlier_bus_are_unmounted_at_start(
     with ExitStack() as buses:
         address = buses.enter_context(private_bus())
         monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
-        with serving(address, state, status=1) as service:
+        with run_daemon(address, state, status=1) as service:
             with BlockingClient() as client:
-                stock(client)
+                populate_service(client)
             name = asyncio.run(hold(buses, service))
-    assert below(places) == [str(here), str(kept)]
+    assert mounts_below(places) == [str(here), str(kept)]
 
     async def look(address: str) -> None:
         async with connection() as first:
@@ -242,17 +244,17 @@ def test_client_mounts_of_an_earlier_bus_are_unmounted_at_start(
                 other.disconnect()
 
     def serve(address: str) -> None:
-        with serving(address, state):
-            eventually(lambda: mounted_on(here) is None)
-            assert [row[0] for row in listed()] == [str(kept)]
+        with run_daemon(address, state):
+            wait_until(lambda: mounted_on(here) is None)
+            assert [row[0] for row in list_mounts()] == [str(kept)]
 
     with private_bus() as address:
         monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
         asyncio.run(look(address))
-    assert below(places) == [str(kept)]
+    assert mounts_below(places) == [str(kept)]
 
 
-SYSTEMD = """
+SYSTEMD_POLICY = """
 <!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-BUS Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
 <busconfig>
@@ -268,14 +270,16 @@ SYSTEMD = """
 def systemd_bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Run a bus on which a test can own the name of systemd."""
     policy = tmp_path / "systemd.conf"
-    policy.write_text(SYSTEMD.strip())
+    policy.write_text(SYSTEMD_POLICY.strip())
     with private_bus([policy]) as address:
         monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
         yield address
 
 
 @asynccontextmanager
-async def systemd(answer: Callable[[Message], Message | bool | None]) -> AsyncIterator[None]:
+async def own_systemd_name(
+    answer: Callable[[Message], Message | bool | None],
+) -> AsyncIterator[None]:
     """Own the name of systemd on the bus during the block; ``answer`` handles the messages."""
     async with connection() as owner:
         owner.add_message_handler(answer)
@@ -287,7 +291,7 @@ def test_a_persistent_mount_is_restored_after_a_soft_reboot(
     systemd_bus: str, scratch: Path, places: Path
 ) -> None:
     """A mount that disappears without a soft reboot is not: an administrator has unmounted it."""
-    here = place(places)
+    here = make_target(places)
     soft_reboots = 0
 
     def answer(message: Message) -> Message | None:
@@ -296,11 +300,11 @@ def test_a_persistent_mount_is_restored_after_a_soft_reboot(
         return Message.new_method_return(message, "v", [Variant("u", soft_reboots)])
 
     def serve(call: Callable[[BlockingClient], T]) -> T:
-        with serving(systemd_bus, scratch / "state"), BlockingClient() as client:
+        with run_daemon(systemd_bus, scratch / "state"), BlockingClient() as client:
             return call(client)
 
     def mount(client: BlockingClient) -> None:
-        stock(client)
+        populate_service(client)
         client.mount("work", str(here))
 
     def mounted(client: BlockingClient) -> list[str]:
@@ -308,13 +312,13 @@ def test_a_persistent_mount_is_restored_after_a_soft_reboot(
 
     async def scenario() -> None:
         nonlocal soft_reboots
-        async with systemd(answer):
+        async with own_systemd_name(answer):
             await asyncio.to_thread(serve, mount)
             for _ in range(2):
                 soft_reboots += 1
                 subprocess.run(["umount", here], check=True)
                 assert await asyncio.to_thread(serve, mounted) == [str(here)]
-                assert below(places) == [str(here)]
+                assert mounts_below(places) == [str(here)]
             subprocess.run(["umount", here], check=True)
             assert await asyncio.to_thread(serve, mounted) == []
 
@@ -328,7 +332,9 @@ def test_a_start_raises_unavailable_when_systemd_does_not_answer(
     monkeypatch.setattr(daemon, "SYSTEMD_SECONDS", 0.1)
 
     async def scenario() -> None:
-        async with systemd(lambda message: message.message_type is MessageType.METHOD_CALL):
+        async with own_systemd_name(
+            lambda message: message.message_type is MessageType.METHOD_CALL
+        ):
             with pytest.raises(Unavailable, match="systemd does not answer"):
                 await daemon._soft_reboots()
 

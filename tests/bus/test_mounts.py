@@ -6,11 +6,9 @@ import asyncio
 import shutil
 import sqlite3
 import subprocess
-import threading
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from dbus_next.constants import MessageType
@@ -24,33 +22,40 @@ from snapd_native.metastore import Ledger
 from snapd_native.model import Trouble
 from snapd_native.wire.names import BUS_NAME, MANAGER, OBJECT_PATH
 from snapd_native.wire.values import Body
-from tests.bus.test_jobs import stopping
+from tests.bus.test_jobs import stop_daemon_during_job
 from tests.support.bus_mounts import (
     MOUNT,
     OPEN_TREE,
     UNMOUNT,
-    is_gone,
-    listed,
-    stock,
-    stranger,
+    connect_as_nobody,
+    is_unmounted,
+    list_mounts,
+    populate_service,
 )
 from tests.support.descriptors import descriptors, wait_until_closed
-from tests.support.dispatching import dispatching
-from tests.support.engine import fill, opened
+from tests.support.engine import open_engine, populate
 from tests.support.file_systems import on_ext4
-from tests.support.job_watch import Watch, held_up, watch
-from tests.support.kernel_mounts import below, mounted_on, place, tmpfs, user_in
+from tests.support.holding import HeldCalls, hold_function, hold_workers
+from tests.support.job_watch import Watcher, run_with_watcher
+from tests.support.kernel_mounts import (
+    make_target,
+    mount_tmpfs,
+    mounted_on,
+    mounts_below,
+    run_process_in,
+)
 from tests.support.service import (
+    HANG_TIMEOUT,
     NOBODY,
-    PATIENCE,
     Service,
+    call_method,
     check_sentence,
     connection,
-    refused,
-    request,
-    serving,
+    expect_error,
+    run_daemon,
 )
-from tests.support.waiting import WAIT, eventually
+from tests.support.service_in_process import serve_in_process
+from tests.support.waiting import wait_until
 
 pytestmark = on_ext4
 
@@ -67,7 +72,7 @@ pytestmark = on_ext4
 )
 @pytest.mark.parametrize("lazy", [None, False, True])
 def test_mount_list_mounts_and_unmount_reply_with_the_contract_types(
-    stocked: Service,
+    populated_service: Service,
     places: Path,
     key: str,
     read_only: bool | None,
@@ -75,7 +80,7 @@ def test_mount_list_mounts_and_unmount_reply_with_the_contract_types(
     shown: bool,
     lazy: bool | None,
 ) -> None:
-    here = str(place(places))
+    here = str(make_target(places))
     given = {} if read_only is None else {"read-only": Variant("b", read_only)}
     given |= {} if lifetime is None else {"lifetime": Variant("s", lifetime)}
     row = [here, key, shown, lifetime or "persistent", 0]
@@ -100,17 +105,19 @@ def test_mount_list_mounts_and_unmount_reply_with_the_contract_types(
     asyncio.run(scenario())
 
 
-def test_busctl_can_mount_list_open_and_unmount(stocked: Service, places: Path) -> None:
-    here = str(place(places))
+def test_busctl_can_mount_list_open_and_unmount(populated_service: Service, places: Path) -> None:
+    here = str(make_target(places))
     options = ("2", "read-only", "b", "true", "lifetime", "s", "persistent")
-    assert stocked.call("Mount", MOUNT, "work", here, *options).stdout == f's "{here}"\n'
+    assert populated_service.call("Mount", MOUNT, "work", here, *options).stdout == f's "{here}"\n'
     row = f'a(ssbsu) 1 "{here}" "work" true "persistent" 0\n'
-    assert stocked.call("ListMounts", "s", "work").stdout == row
-    assert stocked.call("OpenTree", OPEN_TREE, "work", "0").stdout.startswith("h ")
-    assert stocked.call("Unmount", UNMOUNT, here, "1", "lazy", "b", "true").returncode == 0
-    made = stocked.call("Mount", MOUNT, "look", "", "0").stdout.split('"')[1]
+    assert populated_service.call("ListMounts", "s", "work").stdout == row
+    assert populated_service.call("OpenTree", OPEN_TREE, "work", "0").stdout.startswith("h ")
+    assert (
+        populated_service.call("Unmount", UNMOUNT, here, "1", "lazy", "b", "true").returncode == 0
+    )
+    made = populated_service.call("Mount", MOUNT, "look", "", "0").stdout.split('"')[1]
     assert (Path(made) / "file").read_text() == "text"
-    assert stocked.call("Unmount", UNMOUNT, made, "0").returncode == 0
+    assert populated_service.call("Unmount", UNMOUNT, made, "0").returncode == 0
     assert not Path(made).exists()
 
 
@@ -158,7 +165,7 @@ REFUSALS: list[tuple[str, str, str, list[object]]] = [
 ]
 
 
-def placed(places: Path, body: Sequence[object]) -> list[object]:
+def with_places(places: Path, body: Sequence[object]) -> list[object]:
     """Replace each argument that begins with @ by a path in ``places``."""
     return [
         str(places / each[1:]) if isinstance(each, str) and each.startswith("@") else each
@@ -167,9 +174,9 @@ def placed(places: Path, body: Sequence[object]) -> list[object]:
 
 
 def test_refused_mount_calls_change_no_mount_and_leak_no_descriptor(
-    stocked: Service, places: Path
+    populated_service: Service, places: Path
 ) -> None:
-    here, there, covered = (place(places, name) for name in ("here", "there", "covered"))
+    here, there, covered = (make_target(places, name) for name in ("here", "there", "covered"))
     (places / "link").symlink_to(here)
     (places / "file").touch()
 
@@ -177,16 +184,16 @@ def test_refused_mount_calls_change_no_mount_and_leak_no_descriptor(
         async with connection() as bus:
             for target in (there, covered):
                 await bus.ask(member="Mount", signature=MOUNT, body=["work", str(target), {}])
-            with tmpfs(covered):
-                before, opened = below(places), descriptors(stocked)
+            with mount_tmpfs(covered):
+                before, opened = mounts_below(places), descriptors(populated_service)
                 for name, member, signature, body in REFUSALS:
-                    given = placed(places, body)
+                    given = with_places(places, body)
                     reply = await bus.ask(member=member, signature=signature, body=given)
                     error = f"org.snapdnative1.Error.{name}"
                     assert (reply.error_name, member, body) == (error, member, body)
                     check_sentence(reply.body[0])
-                    assert below(places) == before
-                wait_until_closed(stocked, opened)
+                    assert mounts_below(places) == before
+                wait_until_closed(populated_service, opened)
             reply = await bus.ask(member="ListMounts", signature="s", body=["work"])
             assert [row[0] for row in reply.body[0]] == [str(there), str(covered)]
 
@@ -194,20 +201,20 @@ def test_refused_mount_calls_change_no_mount_and_leak_no_descriptor(
 
 
 def test_mount_and_open_tree_of_a_lost_tree_raise_data_loss(
-    stocked: Service, shared_client: BlockingClient, places: Path
+    populated_service: Service, shared_client: BlockingClient, places: Path
 ) -> None:
     shutil.rmtree(shared_client.mounts("work").source)
-    here = str(place(places))
+    here = str(make_target(places))
     for name, text in (
-        answer("Mount", MOUNT, "work", here, {}),
-        answer("OpenTree", OPEN_TREE, "work", {}),
+        error_of("Mount", MOUNT, "work", here, {}),
+        error_of("OpenTree", OPEN_TREE, "work", {}),
     ):
         assert name == "org.snapdnative1.Error.DataLoss"
         check_sentence(text, '"work"', "backup")
-    assert below(places) == []
+    assert mounts_below(places) == []
 
 
-def answer(member: str, signature: str, *body: object) -> tuple[str, str]:
+def error_of(member: str, signature: str, *body: object) -> tuple[str, str]:
     """Return the name and the message of the error that a call fails with."""
 
     async def scenario() -> tuple[str, str]:
@@ -219,36 +226,31 @@ def answer(member: str, signature: str, *body: object) -> tuple[str, str]:
 
 
 def test_mount_and_open_tree_during_commit_raise_failed_precondition(
-    stocked: Service, places: Path
+    populated_service: Service, places: Path
 ) -> None:
-    async def scenario(watched: Watch) -> None:
-        with held_up(stocked):
-            (path,) = await watched.call("CommitJob", "ssa{sv}", "name", "work", {})
-            with refused(FailedPrecondition, '"work"', "being committed"):
-                await watched.call("Mount", MOUNT, "work", str(place(places)), {})
-            with refused(FailedPrecondition, '"work"', "being committed"):
-                await watched.call("OpenTree", OPEN_TREE, "work", {})
-        await watched.signal("JobRemoved", path)
+    async def scenario(watcher: Watcher) -> None:
+        with hold_workers(populated_service):
+            (path,) = await watcher.call("CommitJob", "ssa{sv}", "name", "work", {})
+            with expect_error(FailedPrecondition, '"work"', "being committed"):
+                await watcher.call("Mount", MOUNT, "work", str(make_target(places)), {})
+            with expect_error(FailedPrecondition, '"work"', "being committed"):
+                await watcher.call("OpenTree", OPEN_TREE, "work", {})
+        await watcher.wait_for_signal("JobRemoved", path)
 
-    watch(scenario)
-    assert below(places) == []
+    run_with_watcher(scenario)
+    assert mounts_below(places) == []
 
 
 def test_more_than_256_mount_calls_at_once_raise_resource_exhausted(
-    on_bus: str, scratch: Path, places: Path, monkeypatch: pytest.MonkeyPatch
+    on_bus: str, scratch: Path, places: Path
 ) -> None:
-    here, more = str(place(places)), 44
-    with opened(scratch / "state") as engine:
-        fill(engine)
-    go_on, add = threading.Event(), Ledger.add
+    here, more = str(make_target(places)), 44
+    with open_engine(scratch / "state") as engine:
+        populate(engine)
 
-    def wait(*arguments: Any) -> int:  # noqa: ANN401 - whatever it takes
-        assert go_on.wait(WAIT)
-        return add(*arguments)
-
-    async def scenario() -> None:
+    async def scenario(recording: HeldCalls) -> None:
         async with (
-            dispatching(scratch / "state"),
+            serve_in_process(scratch / "state"),
             # The bus limits the open calls of one connection, so three are needed.
             connection() as one,
             connection() as two,
@@ -270,43 +272,40 @@ def test_more_than_256_mount_calls_at_once_raise_resource_exhausted(
                 name, (text,) = (await call).error_name, (await call).body
                 assert name == "org.snapdnative1.Error.ResourceExhausted"
                 check_sentence(text, "256")
-            go_on.set()
+            recording.release()
             outcomes = await asyncio.gather(*calls)
             assert sum(reply.body == [here] for reply in outcomes) == 1
 
-    monkeypatch.setattr(Ledger, "add", wait)
-    try:
-        asyncio.run(scenario())
-    finally:
-        go_on.set()
-    assert below(places) == [here]
+    with hold_function(Ledger, "add") as recording:
+        asyncio.run(scenario(recording))
+    assert mounts_below(places) == [here]
 
 
 def test_mount_calls_to_a_stopping_daemon_raise_unavailable(
     on_bus: str, scratch: Path, places: Path
 ) -> None:
-    here = str(place(places))
+    here = str(make_target(places))
 
-    async def scenario(watched: Watch) -> None:
-        async with stopping(service, watched):
+    async def scenario(watcher: Watcher) -> None:
+        async with stop_daemon_during_job(service, watcher):
             for member, signature, body in (
                 ("Mount", MOUNT, ["work", here, {}]),
                 ("Unmount", UNMOUNT, [here, {}]),
                 ("ListMounts", "s", [""]),
                 ("OpenTree", OPEN_TREE, ["work", {}]),
             ):
-                with refused(Unavailable, "is stopping"):
-                    await watched.call(member, signature, *body)
-        await watched.signal("JobRemoved")
+                with expect_error(Unavailable, "is stopping"):
+                    await watcher.call(member, signature, *body)
+        await watcher.wait_for_signal("JobRemoved")
 
-    with serving(on_bus, scratch / "state") as service:
+    with run_daemon(on_bus, scratch / "state") as service:
         with BlockingClient() as client:
-            stock(client)
-        watch(scenario)
-    assert below(places) == []
+            populate_service(client)
+        run_with_watcher(scenario)
+    assert mounts_below(places) == []
 
 
-ASKED: dict[str, tuple[str, list[list[object]]]] = {
+DENIED_CALLS: dict[str, tuple[str, list[list[object]]]] = {
     "Mount": (
         MOUNT,
         [
@@ -325,18 +324,18 @@ ASKED: dict[str, tuple[str, list[list[object]]]] = {
 }
 
 
-@pytest.mark.parametrize("member", ASKED)
+@pytest.mark.parametrize("member", DENIED_CALLS)
 def test_a_denied_user_gets_the_same_error_for_all_arguments(
-    stocked: Service, shared_client: BlockingClient, places: Path, member: str
+    populated_service: Service, shared_client: BlockingClient, places: Path, member: str
 ) -> None:
-    place(places)
-    there = shared_client.mount("work", str(place(places, "there")))
-    signature, bodies = ASKED[member]
+    make_target(places)
+    there = shared_client.mount("work", str(make_target(places, "there")))
+    signature, bodies = DENIED_CALLS[member]
 
     async def scenario() -> set[tuple[str, ...]]:
-        async with stranger() as bus:
+        async with connect_as_nobody() as bus:
             asked = [
-                await bus.ask(member=member, signature=signature, body=placed(places, body))
+                await bus.ask(member=member, signature=signature, body=with_places(places, body))
                 for body in bodies
             ]
             asked.append(await bus.ask(member=member, signature="u", body=[1]))
@@ -345,18 +344,18 @@ def test_a_denied_user_gets_the_same_error_for_all_arguments(
     ((name, text),) = asyncio.run(scenario())
     assert name == "org.freedesktop.DBus.Error.AccessDenied"
     check_sentence(text, member, str(NOBODY), "root")
-    assert below(places) == [there]
+    assert mounts_below(places) == [there]
 
 
-def test_a_denied_unmount_of_a_mount_that_is_gone_leaves_its_record(
-    stocked: Service, shared_client: BlockingClient, places: Path
+def test_a_denied_unmount_of_a_missing_mount_keeps_its_record(
+    populated_service: Service, shared_client: BlockingClient, places: Path
 ) -> None:
     """After a restart of the machine the daemon mounts again what its records contain."""
-    here = shared_client.mount("work", str(place(places)))
+    here = shared_client.mount("work", str(make_target(places)))
     subprocess.run(["umount", here], check=True)
 
     async def scenario() -> str:
-        async with stranger() as bus:
+        async with connect_as_nobody() as bus:
             reply = await bus.ask(member="Unmount", signature=UNMOUNT, body=[here, {}])
             return str(reply.error_name)
 
@@ -367,38 +366,40 @@ def test_a_denied_unmount_of_a_mount_that_is_gone_leaves_its_record(
     assert shared_client.check() == []
 
 
-@pytest.mark.parametrize("member", ASKED)
+@pytest.mark.parametrize("member", DENIED_CALLS)
 def test_a_call_of_5_mib_by_another_user_raises_access_denied(
-    stocked: Service, member: str
+    populated_service: Service, member: str
 ) -> None:
-    signature, (body, *_) = ASKED[member]
+    signature, (body, *_) = DENIED_CALLS[member]
 
     async def scenario() -> Message:
-        async with stranger() as bus:
+        async with connect_as_nobody() as bus:
             long = ["k" * (5 << 20), *body[1:]]
             return await bus.ask(member=member, signature=signature, body=long)
 
     assert asyncio.run(scenario()).error_name == "org.freedesktop.DBus.Error.AccessDenied"
 
 
-LARGE = ["/here", {str(number): YES for number in range(50_000)}]
+LARGE_ARGUMENTS = ["/here", {str(number): YES for number in range(50_000)}]
 """Arguments that take seconds to parse."""
 
 
-def test_other_clients_are_answered_during_a_flood_of_large_denied_calls(stocked: Service) -> None:
+def test_other_clients_are_answered_during_a_flood_of_large_denied_calls(
+    populated_service: Service,
+) -> None:
     large = Message(
         destination=BUS_NAME,
         path=OBJECT_PATH,
         interface=MANAGER,
         member="Unmount",
         signature=UNMOUNT,
-        body=LARGE,
+        body=LARGE_ARGUMENTS,
         serial=1,
     )
     data = bytearray(large._marshall())
 
     async def scenario() -> None:
-        async with asyncio.timeout(PATIENCE), connection() as bus, stranger() as other:
+        async with asyncio.timeout(HANG_TIMEOUT), connection() as bus, connect_as_nobody() as other:
             denied = asyncio.Event()
             other.add_message_handler(lambda _: denied.set())
             for _ in range(60):
@@ -424,8 +425,12 @@ def test_the_arguments_of_a_denied_call_are_not_parsed(
         return arguments(call)
 
     async def scenario() -> None:
-        async with dispatching(scratch / "state"), connection() as bus, stranger() as other:
-            reply = await other.ask(member="Unmount", signature=UNMOUNT, body=LARGE)
+        async with (
+            serve_in_process(scratch / "state"),
+            connection() as bus,
+            connect_as_nobody() as other,
+        ):
+            reply = await other.ask(member="Unmount", signature=UNMOUNT, body=LARGE_ARGUMENTS)
             assert reply.error_name == "org.freedesktop.DBus.Error.AccessDenied"
             await bus.ask(member="ListMounts", signature="s", body=[""])
 
@@ -438,14 +443,14 @@ def test_a_user_other_than_root_may_unmount_only_its_own_mounts(
     on_bus: str, scratch: Path, places: Path
 ) -> None:
     state = scratch / "state"
-    here, there, again = (str(place(places, name)) for name in ("here", "there", "again"))
-    with serving(on_bus, state), BlockingClient() as client:
-        stock(client)
+    here, there, again = (str(make_target(places, name)) for name in ("here", "there", "again"))
+    with run_daemon(on_bus, state), BlockingClient() as client:
+        populate_service(client)
         for target in (here, there, again):
             client.mount("work", target)
     with closing(sqlite3.connect(state / "metadata.db")) as db, db:
         db.execute("UPDATE mounts SET uid = ? WHERE target <> ?", (NOBODY, there))
-    with serving(on_bus, state) as service, BlockingClient() as client:
+    with run_daemon(on_bus, state) as service, BlockingClient() as client:
         uids = {mounted.target: mounted.uid for mounted in client.list_mounts()}
         assert uids == {here: NOBODY, there: 0, again: NOBODY}
         for call in (
@@ -456,48 +461,48 @@ def test_a_user_other_than_root_may_unmount_only_its_own_mounts(
             ("OpenTree", OPEN_TREE, "work", "0"),
         ):
             assert "Access denied" in service.call(*call, user=NOBODY).stderr
-        assert below(places) == [here, there, again]
+        assert mounts_below(places) == [here, there, again]
         done = service.call("Unmount", UNMOUNT, f"{here}/", "0", user=NOBODY)
         assert (done.returncode, done.stderr) == (0, "")
-        with user_in(again):
+        with run_process_in(again):
             assert "cat (pid" in service.call("Unmount", UNMOUNT, again, "0", user=NOBODY).stderr
             lazily = ("Unmount", UNMOUNT, again, "1", "lazy", "b", "true")
             assert service.call(*lazily, user=NOBODY).returncode == 0
-        assert below(places) == [there]
+        assert mounts_below(places) == [there]
         # A mount that is gone has no owner.
         assert "Access denied" in service.call("Unmount", UNMOUNT, here, "0", user=NOBODY).stderr
         client.unmount(there)
 
 
 def test_remove_of_a_mounted_snapshot_raises_failed_precondition(
-    stocked: Service, shared_client: BlockingClient, places: Path
+    populated_service: Service, shared_client: BlockingClient, places: Path
 ) -> None:
-    here, there = (str(place(places, name)) for name in ("here", "there"))
+    here, there = (str(make_target(places, name)) for name in ("here", "there"))
     for target in (here, there):
         shared_client.mount("look", target)
     shared_client.unmount(there)
-    with refused(FailedPrecondition, 'cannot remove "look"', here, "unmount"):
-        request("Remove", "sa{sv}", "look", {})
-    assert [row[0] for row in listed()] == [here]
-    request("Unmount", UNMOUNT, here, {})
-    request("Remove", "sa{sv}", "look", {})
+    with expect_error(FailedPrecondition, 'cannot remove "look"', here, "unmount"):
+        call_method("Remove", "sa{sv}", "look", {})
+    assert [row[0] for row in list_mounts()] == [here]
+    call_method("Unmount", UNMOUNT, here, {})
+    call_method("Remove", "sa{sv}", "look", {})
 
 
 def test_unmount_of_a_busy_mount_raises_failed_precondition(
-    stocked: Service, shared_client: BlockingClient, places: Path
+    populated_service: Service, shared_client: BlockingClient, places: Path
 ) -> None:
-    here = place(places)
+    here = make_target(places)
     shared_client.mount("work", str(here))
-    with user_in(here) as cat:
-        with refused(FailedPrecondition, str(here), f"cat (pid {cat.pid})", "lazily"):
-            request("Unmount", UNMOUNT, str(here), {})
-        assert [row[0] for row in listed()] == [str(here)]
+    with run_process_in(here) as cat:
+        with expect_error(FailedPrecondition, str(here), f"cat (pid {cat.pid})", "lazily"):
+            call_method("Unmount", UNMOUNT, str(here), {})
+        assert [row[0] for row in list_mounts()] == [str(here)]
 
     def can_be_unmounted() -> bool:
         # A daemon of another test looks for users of its own mounts. It can still have the
         # process's directory open.
         with suppress(FailedPrecondition):
-            request("Unmount", UNMOUNT, str(here), {})
-        return is_gone(here)
+            call_method("Unmount", UNMOUNT, str(here), {})
+        return is_unmounted(here)
 
-    eventually(can_be_unmounted)
+    wait_until(can_be_unmounted)

@@ -21,13 +21,13 @@ from tests.support.bus_mounts import (
     MOUNT,
     OPEN_TREE,
     UNMOUNT,
-    stranger,
+    connect_as_nobody,
 )
 from tests.support.descriptors import descriptors, wait_until_closed
 from tests.support.file_systems import on_ext4
-from tests.support.kernel_mounts import below, place
+from tests.support.kernel_mounts import make_target, mounts_below
 from tests.support.service import (
-    PATIENCE,
+    HANG_TIMEOUT,
     Service,
     connection,
 )
@@ -86,28 +86,30 @@ def open_tree(flags: MessageFlag = MessageFlag.NONE) -> Message:
 )
 @pytest.mark.parametrize("number", [1000, pytest.param(10_000, marks=pytest.mark.long)])
 def test_many_open_tree_calls_leave_no_open_descriptors(
-    stocked: Service,
+    populated_service: Service,
     scenario: Callable[[connection, int], Coroutine[Any, Any, None]],
     number: int,
 ) -> None:
     async def asking() -> None:
-        async with asyncio.timeout(PATIENCE), connection() as bus:
+        async with asyncio.timeout(HANG_TIMEOUT), connection() as bus:
             await bus.ask(member="ListMounts", signature="s", body=[""])
-            before = descriptors(stocked)
+            before = descriptors(populated_service)
             await scenario(bus, number)
-            await asyncio.to_thread(wait_until_closed, stocked, before)
+            await asyncio.to_thread(wait_until_closed, populated_service, before)
             # The daemon still answers this connection.
             await bus.ask(member="ListMounts", signature="s", body=[""])
 
     asyncio.run(asking())
 
 
-@pytest.mark.parametrize("who", [connection, stranger])
+@pytest.mark.parametrize("who", [connection, connect_as_nobody])
 def test_the_daemon_keeps_no_descriptor_sent_with_a_mount_call(
-    stocked: Service, places: Path, who: Callable[[], AbstractAsyncContextManager[connection]]
+    populated_service: Service,
+    places: Path,
+    who: Callable[[], AbstractAsyncContextManager[connection]],
 ) -> None:
-    here = str(place(places))
-    before = descriptors(stocked)
+    here = str(make_target(places))
+    before = descriptors(populated_service)
 
     async def scenario() -> set[str]:
         names = set()
@@ -126,8 +128,10 @@ def test_the_daemon_keeps_no_descriptor_sent_with_a_mount_call(
                             member=member, signature=signature, body=body, unix_fds=fds
                         )
                         names.add(reply.error_name.rpartition(".")[2])
-            wait_until_closed(stocked, before)
+            wait_until_closed(populated_service, before)
         return names
 
-    assert asyncio.run(scenario()) == {"AccessDenied" if who is stranger else "InvalidArgument"}
-    assert below(places) == []
+    assert asyncio.run(scenario()) == {
+        "AccessDenied" if who is connect_as_nobody else "InvalidArgument"
+    }
+    assert mounts_below(places) == []

@@ -25,19 +25,19 @@ from snapd_native.trees.relay import IDLE
 from snapd_native.wire.names import BUS_NAME, JOB, MANAGER, OBJECT_PATH, error_from
 from snapd_native.wire.values import Body
 from tests.support.file_systems import on_ext4
-from tests.support.job_watch import held_up
-from tests.support.kernel_mounts import below, place
-from tests.support.polkit_daemon import POLICY, polkitd
-from tests.support.raw_client import crowd
+from tests.support.holding import hold_workers, stop_processes
+from tests.support.kernel_mounts import make_target, mounts_below
+from tests.support.polkit_daemon import POLICY, run_polkitd
+from tests.support.raw_client import connect_many
 from tests.support.service import (
+    HANG_TIMEOUT,
     NOBODY,
-    PATIENCE,
     Service,
     connection,
-    everything,
-    serving,
+    run_daemon,
+    snapshots_and_directories,
 )
-from tests.support.waiting import eventually
+from tests.support.waiting import wait_until
 
 pytestmark = on_ext4
 
@@ -100,9 +100,9 @@ Polkit = tuple[Service, "subprocess.Popen[str]"]
 def polkit(scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Polkit]:
     """Run polkit, and a service with the committed snapshot `base`, and `work` from it."""
     tmp_path.chmod(0o755)
-    with private_bus([POLICY]) as address, polkitd(address, RULES, tmp_path) as process:
+    with private_bus([POLICY]) as address, run_polkitd(address, RULES, tmp_path) as process:
         monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
-        with serving(address, scratch / "state") as service:
+        with run_daemon(address, scratch / "state") as service:
             with BlockingClient() as client:
                 client.prepare("making")
                 client.commit("base", "making")
@@ -116,14 +116,14 @@ def service(polkit: Polkit) -> Service:
 
 
 @contextmanager
-def unchanged(service: Service) -> Iterator[None]:
+def check_unchanged(service: Service) -> Iterator[None]:
     with BlockingClient() as client:
-        before = everything(client, service), client.list_mounts()
+        before = snapshots_and_directories(client, service), client.list_mounts()
         yield
-        assert (everything(client, service), client.list_mounts()) == before
+        assert (snapshots_and_directories(client, service), client.list_mounts()) == before
 
 
-def refused(service: Service, call: Call, user: int, ask: bool = False) -> str:
+def expect_refusal(service: Service, call: Call, user: int, ask: bool = False) -> str:
     """Make a call that must fail, with or without interactive authorization; return the error."""
     leave = "yes" if ask else "no"
     done = service.busctl(
@@ -136,15 +136,15 @@ def refused(service: Service, call: Call, user: int, ask: bool = False) -> str:
 
 
 def test_polkit_decides_read_manage_and_mount_separately(service: Service) -> None:
-    with unchanged(service):
+    with check_unchanged(service):
         for call in READS:
             assert service.call(*call, user=NOBODY).returncode == 0
         for call in CHANGES:
-            assert CHALLENGED in refused(service, call, NOBODY), call
+            assert CHALLENGED in expect_refusal(service, call, NOBODY), call
             # There is no session in which polkit could ask a person.
-            assert DENIED in refused(service, call, NOBODY, ask=True), call
+            assert DENIED in expect_refusal(service, call, NOBODY, ask=True), call
         for call in MOUNTS:
-            assert DENIED in refused(service, call, NOBODY), call
+            assert DENIED in expect_refusal(service, call, NOBODY), call
         version = ("get-property", BUS_NAME, OBJECT_PATH, MANAGER, "Version")
         assert service.busctl(*version, user=NOBODY).returncode == 0
 
@@ -160,16 +160,16 @@ def test_polkit_refusals_become_the_errors_of_the_contract(service: Service) -> 
 
 def test_the_default_policy_requires_interactive_authorization(service: Service) -> None:
     """No user of this test has a session."""
-    with unchanged(service):
+    with check_unchanged(service):
         for call in (*READS, *CHANGES, *MOUNTS):
-            assert CHALLENGED in refused(service, call, BIN), call
-            assert DENIED in refused(service, call, BIN, ask=True), call
+            assert CHALLENGED in expect_refusal(service, call, BIN), call
+            assert DENIED in expect_refusal(service, call, BIN, ask=True), call
 
 
 def test_a_user_that_polkit_allows_may_change_and_mount_snapshots(
     service: Service, places: Path
 ) -> None:
-    here = str(place(places))
+    here = str(make_target(places))
     for call in (
         ("Prepare", "ssa{sv}", "mine", "base", "0"),
         ("Mount", "ssa{sv}", "mine", here, "0"),
@@ -189,38 +189,38 @@ def test_a_user_that_polkit_allows_may_change_and_mount_snapshots(
         assert [info.name for info in client.list()] == ["base", "ours", "work"]
 
 
-def test_polkit_rules_see_the_key_and_the_target_of_a_call(service: Service) -> None:
-    with unchanged(service):
+def test_polkit_rules_get_the_key_and_the_target_of_a_call(service: Service) -> None:
+    with check_unchanged(service):
         for call in (
             ("Prepare", "ssa{sv}", "forbidden", "", "0"),
             ("Mount", "ssa{sv}", "work", "/forbidden", "0"),
             ("Stat", "s", "forbidden"),
         ):
-            assert DENIED in refused(service, call, DAEMON), call
+            assert DENIED in expect_refusal(service, call, DAEMON), call
 
 
 @pytest.mark.parametrize(
     "target",
     ["/forbidden/", "//forbidden", "/./forbidden", "/allowed/../forbidden", "/../forbidden"],
 )
-def test_polkit_rules_see_the_target_in_its_plain_form(service: Service, target: str) -> None:
-    with unchanged(service):
+def test_polkit_rules_get_the_normalized_target(service: Service, target: str) -> None:
+    with check_unchanged(service):
         for call in (("Mount", "ssa{sv}", "work", target, "0"), ("Unmount", "sa{sv}", target, "0")):
-            assert DENIED in refused(service, call, DAEMON), call
+            assert DENIED in expect_refusal(service, call, DAEMON), call
 
 
 def test_a_user_may_unmount_its_own_mount_although_polkit_denies(
     service: Service, places: Path
 ) -> None:
     """The rules deny every Unmount."""
-    mine, other = str(place(places)), str(place(places, "other"))
+    mine, other = str(make_target(places)), str(make_target(places, "other"))
     with BlockingClient() as client:
         client.mount("work", other)
     assert service.call("Mount", "ssa{sv}", "work", mine, "0", user=DAEMON).returncode == 0
     for user, target in ((NOBODY, mine), (NOBODY, other), (DAEMON, other), (DAEMON, "/none")):
-        assert DENIED in refused(service, ("Unmount", "sa{sv}", target, "0"), user)
+        assert DENIED in expect_refusal(service, ("Unmount", "sa{sv}", target, "0"), user)
     assert service.call("Unmount", "sa{sv}", mine, "0", user=DAEMON).returncode == 0
-    assert below(places) == [other]
+    assert mounts_below(places) == [other]
 
 
 def test_a_user_may_cancel_its_own_job_without_the_manage_permission(service: Service) -> None:
@@ -230,7 +230,7 @@ def test_a_user_may_cancel_its_own_job_without_the_manage_permission(service: Se
         client.commit("verified", "read", digest=True)
         # After this call the daemon has workers for Verify.
         client.verify("verified")
-        with held_up(service, IDLE):
+        with hold_workers(service, IDLE):
             done = service.call("VerifyJob", "sa{sv}", "verified", "0", user=NOBODY)
             job = done.stdout.split('"')[1]
             cancel = ("call", BUS_NAME, job, JOB, "Cancel")
@@ -252,44 +252,42 @@ def test_authorization_is_checked_before_arguments_and_state(service: Service) -
         ("Remove", "i", "1"),
         ("Remove",),
     ]
-    (sentence,) = {refused(service, call, NOBODY) for call in calls}
+    (sentence,) = {expect_refusal(service, call, NOBODY) for call in calls}
     assert CHALLENGED in sentence
 
 
 def test_without_polkit_a_user_other_than_root_is_denied(polkit: Polkit) -> None:
     service, process = polkit
     process.terminate()
-    process.wait(PATIENCE)
-    with unchanged(service):
+    process.wait(HANG_TIMEOUT)
+    with check_unchanged(service):
         for call in (*READS, *CHANGES, *MOUNTS):
-            assert DENIED in refused(service, call, DAEMON)
+            assert DENIED in expect_refusal(service, call, DAEMON)
 
 
 @contextmanager
-def asked(service: Service, process: subprocess.Popen[str], times: int) -> Iterator[None]:
+def hold_calls_at_polkit(
+    service: Service, process: subprocess.Popen[str], times: int
+) -> Iterator[None]:
     """Stop polkit during the block, and make calls as NOBODY that wait for it."""
-    os.kill(process.pid, signal.SIGSTOP)
-    try:
-        with crowd(service.address, 1, NOBODY) as (stranger,):
-            stranger.call("Stat", "s", "base", times=times)
-            # The bus replies after it has delivered the calls before this one.
-            stranger.ask_driver("GetId")
-            stranger.replies(1)
-            yield
-    finally:
-        os.kill(process.pid, signal.SIGCONT)
+    with stop_processes(process.pid), connect_many(service.address, 1, NOBODY) as (denied,):
+        denied.call("Stat", "s", "base", times=times)
+        # The bus replies after it has delivered the calls before this one.
+        denied.ask_driver("GetId")
+        denied.replies(1)
+        yield
 
 
 def test_calls_of_root_do_not_wait_for_polkit(polkit: Polkit) -> None:
     service, process = polkit
-    with asked(service, process, 3), BlockingClient() as client:
+    with hold_calls_at_polkit(service, process, 3), BlockingClient() as client:
         assert client.stat("base").name == "base"
         client.remove("work")
     assert service.call("Stat", "s", "base", user=NOBODY).returncode == 0
 
 
 @contextmanager
-def as_other(uid: int) -> Iterator[None]:
+def with_uid(uid: int) -> Iterator[None]:
     """Run the block with the real and effective uid ``uid``, so that the bus sees it too."""
     os.setresuid(uid, uid, 0)
     try:
@@ -302,7 +300,7 @@ def test_too_many_pending_polkit_questions_raise_resource_exhausted(polkit: Polk
     _, process = polkit
 
     async def flood() -> list[BaseException | Body]:
-        with as_other(NOBODY):
+        with with_uid(NOBODY):
             bus = connection()
             await bus.open()
         try:
@@ -318,11 +316,8 @@ def test_too_many_pending_polkit_questions_raise_resource_exhausted(polkit: Polk
         finally:
             bus.disconnect()
 
-    os.kill(process.pid, signal.SIGSTOP)
-    try:
-        outcomes = asyncio.run(asyncio.wait_for(flood(), PATIENCE))
-    finally:
-        os.kill(process.pid, signal.SIGCONT)
+    with stop_processes(process.pid):
+        outcomes = asyncio.run(asyncio.wait_for(flood(), HANG_TIMEOUT))
     refusals = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     assert {type(refusal) for refusal in refusals} == {ResourceExhausted}
     assert len(outcomes) - len(refusals) >= MAX_QUESTIONS
@@ -335,7 +330,7 @@ def test_a_stopping_daemon_does_not_wait_for_polkit(polkit: Polkit, when: str) -
     members = ("Stat", "Usage", "Standby")
 
     async def end() -> list[BaseException | Body]:
-        with as_other(NOBODY):
+        with with_uid(NOBODY):
             bus = connection()
             await bus.open()
         async with connection() as root:
@@ -359,12 +354,9 @@ def test_a_stopping_daemon_does_not_wait_for_polkit(polkit: Polkit, when: str) -
         bus.disconnect()
         return outcomes
 
-    os.kill(process.pid, signal.SIGSTOP)
-    try:
-        outcomes = asyncio.run(asyncio.wait_for(end(), PATIENCE))
+    with stop_processes(process.pid):
+        outcomes = asyncio.run(asyncio.wait_for(end(), HANG_TIMEOUT))
         assert service.daemon.stop() == 0
-    finally:
-        os.kill(process.pid, signal.SIGCONT)
     assert {type(outcome) for outcome in outcomes} == {Unavailable}
     assert {str(outcome) for outcome in outcomes} == {
         f"{member} cannot be called: the service is stopping" for member in members
@@ -374,6 +366,6 @@ def test_a_stopping_daemon_does_not_wait_for_polkit(polkit: Polkit, when: str) -
 def test_a_polkit_question_ends_when_its_caller_leaves_the_bus(polkit: Polkit) -> None:
     service, process = polkit
     for _ in range(3):
-        with asked(service, process, MAX_QUESTIONS):
+        with hold_calls_at_polkit(service, process, MAX_QUESTIONS):
             pass
-    eventually(lambda: service.call("Stat", "s", "base", user=NOBODY).returncode == 0)
+    wait_until(lambda: service.call("Stat", "s", "base", user=NOBODY).returncode == 0)

@@ -35,12 +35,12 @@ from snapd_native.wire.names import (
 from tests.support import PROJECT
 from tests.support.file_systems import FileSystem
 from tests.support.service import (
+    HANG_TIMEOUT,
     NOBODY,
-    PATIENCE,
     Service,
+    call_method,
     check_sentence,
     connection,
-    request,
 )
 
 STANDARD = "org.freedesktop.DBus.Error."
@@ -56,10 +56,10 @@ def manager_of(xml: str) -> str:
     return ElementTree.canonicalize(ElementTree.tostring(found), strip_text=True)
 
 
-def test_introspect_returns_the_shipped_xml(shared: Service) -> None:
+def test_introspect_returns_the_shipped_xml(shared_service: Service) -> None:
     committed_xml = (PROJECT / "dbus/org.snapdnative1.xml").read_text()
     assert introspection.contract() == committed_xml
-    (served,) = request("Introspect", "", interface=INTROSPECTABLE)
+    (served,) = call_method("Introspect", "", interface=INTROSPECTABLE)
     assert manager_of(served) == manager_of(committed_xml)
     names = {node.get("name") for node in parsed(served).iter("interface")}
     assert names == {MANAGER, PEER, INTROSPECTABLE, PROPERTIES}
@@ -104,12 +104,14 @@ def test_the_xml_names_every_argument_and_marks_constant_properties() -> None:
 
 
 @pytest.mark.parametrize("user", [0, NOBODY])
-def test_every_user_may_introspect_the_manager(shared: Service, user: int) -> None:
-    lines = shared.busctl("introspect", BUS_NAME, OBJECT_PATH, "--no-legend", user=user)
+def test_every_user_may_introspect_the_manager(shared_service: Service, user: int) -> None:
+    lines = shared_service.busctl("introspect", BUS_NAME, OBJECT_PATH, "--no-legend", user=user)
     if user:
         # busctl also reads properties, which other users may not.
         assert "Access denied" in lines.stderr
-        xml = shared.busctl("introspect", "--xml-interface", BUS_NAME, OBJECT_PATH, user=user)
+        xml = shared_service.busctl(
+            "introspect", "--xml-interface", BUS_NAME, OBJECT_PATH, user=user
+        )
         assert manager_of(xml.stdout) == manager_of(introspection.contract())
         return
     found = {tuple(line.split()[:3]) for line in lines.stdout.splitlines()}
@@ -118,17 +120,17 @@ def test_every_user_may_introspect_the_manager(shared: Service, user: int) -> No
     assert (".SnapshotAdded", "signal", "sss") in found
 
 
-def test_busctl_tree_lists_the_object(shared: Service) -> None:
-    assert shared.busctl("tree", "--list", BUS_NAME).stdout.split()[-1] == OBJECT_PATH
+def test_busctl_tree_lists_the_object(shared_service: Service) -> None:
+    assert shared_service.busctl("tree", "--list", BUS_NAME).stdout.split()[-1] == OBJECT_PATH
 
 
-def test_busctl_can_make_every_snapshot_call(shared: Service) -> None:
+def test_busctl_can_make_every_snapshot_call(shared_service: Service) -> None:
     def typed(member: str, *arguments: str) -> str:
-        done = shared.call(member, *arguments)
+        done = shared_service.call(member, *arguments)
         assert (done.returncode, done.stderr) == (0, "")
         return done.stdout.strip()
 
-    root = f"{shared.state}/snapshots"
+    root = f"{shared_service.state}/snapshots"
     mounts = typed("Prepare", "ssa{sv}", "my key", "", "1", "labels", "a{ss}", "1", "app", "web")
     source = mounts.split('"')[3]
     assert mounts == f'a(ssas) 1 "bind" "{source}" 2 "rbind" "rw"'
@@ -154,43 +156,43 @@ def test_busctl_can_make_every_snapshot_call(shared: Service) -> None:
     assert typed("List", "asa{sv}", "0", "0") == "a(ssstta{ss}) 0"
 
 
-def test_busctl_and_dbus_send_show_the_error_message(shared: Service) -> None:
-    failed = shared.call("Stat", "s", "none")
+def test_busctl_and_dbus_send_show_the_error_message(shared_service: Service) -> None:
+    failed = shared_service.call("Stat", "s", "none")
     assert failed.returncode == 1
     assert failed.stderr == (
         'Call failed: there is no snapshot "none": list them to see which there are\n'
     )
-    name, text = shared.dbus_send("Stat", "string:none")
+    name, text = shared_service.dbus_send("Stat", "string:none")
     assert name == "org.snapdnative1.Error.NotFound"
     check_sentence(text, '"none"')
 
 
 def test_properties_have_the_contract_types_and_the_expected_values(
-    shared: Service, filesystem: FileSystem
+    shared_service: Service, filesystem: FileSystem
 ) -> None:
     expected = {
         "Version": f's "{__version__}"',
-        "StateDirectory": f's "{shared.state}"',
+        "StateDirectory": f's "{shared_service.state}"',
         "FilesystemType": f's "{filesystem.name}"',
         "Reflink": f"b {str(filesystem.reflink).lower()}",
     }
-    got = shared.busctl("get-property", BUS_NAME, OBJECT_PATH, MANAGER, *expected)
+    got = shared_service.busctl("get-property", BUS_NAME, OBJECT_PATH, MANAGER, *expected)
     assert got.stdout.splitlines() == list(expected.values())
-    (values,) = request("GetAll", "s", MANAGER, interface=PROPERTIES)
+    (values,) = call_method("GetAll", "s", MANAGER, interface=PROPERTIES)
     assert {name: value.signature for name, value in values.items()} == {
         name: text[0] for name, text in expected.items()
     }
     for other in (PEER, PROPERTIES, INTROSPECTABLE):
-        assert request("GetAll", "s", other, interface=PROPERTIES) == [{}]
+        assert call_method("GetAll", "s", other, interface=PROPERTIES) == [{}]
 
 
-def test_busctl_monitor_shows_the_snapshot_signals(shared: Service) -> None:
+def test_busctl_monitor_shows_the_snapshot_signals(shared_service: Service) -> None:
     # With a pipe, busctl would write the messages only when its buffer is full.
     terminal, output = os.openpty()
     with open(output, "wb") as stdout:
         monitor = subprocess.Popen(
             [
-                *("busctl", f"--address={shared.address}", "monitor", "--json=short"),
+                *("busctl", f"--address={shared_service.address}", "monitor", "--json=short"),
                 f"--match=type='signal',interface='{MANAGER}'",
             ],
             env={**os.environ, "SYSTEMD_COLORS": "0"},
@@ -201,12 +203,12 @@ def test_busctl_monitor_shows_the_snapshot_signals(shared: Service) -> None:
     try:
         # With --json, busctl of systemd 257 does not say when it begins.
         while not select.select([terminal], [], [], 0.1)[0]:
-            shared.call("Prepare", "ssa{sv}", "probe", "", "0")
-            shared.call("Remove", "sa{sv}", "probe", "0")
-        shared.call("Prepare", "ssa{sv}", "key", "", "0")
-        shared.call("Update", "sa{ss}as", "key", "0", "0")
-        shared.call("Commit", "ssa{sv}", "name", "key", "0")
-        shared.call("Remove", "sa{sv}", "name", "0")
+            shared_service.call("Prepare", "ssa{sv}", "probe", "", "0")
+            shared_service.call("Remove", "sa{sv}", "probe", "0")
+        shared_service.call("Prepare", "ssa{sv}", "key", "", "0")
+        shared_service.call("Update", "sa{ss}as", "key", "0", "0")
+        shared_service.call("Commit", "ssa{sv}", "name", "key", "0")
+        shared_service.call("Remove", "sa{sv}", "name", "0")
         # A call that takes long also sends the signals of a job.
         messages = map(json.loads, lines)
         changes = (
@@ -228,9 +230,9 @@ def test_busctl_monitor_shows_the_snapshot_signals(shared: Service) -> None:
     ]
 
 
-def asked(**fields: Any) -> Message:  # noqa: ANN401 - whatever Message takes
+def ask_manager(**fields: Any) -> Message:  # noqa: ANN401 - whatever Message takes
     async def asking() -> Message:
-        async with asyncio.timeout(PATIENCE), connection() as bus:
+        async with asyncio.timeout(HANG_TIMEOUT), connection() as bus:
             return await bus.ask(**fields)
 
     return asyncio.run(asking())
@@ -267,34 +269,36 @@ VALUE = Variant("s", "new")
     ids=lambda value: value if isinstance(value, str) else value["member"],
 )
 def test_unknown_objects_and_members_get_the_standard_errors(
-    shared: Service, fields: dict[str, Any], error: str
+    shared_service: Service, fields: dict[str, Any], error: str
 ) -> None:
-    reply = asked(**fields)
+    reply = ask_manager(**fields)
     assert reply.message_type is MessageType.ERROR
     assert reply.error_name == STANDARD + error
     check_sentence(reply.body[0])
 
 
-def test_a_call_needs_no_interface_name(shared: Service, shared_client: BlockingClient) -> None:
+def test_a_call_needs_no_interface_name(
+    shared_service: Service, shared_client: BlockingClient
+) -> None:
     shared_client.prepare("key")
-    stat = asked(interface=None, member="Stat", signature="s", body=["key"])
+    stat = ask_manager(interface=None, member="Stat", signature="s", body=["key"])
     assert stat.body[0][:2] == ["key", "active"]
-    xml = asked(interface=None, member="Introspect")
+    xml = ask_manager(interface=None, member="Introspect")
     assert MANAGER in xml.body[0]
-    version = asked(interface=None, member="Get", signature="ss", body=["", "Version"])
+    version = ask_manager(interface=None, member="Get", signature="ss", body=["", "Version"])
     assert version.body[0].value == __version__
-    assert asked(interface=None, member="Ping").signature == ""
+    assert ask_manager(interface=None, member="Ping").signature == ""
 
 
 @pytest.mark.parametrize("user", [0, NOBODY])
-def test_every_user_may_call_ping_and_get_machine_id(shared: Service, user: int) -> None:
-    pong = shared.call("Ping", interface=PEER, user=user)
+def test_every_user_may_call_ping_and_get_machine_id(shared_service: Service, user: int) -> None:
+    pong = shared_service.call("Ping", interface=PEER, user=user)
     assert (pong.returncode, pong.stdout) == (0, "")
-    machine = shared.call("GetMachineId", interface=PEER, user=user)
+    machine = shared_service.call("GetMachineId", interface=PEER, user=user)
     assert machine.stdout == f's "{Path("/etc/machine-id").read_text().strip()}"\n'
 
 
-def test_a_user_other_than_root_is_denied_property_calls(shared: Service) -> None:
+def test_a_user_other_than_root_is_denied_property_calls(shared_service: Service) -> None:
     calls = [
         ("Get", "ss", MANAGER, "Version"),
         ("Get", "ss", MANAGER, "None"),
@@ -305,6 +309,6 @@ def test_a_user_other_than_root_is_denied_property_calls(shared: Service) -> Non
         ("Set", "ssv", MANAGER, "Version", "s", "new"),
     ]
     for call in calls:
-        denied = shared.call(*call, interface=PROPERTIES, user=NOBODY)
+        denied = shared_service.call(*call, interface=PROPERTIES, user=NOBODY)
         assert (denied.returncode, denied.stdout) == (1, "")
         assert "Access denied" in denied.stderr

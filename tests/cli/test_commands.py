@@ -20,46 +20,46 @@ from snapd_native.cli.main import cli
 from snapd_native.client import BlockingClient
 from snapd_native.model import Usage
 from snapd_native.private import private_bus
-from tests.support.command_line import PROGRAM, fails, out, program
+from tests.support.command_line import PROGRAM, expect_failure, output_of, run_program
 from tests.support.file_systems import on_ext4
-from tests.support.service import NOBODY, Service, committed
+from tests.support.service import NOBODY, Service, commit_snapshot
 
 pytestmark = on_ext4
 
 
 @pytest.fixture(autouse=True)
-def served(shared: Service) -> Service:
+def running_service(shared_service: Service) -> Service:
     """Run the program on the bus of a daemon without snapshots."""
-    return shared
+    return shared_service
 
 
 def test_the_snapshot_commands_work_from_prepare_to_rm() -> None:
-    type_, source, options = out("prepare", "build", "-l", "a=1").rstrip("\n").split("\t")
+    type_, source, options = output_of("prepare", "build", "-l", "a=1").rstrip("\n").split("\t")
     assert (type_, options) == ("bind", "rbind,rw")
     assert Path(source).is_dir()
-    assert out("mounts", "build").split("\t")[1] == source
-    assert out("commit", "v1", "build", "-l", "b=2") == ""
-    assert out("view", "look", "v1").rstrip("\n").endswith("rbind,ro")
-    listed = out("ls").splitlines()
+    assert output_of("mounts", "build").split("\t")[1] == source
+    assert output_of("commit", "v1", "build", "-l", "b=2") == ""
+    assert output_of("view", "look", "v1").rstrip("\n").endswith("rbind,ro")
+    listed = output_of("ls").splitlines()
     assert [line.split()[:3] for line in listed] == [
         ["NAME", "KIND", "PARENT"],
         ["look", "view", "v1"],
         ["v1", "committed", "-"],
     ]
-    drawn = out("tree").splitlines()
+    drawn = output_of("tree").splitlines()
     assert drawn[0].startswith("v1 ")
     assert drawn[1].startswith("└── look ")
-    assert out("rm", "look", "v1") == ""
-    assert out("cleanup") == ""
-    assert out("tree") == ""
+    assert output_of("rm", "look", "v1") == ""
+    assert output_of("cleanup") == ""
+    assert output_of("tree") == ""
     assert not Path(source).exists()
 
 
 def test_json_output_has_the_expected_fields() -> None:
-    out("prepare", "ü \n", "--label", "a=b=c")
-    out("commit", "v1", "ü \n", "-l", "k=v")
-    out("view", "look", "v1")
-    info = json.loads(out("stat", "--json", "v1"))
+    output_of("prepare", "ü \n", "--label", "a=b=c")
+    output_of("commit", "v1", "ü \n", "-l", "k=v")
+    output_of("view", "look", "v1")
+    info = json.loads(output_of("stat", "--json", "v1"))
     assert info | {"created": "", "updated": ""} == {
         "name": "v1",
         "kind": "committed",
@@ -69,36 +69,36 @@ def test_json_output_has_the_expected_fields() -> None:
         "labels": {"k": "v"},
     }
     assert info["created"].endswith("Z")
-    assert json.loads(out("ls", "--json", "kind==committed")) == [info]
-    (root,) = json.loads(out("tree", "--json"))
+    assert json.loads(output_of("ls", "--json", "kind==committed")) == [info]
+    (root,) = json.loads(output_of("tree", "--json"))
     assert [child["name"] for child in root["children"]] == ["look"]
-    (usage,) = json.loads(out("usage", "--json", "v1"))
+    (usage,) = json.loads(output_of("usage", "--json", "v1"))
     assert usage["key"] == "v1"
     assert usage["inodes"] == 1
-    mount = json.loads(out("mounts", "--json", "look"))
+    mount = json.loads(output_of("mounts", "--json", "look"))
     assert mount["options"] == ["rbind", "ro"]
-    created = json.loads(out("prepare", "--json", "new"))
+    created = json.loads(output_of("prepare", "--json", "new"))
     assert set(created) == {"type", "source", "options"}
 
 
 def test_label_sets_deletes_and_replaces_labels() -> None:
-    out("prepare", "k", "-l", "a=1", "-l", "b=2")
-    assert json.loads(out("label", "--json", "k", "c=3", "a-"))["labels"] == {
+    output_of("prepare", "k", "-l", "a=1", "-l", "b=2")
+    assert json.loads(output_of("label", "--json", "k", "c=3", "a-"))["labels"] == {
         "b": "2",
         "c": "3",
     }
-    assert json.loads(out("label", "--json", "k", "d-=4"))["labels"]["d-"] == "4"
-    replaced = out("label", "--json", "k", "--replace", "z=9")
+    assert json.loads(output_of("label", "--json", "k", "d-=4"))["labels"]["d-"] == "4"
+    replaced = output_of("label", "--json", "k", "--replace", "z=9")
     assert json.loads(replaced)["labels"] == {"z": "9"}
-    assert json.loads(out("label", "--json", "k", "--replace"))["labels"] == {}
+    assert json.loads(output_of("label", "--json", "k", "--replace"))["labels"] == {}
 
 
 def test_commit_with_the_parent_option_sets_the_parent() -> None:
-    out("prepare", "a")
-    out("commit", "base", "a")
-    out("prepare", "b")
-    out("commit", "top", "b", "--parent", "base")
-    assert json.loads(out("stat", "--json", "top"))["parent"] == "base"
+    output_of("prepare", "a")
+    output_of("commit", "base", "a")
+    output_of("prepare", "b")
+    output_of("commit", "top", "b", "--parent", "base")
+    assert json.loads(output_of("stat", "--json", "top"))["parent"] == "base"
 
 
 @pytest.mark.parametrize(
@@ -130,11 +130,11 @@ def test_commit_with_the_parent_option_sets_the_parent() -> None:
 def test_a_failed_command_exits_with_the_status_of_its_error(
     shared_client: BlockingClient, arguments: list[str | bytes], kind: type[errors.SnapdError]
 ) -> None:
-    committed(shared_client, "base")
+    commit_snapshot(shared_client, "base")
     shared_client.view("view", "base")
     shared_client.prepare("active")
     before = shared_client.list()
-    fails(kind, *arguments)
+    expect_failure(kind, *arguments)
     assert shared_client.list() == before
 
 
@@ -145,7 +145,7 @@ def test_a_failed_command_exits_with_the_status_of_its_error(
 def test_wrong_usage_prints_one_line_and_exits_with_2(
     arguments: list[str],
 ) -> None:
-    outcome = program(*arguments)
+    outcome = run_program(*arguments)
     assert outcome.returncode == 2
     (line,) = outcome.stderr.splitlines()
     assert line.startswith("snapd-native: ")
@@ -155,47 +155,47 @@ def test_wrong_usage_prints_one_line_and_exits_with_2(
 def test_a_command_without_a_daemon_exits_with_unavailable() -> None:
     with private_bus() as bus:
         for place in (bus, "unix:path=/nonexistent", "nonsense"):
-            fails(errors.Unavailable, "ls", environment={"DBUS_SYSTEM_BUS_ADDRESS": place})
+            expect_failure(errors.Unavailable, "ls", environment={"DBUS_SYSTEM_BUS_ADDRESS": place})
 
 
 def test_a_command_of_another_user_exits_with_access_denied() -> None:
     for arguments in (["ls"], ["prepare", "k"], ["daemon"], ["demo"]):
-        fails(errors.AccessDenied, *arguments, user=NOBODY)
+        expect_failure(errors.AccessDenied, *arguments, user=NOBODY)
 
 
 def test_a_closed_pipe_causes_no_error_message() -> None:
-    out("prepare", "k")
+    output_of("prepare", "k")
     script = f"{shlex.join(PROGRAM)} ls | true; exit ${{PIPESTATUS[0]}}"
     outcome = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert outcome.stderr == ""
 
 
 def test_output_escapes_control_characters_of_names() -> None:
-    out("prepare", "\x1b[31mred", "-l", "k=\x1b]0;title\x07")
+    output_of("prepare", "\x1b[31mred", "-l", "k=\x1b]0;title\x07")
     for command in (["ls"], ["tree"], ["stat", "\x1b[31mred"], ["usage", "\x1b[31mred"]):
-        text = out(*command)
+        text = output_of(*command)
         assert "\x1b" not in text
         assert "\\x1b[31mred" in text
 
 
 def test_output_shows_characters_outside_its_encoding_as_escapes() -> None:
-    out("prepare", "Käse ключ")
+    output_of("prepare", "Käse ключ")
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1:strict"}
     listed = subprocess.run([*PROGRAM, "ls"], env=environment, capture_output=True, check=True)
     assert b"\nK\xe4se \\u043a\\u043b\\u044e\\u0447 " in listed.stdout
 
 
 def test_json_is_valid_in_every_encoding_of_the_output() -> None:
-    out("prepare", "Käse 😀")
+    output_of("prepare", "Käse 😀")
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1:strict"}
     listed = subprocess.run([*PROGRAM, "ls", "--json"], env=environment, capture_output=True)
     assert [info["name"] for info in json.loads(listed.stdout.decode("latin-1"))] == ["Käse 😀"]
 
 
 def test_help_names_every_command() -> None:
-    listed = out("--help")
+    listed = output_of("--help")
     assert all(f"  {name} " in listed for name in cli.commands)
-    assert __version__ in out("--version")
+    assert __version__ in output_of("--version")
 
 
 def test_help_imports_no_heavy_modules() -> None:
@@ -265,15 +265,15 @@ def test_usage_output_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     assert second.endswith("1.0 GiB  1,234,567")
 
 
-def test_check_prints_its_findings_and_exits_with_1(served: Service) -> None:
-    assert out("check") == ""
-    assert json.loads(out("check", "--json")) == []
-    (served.state / "snapshots" / "987654321").mkdir()
-    outcome = program("check")
+def test_check_prints_its_findings_and_exits_with_1(running_service: Service) -> None:
+    assert output_of("check") == ""
+    assert json.loads(output_of("check", "--json")) == []
+    (running_service.state / "snapshots" / "987654321").mkdir()
+    outcome = run_program("check")
     assert outcome.returncode == 1
     assert outcome.stdout == "orphan\t\t987654321 is no snapshot's: call Cleanup\n"
-    outcome = program("check", "--json")
+    outcome = run_program("check", "--json")
     assert outcome.returncode == 1
     assert json.loads(outcome.stdout)[0]["kind"] == "orphan"
-    assert out("cleanup") == ""
-    assert out("check") == ""
+    assert output_of("cleanup") == ""
+    assert output_of("check") == ""

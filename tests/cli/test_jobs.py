@@ -18,65 +18,65 @@ from snapd_native import errors
 from snapd_native.cli.exits import INTERRUPTED, STATUSES
 from snapd_native.client import BlockingClient, Job
 from snapd_native.model import DIGEST_LABEL, STANDBY_LABEL
-from tests.support.command_line import PROGRAM, out, program
+from tests.support.command_line import PROGRAM, output_of, run_program
 from tests.support.file_systems import FileSystem, scratch_on
-from tests.support.holding import held
-from tests.support.service import PATIENCE, Service, committed, serving
-from tests.support.waiting import becomes, eventually
+from tests.support.holding import hold_at_files
+from tests.support.service import HANG_TIMEOUT, Service, commit_snapshot, run_daemon
+from tests.support.waiting import wait_until, wait_until_equal
 
 DIRECTORIES = 20
 """Directories in the tree that is copied, each with one file."""
 
-HALF = "7"
+MIDDLE = "7"
 """The directory at which tests hold up a copy."""
 
 PIPE = subprocess.PIPE
 
 
 @pytest.fixture(scope="module")
-def lasting(bus: str, ext4: FileSystem) -> Iterator[Service]:
+def module_service(bus: str, ext4: FileSystem) -> Iterator[Service]:
     """Run a daemon with the committed snapshot `big` for all tests of this file."""
     with (
         pytest.MonkeyPatch.context() as patch,
         scratch_on(ext4) as scratch,
-        serving(bus, scratch / "state") as service,
+        run_daemon(bus, scratch / "state") as service,
     ):
         patch.setenv("DBUS_SYSTEM_BUS_ADDRESS", bus)
         with BlockingClient() as client:
             files = {f"{number}/file": "text" for number in range(DIRECTORIES)}
-            committed(client, "big", files=files)
+            commit_snapshot(client, "big", files=files)
         yield service
 
 
 @pytest.fixture
-def served(lasting: Service, on_bus: str) -> Iterator[Service]:
+def emptied_service(module_service: Service, on_bus: str) -> Iterator[Service]:
     """Lend the daemon; after the test, delete everything but `big`."""
-    assert on_bus == lasting.address
-    yield lasting
+    assert on_bus == module_service.address
+    yield module_service
     with BlockingClient() as client:
-        becomes(client.jobs, [])
+        wait_until_equal(client.jobs, [])
         infos = list(client.walk(["name!=big"]))
         for info in sorted(infos, key=lambda info: info.created, reverse=True):
             client.remove(info.name)
         client.cleanup()
-        becomes(lambda: len(os.listdir(lasting.state / "snapshots")), 1)
+        wait_until_equal(lambda: len(os.listdir(module_service.state / "snapshots")), 1)
 
 
 @pytest.fixture
-def big(served: Service) -> Path:
+def big_tree(emptied_service: Service) -> Path:
     """Return the path of the tree of `big`."""
-    (tree,) = (served.state / "snapshots").iterdir()
+    (tree,) = (emptied_service.state / "snapshots").iterdir()
     return tree
 
 
 @pytest.fixture
-def client(served: Service) -> Iterator[BlockingClient]:
+def client(emptied_service: Service) -> Iterator[BlockingClient]:
     with BlockingClient() as connected:
         yield connected
 
 
 @contextmanager
-def begun(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+def start_program(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """Run the program during the block."""
     with subprocess.Popen([*PROGRAM, *arguments], stdout=PIPE, stderr=PIPE, text=True) as process:
         try:
@@ -85,7 +85,7 @@ def begun(*arguments: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def job_of(client: BlockingClient, key: str) -> Job:
+def wait_for_job(client: BlockingClient, key: str) -> Job:
     """Wait until a job on ``key`` is shown, and return it."""
     found: list[Job] = []
 
@@ -93,11 +93,11 @@ def job_of(client: BlockingClient, key: str) -> Job:
         found[:] = [job for job in client.jobs() if job.key == key]
         return bool(found)
 
-    eventually(shown)
+    wait_until(shown)
     return found[0]
 
 
-def nothing_of(client: BlockingClient, service: Service, key: str) -> None:
+def check_nothing_left_of(client: BlockingClient, service: Service, key: str) -> None:
     """Check that a Prepare has left nothing, and that its key is free."""
     with pytest.raises(errors.NotFound):
         client.stat(key)
@@ -106,16 +106,16 @@ def nothing_of(client: BlockingClient, service: Service, key: str) -> None:
     client.prepare(key)
 
 
-def test_jobs_prints_only_a_heading_when_no_job_runs(served: Service) -> None:
-    assert out("jobs").split() == ["ID", "OPERATION", "KEY", "UID", "INODES", "SIZE"]
-    assert json.loads(out("jobs", "--json")) == []
+def test_jobs_prints_only_a_heading_when_no_job_runs(emptied_service: Service) -> None:
+    assert output_of("jobs").split() == ["ID", "OPERATION", "KEY", "UID", "INODES", "SIZE"]
+    assert json.loads(output_of("jobs", "--json")) == []
 
 
-def test_jobs_shows_operation_key_uid_and_progress(client: BlockingClient, big: Path) -> None:
+def test_jobs_shows_operation_key_uid_and_progress(client: BlockingClient, big_tree: Path) -> None:
     total = client.usage("big")
-    with held(big / HALF), begun("prepare", "k\n1", "big") as process:
-        job = job_of(client, "k\n1")
-        (row,) = json.loads(out("jobs", "--json"))
+    with hold_at_files(big_tree / MIDDLE), start_program("prepare", "k\n1", "big") as process:
+        job = wait_for_job(client, "k\n1")
+        (row,) = json.loads(output_of("jobs", "--json"))
         assert row.pop("done").keys() == {"size", "inodes"}
         assert row == {
             "id": job.id,
@@ -124,30 +124,30 @@ def test_jobs_shows_operation_key_uid_and_progress(client: BlockingClient, big: 
             "uid": 0,
             "total": {"size": total.size, "inodes": total.inodes},
         }
-        _, line = out("jobs").splitlines()
+        _, line = output_of("jobs").splitlines()
         assert line.split()[:4] == [str(job.id), "prepare", "k\\n1", "0"]
         assert line.count(f" of {total.inodes:,}") == 1
-        assert out("cancel", str(job.id)) == ""
-        assert process.wait(PATIENCE) == STATUSES[errors.Cancelled]
-        assert out("jobs").count("\n") == 1
+        assert output_of("cancel", str(job.id)) == ""
+        assert process.wait(HANG_TIMEOUT) == STATUSES[errors.Cancelled]
+        assert output_of("jobs").count("\n") == 1
 
 
 def test_a_command_cancelled_by_another_process_exits_with_cancelled(
-    served: Service, client: BlockingClient, big: Path
+    emptied_service: Service, client: BlockingClient, big_tree: Path
 ) -> None:
-    with held(big / HALF), begun("prepare", "one", "big") as one:
-        first = job_of(client, "one")
-        with begun("prepare", "two", "big") as two:
-            second = job_of(client, "two")
-            assert out("cancel", str(first.id), str(second.id)) == ""
+    with hold_at_files(big_tree / MIDDLE), start_program("prepare", "one", "big") as one:
+        first = wait_for_job(client, "one")
+        with start_program("prepare", "two", "big") as two:
+            second = wait_for_job(client, "two")
+            assert output_of("cancel", str(first.id), str(second.id)) == ""
             for process, key in ((one, "one"), (two, "two")):
-                stdout, stderr = process.communicate(timeout=PATIENCE)
+                stdout, stderr = process.communicate(timeout=HANG_TIMEOUT)
                 assert process.returncode == STATUSES[errors.Cancelled] == 9
                 assert stdout == ""
                 (line,) = stderr.splitlines()
                 assert line.startswith("snapd-native: ")
                 assert f'"{key}" was cancelled' in line
-    nothing_of(client, served, "one")
+    check_nothing_left_of(client, emptied_service, "one")
     client.prepare("two")
 
 
@@ -156,18 +156,20 @@ def test_a_cancelled_commit_leaves_the_active_snapshot_unchanged(
 ) -> None:
     tree = Path(client.prepare("key", "big", {"a": "b"}).source)
     before = client.stat("key")
-    with held(tree / HALF), begun("commit", "name", "key") as process:
-        job = job_of(client, "key")
+    with hold_at_files(tree / MIDDLE), start_program("commit", "name", "key") as process:
+        job = wait_for_job(client, "key")
         assert job.operation == "commit"
-        assert out("cancel", str(job.id)) == ""
-        assert process.wait(PATIENCE) == 9
+        assert output_of("cancel", str(job.id)) == ""
+        assert process.wait(HANG_TIMEOUT) == 9
     assert client.stat("key") == before
     client.commit("name", "key")
 
 
 @pytest.mark.parametrize("ids", [["0"], ["4294967295"], ["99999999999999999999"]])
-def test_cancel_of_an_unknown_job_exits_with_not_found(served: Service, ids: Sequence[str]) -> None:
-    outcome = program("cancel", *ids)
+def test_cancel_of_an_unknown_job_exits_with_not_found(
+    emptied_service: Service, ids: Sequence[str]
+) -> None:
+    outcome = run_program("cancel", *ids)
     assert outcome.returncode == STATUSES[errors.NotFound]
     (line,) = outcome.stderr.splitlines()
     assert line.startswith("snapd-native: ")
@@ -175,34 +177,39 @@ def test_cancel_of_an_unknown_job_exits_with_not_found(served: Service, ids: Seq
 
 
 @pytest.mark.parametrize("ids", [[], ["x"], ["-1"], ["1.5"]])
-def test_cancel_without_a_valid_number_is_wrong_usage(served: Service, ids: Sequence[str]) -> None:
-    outcome = program("cancel", *ids)
+def test_cancel_without_a_valid_number_is_wrong_usage(
+    emptied_service: Service, ids: Sequence[str]
+) -> None:
+    outcome = run_program("cancel", *ids)
     assert outcome.returncode == 2
     assert len(outcome.stderr.splitlines()) == 1
 
 
 def test_ctrl_c_in_the_middle_of_a_copy_undoes_prepare(
-    served: Service, client: BlockingClient, big: Path
+    emptied_service: Service, client: BlockingClient, big_tree: Path
 ) -> None:
-    with held(big / HALF) as copy, begun("prepare", "key", "big") as process:
+    with (
+        hold_at_files(big_tree / MIDDLE) as copy,
+        start_program("prepare", "key", "big") as process,
+    ):
         copy.wait_until_reached()
-        job_of(client, "key")
+        wait_for_job(client, "key")
         process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=PATIENCE)
+        stdout, stderr = process.communicate(timeout=HANG_TIMEOUT)
         assert (process.returncode, stdout, stderr.strip()) == (INTERRUPTED, "", "")
         assert INTERRUPTED == 130
         # The program ends after its job is undone.
         assert client.jobs() == []
-    nothing_of(client, served, "key")
+    check_nothing_left_of(client, emptied_service, "key")
 
 
 def test_ctrl_c_during_commit_changes_nothing(client: BlockingClient) -> None:
     tree = Path(client.prepare("key", "big").source)
     before = client.stat("key")
-    with held(tree / HALF), begun("commit", "name", "key") as process:
-        job_of(client, "key")
+    with hold_at_files(tree / MIDDLE), start_program("commit", "name", "key") as process:
+        wait_for_job(client, "key")
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=PATIENCE)
+        _, stderr = process.communicate(timeout=HANG_TIMEOUT)
         assert process.returncode == INTERRUPTED
         assert "Traceback" not in stderr
         assert client.jobs() == []
@@ -210,7 +217,7 @@ def test_ctrl_c_during_commit_changes_nothing(client: BlockingClient) -> None:
 
 
 @pytest.fixture
-def sealed(client: BlockingClient) -> Path:
+def tree_with_digest(client: BlockingClient) -> Path:
     """Commit `done` and `gone` with digests; return the path of the tree of `done`."""
     for name in ("gone", "done"):
         tree = Path(client.prepare(f"{name} in the making", "big").source)
@@ -218,44 +225,44 @@ def sealed(client: BlockingClient) -> Path:
     return tree
 
 
-def test_ctrl_c_during_verify_ends_its_job(client: BlockingClient, sealed: Path) -> None:
-    with held(sealed / HALF), begun("verify", "done") as process:
-        assert job_of(client, "done").operation == "verify"
+def test_ctrl_c_during_verify_ends_its_job(client: BlockingClient, tree_with_digest: Path) -> None:
+    with hold_at_files(tree_with_digest / MIDDLE), start_program("verify", "done") as process:
+        assert wait_for_job(client, "done").operation == "verify"
         process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=PATIENCE)
+        stdout, stderr = process.communicate(timeout=HANG_TIMEOUT)
         assert (process.returncode, stdout, stderr.strip()) == (INTERRUPTED, "", "")
         assert client.jobs() == []
     client.verify("done")
 
 
 def test_verify_of_all_ignores_a_snapshot_removed_before_its_turn(
-    client: BlockingClient, sealed: Path
+    client: BlockingClient, tree_with_digest: Path
 ) -> None:
     client.prepare("work", labels={DIGEST_LABEL: "yes"})
     with ExitStack() as stack:
-        with held(sealed / HALF):
-            process = stack.enter_context(begun("verify"))
-            job_of(client, "done")
+        with hold_at_files(tree_with_digest / MIDDLE):
+            process = stack.enter_context(start_program("verify"))
+            wait_for_job(client, "done")
             client.remove("gone")
-        stdout, stderr = process.communicate(timeout=PATIENCE)
+        stdout, stderr = process.communicate(timeout=HANG_TIMEOUT)
         assert (process.returncode, stderr) == (0, "")
         assert [line.split()[-1] for line in stdout.splitlines()] == ["done"]
-    assert program("verify", "gone").returncode == STATUSES[errors.NotFound]
+    assert run_program("verify", "gone").returncode == STATUSES[errors.NotFound]
 
 
-def test_verify_on_a_terminal_shows_a_progress_bar(sealed: Path) -> None:
+def test_verify_on_a_terminal_shows_a_progress_bar(tree_with_digest: Path) -> None:
     with ExitStack() as stack:
-        with held(sealed / HALF):
-            master, process = stack.enter_context(on_terminal("verify", "done"))
+        with hold_at_files(tree_with_digest / MIDDLE):
+            master, process = stack.enter_context(start_on_terminal("verify", "done"))
             shown = read_terminal(master, "inodes")
         shown += read_terminal(master)
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(HANG_TIMEOUT) == 0
     assert "Verifying done" in shown
     assert "━" in shown
 
 
 @contextmanager
-def on_terminal(
+def start_on_terminal(
     *arguments: str, term: str = "xterm"
 ) -> Iterator[tuple[int, subprocess.Popen[str]]]:
     """Run the program with its stderr on a terminal, and its stdout in a pipe."""
@@ -287,14 +294,14 @@ def read_terminal(master: int, until: str = "") -> str:
     return shown.decode(errors="replace")
 
 
-def test_prepare_on_a_terminal_shows_a_progress_bar(client: BlockingClient, big: Path) -> None:
+def test_prepare_on_a_terminal_shows_a_progress_bar(client: BlockingClient, big_tree: Path) -> None:
     with ExitStack() as stack:
         # The root counts as one of these opens.
-        with held(big, after=DIRECTORIES // 2):
-            master, process = stack.enter_context(on_terminal("prepare", "k[red]\x1b", "big"))
+        with hold_at_files(big_tree, after=DIRECTORIES // 2):
+            master, process = stack.enter_context(start_on_terminal("prepare", "k[red]\x1b", "big"))
             shown = read_terminal(master, "inodes")
         shown += read_terminal(master)
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(HANG_TIMEOUT) == 0
         assert process.stdout is not None
         assert process.stdout.read().startswith("bind\t")
     assert "Preparing k[red]\\x1b" in shown
@@ -305,60 +312,60 @@ def test_prepare_on_a_terminal_shows_a_progress_bar(client: BlockingClient, big:
     assert 0 < counts[0] <= client.usage("big").inodes
 
 
-def test_a_quick_command_shows_no_progress_bar(served: Service) -> None:
-    with on_terminal("prepare", "quick") as (master, process):
+def test_a_quick_command_shows_no_progress_bar(emptied_service: Service) -> None:
+    with start_on_terminal("prepare", "quick") as (master, process):
         assert read_terminal(master) == ""
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(HANG_TIMEOUT) == 0
 
 
 def test_ctrl_c_during_the_progress_bar_restores_the_terminal(
-    served: Service, client: BlockingClient, big: Path
+    emptied_service: Service, client: BlockingClient, big_tree: Path
 ) -> None:
     with (
-        held(big, after=DIRECTORIES // 2),
-        on_terminal("prepare", "key", "big") as (master, process),
+        hold_at_files(big_tree, after=DIRECTORIES // 2),
+        start_on_terminal("prepare", "key", "big") as (master, process),
     ):
         shown = read_terminal(master, "Preparing")
         process.send_signal(signal.SIGINT)
         shown += read_terminal(master)
-        assert process.wait(PATIENCE) == INTERRUPTED
+        assert process.wait(HANG_TIMEOUT) == INTERRUPTED
     assert "Traceback" not in shown
     # The cursor was hidden while the bar moved.
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
-    nothing_of(client, served, "key")
+    check_nothing_left_of(client, emptied_service, "key")
 
 
 def test_a_command_without_a_terminal_shows_no_progress_bar(
-    served: Service, client: BlockingClient
+    emptied_service: Service, client: BlockingClient
 ) -> None:
-    outcome = program("prepare", "key", "big")
+    outcome = run_program("prepare", "key", "big")
     assert (outcome.returncode, outcome.stderr) == (0, "")
     assert len(outcome.stdout.splitlines()) == 1
-    outcome = program("commit", "name", "key")
+    outcome = run_program("commit", "name", "key")
     assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, "", "")
 
 
-def test_stat_shows_standby_clones_only_where_the_label_asks_for_them(
-    served: Service, client: BlockingClient
+def test_stat_shows_standby_clones_only_for_a_snapshot_with_the_label(
+    emptied_service: Service, client: BlockingClient
 ) -> None:
-    committed(client, "base", files={"file": "text"})
-    assert "Standby" not in out("stat", "base")
-    assert "standby" not in json.loads(out("stat", "--json", "base"))
-    out("label", "base", f"{STANDBY_LABEL}=2")
-    becomes(lambda: client.standby("base").ready, 2)
-    assert re.search(r"^Standby +2 of 2 clones ready$", out("stat", "base"), re.MULTILINE)
-    assert json.loads(out("stat", "--json", "base"))["standby"] == {"ready": 2, "wanted": 2}
-    assert served.call("Standby", "s", "base").stdout == "uu 2 2\n"
-    out("prepare", "work", "base")
-    assert "Standby" not in out("stat", "work")
-    out("label", "base", f"{STANDBY_LABEL}-")
-    assert "Standby" not in out("stat", "base")
-    assert served.call("Standby", "s", "base").stdout == "uu 0 0\n"
+    commit_snapshot(client, "base", files={"file": "text"})
+    assert "Standby" not in output_of("stat", "base")
+    assert "standby" not in json.loads(output_of("stat", "--json", "base"))
+    output_of("label", "base", f"{STANDBY_LABEL}=2")
+    wait_until_equal(lambda: client.standby("base").ready, 2)
+    assert re.search(r"^Standby +2 of 2 clones ready$", output_of("stat", "base"), re.MULTILINE)
+    assert json.loads(output_of("stat", "--json", "base"))["standby"] == {"ready": 2, "wanted": 2}
+    assert emptied_service.call("Standby", "s", "base").stdout == "uu 2 2\n"
+    output_of("prepare", "work", "base")
+    assert "Standby" not in output_of("stat", "work")
+    output_of("label", "base", f"{STANDBY_LABEL}-")
+    assert "Standby" not in output_of("stat", "base")
+    assert emptied_service.call("Standby", "s", "base").stdout == "uu 0 0\n"
 
 
 def test_a_bad_standby_label_exits_with_invalid_argument(
-    served: Service, client: BlockingClient
+    emptied_service: Service, client: BlockingClient
 ) -> None:
     client.prepare("key")
     for arguments in (
@@ -366,7 +373,7 @@ def test_a_bad_standby_label_exits_with_invalid_argument(
         ("prepare", "new", "-l", f"{STANDBY_LABEL}=x"),
         ("commit", "name", "key", "-l", f"{STANDBY_LABEL}=-1"),
     ):
-        outcome = program(*arguments)
+        outcome = run_program(*arguments)
         assert outcome.returncode == STATUSES[errors.InvalidArgument]
         (line,) = outcome.stderr.splitlines()
         assert STANDBY_LABEL in line
@@ -376,7 +383,7 @@ def test_a_bad_standby_label_exits_with_invalid_argument(
 @pytest.mark.parametrize("percent", ["-1", "101", "x"])
 def test_a_bad_standby_free_percentage_is_wrong_usage(tmp_path: Path, percent: str) -> None:
     state = tmp_path / "state"
-    outcome = program("daemon", "--state-directory", str(state), "--standby-free", percent)
+    outcome = run_program("daemon", "--state-directory", str(state), "--standby-free", percent)
     assert outcome.returncode == 2
     assert len(outcome.stderr.splitlines()) == 1
     assert not state.exists()

@@ -16,11 +16,16 @@ from snapd_native.cli.exits import STATUSES
 from snapd_native.client import BlockingClient
 from snapd_native.model import Lifetime
 from snapd_native.private import private_bus
-from tests.support.bus_mounts import stocked_with_snapshots
-from tests.support.command_line import PROGRAM, fails, out, program
+from tests.support.bus_mounts import populate_and_unmount
+from tests.support.command_line import PROGRAM, expect_failure, output_of, run_program
 from tests.support.file_systems import FileSystem, scratch_on
-from tests.support.kernel_mounts import below, mounted_on, place, user_in
-from tests.support.service import NOBODY, Service, empty, serving
+from tests.support.kernel_mounts import (
+    entry_on,
+    make_target,
+    mounts_below,
+    run_process_in,
+)
+from tests.support.service import NOBODY, Service, remove_all, run_daemon
 
 
 @pytest.fixture(scope="module")
@@ -30,110 +35,110 @@ def filesystem(ext4: FileSystem) -> FileSystem:
 
 
 @pytest.fixture(scope="module")
-def lasting(bus: str, ext4: FileSystem) -> Iterator[Service]:
+def module_service(bus: str, ext4: FileSystem) -> Iterator[Service]:
     """Run a daemon with a state directory whose name must be quoted in a shell."""
-    with scratch_on(ext4) as scratch, serving(bus, scratch / "a 'state' #1") as service:
+    with scratch_on(ext4) as scratch, run_daemon(bus, scratch / "a 'state' #1") as service:
         yield service
 
 
 @pytest.fixture
-def stocked(lasting: Service, on_bus: str) -> Iterator[Service]:
-    """Lend the daemon with the snapshots of `stock`; remove them after the test."""
-    assert on_bus == lasting.address
-    with stocked_with_snapshots(lasting):
-        yield lasting
+def populated_service(module_service: Service, on_bus: str) -> Iterator[Service]:
+    """Lend the daemon with the snapshots of `populate_service`; remove them after the test."""
+    assert on_bus == module_service.address
+    with populate_and_unmount(module_service):
+        yield module_service
     with BlockingClient() as client:
-        empty(client)
-
-
-def is_read_only(path: Path) -> bool:
-    entry = mounted_on(path)
-    assert entry
-    return entry.read_only
+        remove_all(client)
 
 
 @pytest.mark.parametrize(
     ("arguments", "read_only"),
     [(["work"], False), (["work", "--read-only"], True), (["look"], True)],
 )
-def test_a_mount_stays_until_umount(
-    stocked: Service, places: Path, arguments: list[str], read_only: bool
+def test_a_mount_stays_until_the_umount_command(
+    populated_service: Service, places: Path, arguments: list[str], read_only: bool
 ) -> None:
-    here = place(places, "with space")
+    here = make_target(places, "with space")
     key, *rest = arguments
-    assert out("mount", key, str(here), *rest) == f"{here}\n"
+    assert output_of("mount", key, str(here), *rest) == f"{here}\n"
     # The mount stays after the program ends.
-    assert is_read_only(here) is read_only
+    assert entry_on(here).read_only is read_only
     assert (here / "file").read_text() == "text"
-    assert out("umount", str(here)) == ""
-    assert below(places) == []
+    assert output_of("umount", str(here)) == ""
+    assert mounts_below(places) == []
 
 
-def test_mount_without_a_target_makes_a_directory_until_umount(stocked: Service) -> None:
-    target = Path(out("mount", "look").rstrip("\n"))
+def test_mount_without_a_target_makes_a_directory_that_umount_removes(
+    populated_service: Service,
+) -> None:
+    target = Path(output_of("mount", "look").rstrip("\n"))
     assert target.is_absolute()
-    assert is_read_only(target)
-    assert out("umount", "look") == ""
+    assert entry_on(target).read_only
+    assert output_of("umount", "look") == ""
     assert not target.exists()
 
 
 def test_a_relative_target_is_resolved_from_the_current_directory(
-    stocked: Service, places: Path
+    populated_service: Service, places: Path
 ) -> None:
-    here, there = place(places), place(places, "there")
-    assert out("mount", "work", "here", cwd=places) == f"{here}\n"
-    assert out("mount", "look", "../there/", cwd=here) == f"{there}\n"
-    assert below(places) == [str(here), str(there)]
-    out("umount", "./here", cwd=places)
-    out("umount", "there/", cwd=places)
-    assert below(places) == []
+    here, there = make_target(places), make_target(places, "there")
+    assert output_of("mount", "work", "here", cwd=places) == f"{here}\n"
+    assert output_of("mount", "look", "../there/", cwd=here) == f"{there}\n"
+    assert mounts_below(places) == [str(here), str(there)]
+    output_of("umount", "./here", cwd=places)
+    output_of("umount", "there/", cwd=places)
+    assert mounts_below(places) == []
 
 
-def test_umount_of_a_key_unmounts_all_its_mounts(stocked: Service, places: Path) -> None:
-    here, there, other = (str(place(places, name)) for name in ("here", "there", "other"))
+def test_umount_of_a_key_unmounts_all_its_mounts(populated_service: Service, places: Path) -> None:
+    here, there, other = (str(make_target(places, name)) for name in ("here", "there", "other"))
     for target, key in ((here, "work"), (other, "look"), (there, "work")):
-        out("mount", key, target)
-    own = out("mount", "work").rstrip("\n")
-    assert out("umount", "work") == ""
-    assert below(places) == [other]
+        output_of("mount", key, target)
+    own = output_of("mount", "work").rstrip("\n")
+    assert output_of("umount", "work") == ""
+    assert mounts_below(places) == [other]
     assert not Path(own).exists()
-    assert '"work" is not mounted' in fails(errors.NotFound, "umount", "work")
+    assert '"work" is not mounted' in expect_failure(errors.NotFound, "umount", "work")
     for what in (here, "none", "base", "work/"):
-        assert what in fails(errors.NotFound, "umount", what)
-    assert below(places) == [other]
+        assert what in expect_failure(errors.NotFound, "umount", what)
+    assert mounts_below(places) == [other]
 
 
 def test_umount_tries_its_argument_as_a_directory_before_a_key(
-    stocked: Service, places: Path
+    populated_service: Service, places: Path
 ) -> None:
-    work, there = str(place(places, "work")), str(place(places, "there"))
-    out("mount", "look", work)
-    out("mount", "work", there)
-    out("umount", "work", cwd=places)
-    assert below(places) == [there]
-    out("umount", "work", cwd=places)
-    assert below(places) == []
+    work, there = str(make_target(places, "work")), str(make_target(places, "there"))
+    output_of("mount", "look", work)
+    output_of("mount", "work", there)
+    output_of("umount", "work", cwd=places)
+    assert mounts_below(places) == [there]
+    output_of("umount", "work", cwd=places)
+    assert mounts_below(places) == []
 
 
-def test_umount_of_a_busy_mount_needs_the_lazy_option(stocked: Service, places: Path) -> None:
-    here = place(places)
-    out("mount", "work", str(here))
-    with user_in(here) as cat:
+def test_umount_of_a_busy_mount_needs_the_lazy_option(
+    populated_service: Service, places: Path
+) -> None:
+    here = make_target(places)
+    output_of("mount", "work", str(here))
+    with run_process_in(here) as cat:
         for what in (str(here), "work"):
-            line = fails(errors.FailedPrecondition, "umount", what)
+            line = expect_failure(errors.FailedPrecondition, "umount", what)
             assert f"cat (pid {cat.pid})" in line
-        assert out("umount", "--lazy", "work") == ""
-    assert below(places) == []
+        assert output_of("umount", "--lazy", "work") == ""
+    assert mounts_below(places) == []
 
 
-def test_mounts_prints_target_key_options_lifetime_and_uid(stocked: Service, places: Path) -> None:
-    assert out("mounts").split() == ["TARGET", "KEY", "OPTIONS", "LIFETIME", "UID"]
-    assert json.loads(out("mounts", "--json")) == []
-    here, there = place(places), place(places, "a\nlong \x1b name")
-    out("mount", "work", str(here))
+def test_mounts_prints_target_key_options_lifetime_and_uid(
+    populated_service: Service, places: Path
+) -> None:
+    assert output_of("mounts").split() == ["TARGET", "KEY", "OPTIONS", "LIFETIME", "UID"]
+    assert json.loads(output_of("mounts", "--json")) == []
+    here, there = make_target(places), make_target(places, "a\nlong \x1b name")
+    output_of("mount", "work", str(here))
     with BlockingClient() as client:
         client.mount("look", str(there), lifetime=Lifetime.CLIENT)
-        assert json.loads(out("mounts", "--json")) == [
+        assert json.loads(output_of("mounts", "--json")) == [
             {
                 "target": str(here),
                 "key": "work",
@@ -149,7 +154,7 @@ def test_mounts_prints_target_key_options_lifetime_and_uid(stocked: Service, pla
                 "uid": 0,
             },
         ]
-        heading, *lines = out("mounts").splitlines()
+        heading, *lines = output_of("mounts").splitlines()
     assert [line.split()[-4:] for line in lines] == [
         ["work", "rw", "persistent", "0"],
         ["look", "ro", "client", "0"],
@@ -165,47 +170,47 @@ TARGETS = ["here", "with space", "tab\tand\\slash", "new\nline", "a#b 'c' \"$d\"
 @pytest.mark.parametrize("key", ["work", "look"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_printed_fstab_line_mounts_the_snapshot(
-    stocked: Service, places: Path, key: str, name: str
+    populated_service: Service, places: Path, key: str, name: str
 ) -> None:
-    here = place(places, name)
-    line = out("mounts", key, str(here), "--fstab")
+    here = make_target(places, name)
+    line = output_of("mounts", key, str(here), "--fstab")
     assert line.count("\n") == 1
     assert len(line.split()) == 6
     table = places / "fstab"
     table.write_text(f"# the table\n{line}")
     subprocess.run(["mount", "-T", str(table), str(here)], check=True)
     check_mounted_by_hand(here, read_only=key == "look")
-    assert out("mounts", key, name, "--fstab", cwd=places) == line
+    assert output_of("mounts", key, name, "--fstab", cwd=places) == line
 
 
 @pytest.mark.parametrize("key", ["work", "look"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_printed_mount_command_mounts_the_snapshot(
-    stocked: Service, places: Path, key: str, name: str
+    populated_service: Service, places: Path, key: str, name: str
 ) -> None:
-    here = place(places, name)
-    line = out("mounts", key, str(here), "--command")
+    here = make_target(places, name)
+    line = output_of("mounts", key, str(here), "--command")
     subprocess.run(["sh", "-c", line], check=True)
     check_mounted_by_hand(here, read_only=key == "look")
-    assert out("mounts", key, name, "--command", cwd=places) == line
+    assert output_of("mounts", key, name, "--command", cwd=places) == line
 
 
 def check_mounted_by_hand(here: Path, *, read_only: bool) -> None:
-    assert is_read_only(here) is read_only
+    assert entry_on(here).read_only is read_only
     assert (here / "file").read_text() == "text"
     # The service has no record of this mount.
-    assert json.loads(out("mounts", "--json")) == []
+    assert json.loads(output_of("mounts", "--json")) == []
     subprocess.run(["umount", str(here)], check=True)
 
 
-def test_the_printed_lines_use_mnt_without_a_target(stocked: Service) -> None:
-    assert out("mounts", "look", "--fstab").split()[1] == "/mnt"
-    assert out("mounts", "look", "--command").rstrip("\n").endswith(" /mnt")
+def test_without_a_target_the_printed_lines_use_mnt(populated_service: Service) -> None:
+    assert output_of("mounts", "look", "--fstab").split()[1] == "/mnt"
+    assert output_of("mounts", "look", "--command").rstrip("\n").endswith(" /mnt")
 
 
 @pytest.mark.parametrize("form", ["--fstab", "--command"])
 def test_a_target_that_is_not_utf_8_causes_no_traceback(
-    stocked: Service, places: Path, form: str
+    populated_service: Service, places: Path, form: str
 ) -> None:
     here = os.fsencode(places) + b"/\xff x"
     outcome = subprocess.run(
@@ -219,10 +224,10 @@ def test_a_target_that_is_not_utf_8_causes_no_traceback(
 
 @pytest.mark.parametrize("command", ["mount", "umount"])
 def test_mount_and_umount_refuse_arguments_that_are_not_utf_8(
-    stocked: Service, places: Path, command: str
+    populated_service: Service, places: Path, command: str
 ) -> None:
     for arguments in ([b"\xff"], ["work", os.fsencode(places) + b"/\xff"]):
-        outcome = program(command, *arguments[-1 if command == "umount" else 0 :])
+        outcome = run_program(command, *arguments[-1 if command == "umount" else 0 :])
         (line,) = outcome.stderr.splitlines()
         assert line.startswith("snapd-native: ")
         kinds = (errors.InvalidArgument, errors.NotFound)
@@ -248,9 +253,9 @@ def test_mount_and_umount_refuse_arguments_that_are_not_utf_8(
     ],
 )
 def test_wrong_usage_prints_one_line_and_exits_with_2(
-    stocked: Service, arguments: list[str]
+    populated_service: Service, arguments: list[str]
 ) -> None:
-    outcome = program(*arguments)
+    outcome = run_program(*arguments)
     assert (outcome.returncode, outcome.stdout) == (2, "")
     (line,) = outcome.stderr.splitlines()
     assert line.startswith("snapd-native: ")
@@ -258,18 +263,18 @@ def test_wrong_usage_prints_one_line_and_exits_with_2(
 
 
 def test_a_failed_mount_command_exits_with_the_status_of_its_error(
-    stocked: Service, places: Path
+    populated_service: Service, places: Path
 ) -> None:
-    here, there = str(place(places)), str(place(places, "there"))
+    here, there = str(make_target(places)), str(make_target(places, "there"))
     (places / "link").symlink_to(there)
-    out("mount", "work", here)
+    output_of("mount", "work", here)
     with BlockingClient() as client:
         shutil.rmtree(client.prepare("lost").source)
     for kind, *arguments in (
         (errors.InvalidArgument, "mount", "", there),
         (errors.InvalidArgument, "mount", "work", f"{places}/none"),
         (errors.InvalidArgument, "mount", "work", f"{places}/link"),
-        (errors.InvalidArgument, "mount", "work", str(stocked.state)),
+        (errors.InvalidArgument, "mount", "work", str(populated_service.state)),
         (errors.NotFound, "mount", "none", there),
         (errors.NotFound, "mounts", "none", "--fstab"),
         (errors.AlreadyExists, "mount", "look", here),
@@ -278,15 +283,15 @@ def test_a_failed_mount_command_exits_with_the_status_of_its_error(
         (errors.FailedPrecondition, "rm", "work"),
         (errors.DataLoss, "mount", "lost", there),
     ):
-        fails(kind, *arguments)
-    assert below(places) == [here]
+        expect_failure(kind, *arguments)
+    assert mounts_below(places) == [here]
 
 
 @pytest.mark.parametrize("command", [["mount", "work"], ["umount", "work"], ["mounts"]])
 def test_a_mount_command_of_another_user_exits_with_access_denied(
-    stocked: Service, command: list[str]
+    populated_service: Service, command: list[str]
 ) -> None:
-    fails(errors.AccessDenied, *command, user=NOBODY)
+    expect_failure(errors.AccessDenied, *command, user=NOBODY)
 
 
 @pytest.mark.parametrize("command", [["mount", "work"], ["umount", "work"], ["mounts"]])
@@ -295,4 +300,4 @@ def test_a_mount_command_without_a_daemon_exits_with_unavailable(
 ) -> None:
     with private_bus() as address:
         monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
-        assert "systemctl start" in fails(errors.Unavailable, *command)
+        assert "systemctl start" in expect_failure(errors.Unavailable, *command)

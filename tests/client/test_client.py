@@ -9,7 +9,6 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,32 +17,32 @@ from snapd_native import __version__, errors
 from snapd_native.client import PAGE, BlockingClient, Client, Service
 from snapd_native.errors import InvalidArgument, SnapdError, Unavailable
 from snapd_native.model import Added, Committed, Info, Kind, Mount, Removed, Updated
-from snapd_native.private import private_bus
 from snapd_native.snapshotter import Snapshotter
 from snapd_native.snapshotter.mounter import Mounter
 from snapd_native.snapshotter.upkeep import Upkeep
 from snapd_native.wire.names import error_from, error_name
 from tests.support import service as running
-from tests.support.descriptors import THIS, nothing_left_open
+from tests.support.descriptors import THIS_PROCESS, nothing_left_open
 from tests.support.file_systems import FileSystem, scratch_on
-from tests.support.job_watch import held_up
+from tests.support.holding import hold_workers
 from tests.support.service import (
+    HANG_TIMEOUT,
     NOBODY,
-    PATIENCE,
-    committed,
-    refused,
-    run,
-    serving,
-    wait_until_held,
+    commit_snapshot,
+    expect_error,
+    run_daemon,
+    run_daemon_until_bus_ends,
+    run_with_client,
+    wait_until_reserved,
 )
 
 
 def test_the_asynchronous_client_can_make_every_snapshot_call(
-    shared: running.Service, filesystem: FileSystem
+    shared_service: running.Service, filesystem: FileSystem
 ) -> None:
     async def scenario(client: Client) -> None:
         assert await client.service() == Service(
-            __version__, str(shared.state), filesystem.name, filesystem.reflink
+            __version__, str(shared_service.state), filesystem.name, filesystem.reflink
         )
         mount = await client.prepare("key", labels={"a": "1"})
         assert mount == Mount("bind", mount.source, ("rbind", "rw"))
@@ -69,15 +68,15 @@ def test_the_asynchronous_client_can_make_every_snapshot_call(
         await client.cleanup()
         assert await client.list() == []
 
-    run(scenario)
+    run_with_client(scenario)
 
 
 def test_the_blocking_client_can_make_every_snapshot_call(
-    shared: running.Service, filesystem: FileSystem
+    shared_service: running.Service, filesystem: FileSystem
 ) -> None:
     with BlockingClient() as client:
         assert client.service() == Service(
-            __version__, str(shared.state), filesystem.name, filesystem.reflink
+            __version__, str(shared_service.state), filesystem.name, filesystem.reflink
         )
         mount = client.prepare("key", labels={"a": "1"})
         assert client.mounts("key") == mount
@@ -119,10 +118,12 @@ def test_both_clients_and_snapshotter_have_the_same_methods() -> None:
     assert blocking.keys() - engine.keys() == alone
 
 
-KINDS = [kind for kind in vars(errors).values() if inspect.isclass(kind) and kind is not SnapdError]
+ERROR_CLASSES = [
+    kind for kind in vars(errors).values() if inspect.isclass(kind) and kind is not SnapdError
+]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ERROR_CLASSES)
 def test_every_exception_converts_to_an_error_name_and_back(kind: type[SnapdError]) -> None:
     sent = kind("a sentence")
     received = error_from(error_name(sent), sent.message)
@@ -130,7 +131,7 @@ def test_every_exception_converts_to_an_error_name_and_back(kind: type[SnapdErro
     assert received.message == "a sentence"
 
 
-MISTAKES: list[Callable[[BlockingClient | Snapshotter], object]] = [
+INVALID_CALLS: list[Callable[[BlockingClient | Snapshotter], object]] = [
     lambda c: c.prepare(""),
     lambda c: c.prepare("new", "none"),
     lambda c: c.prepare("new", "key"),
@@ -155,14 +156,14 @@ def test_the_client_raises_the_same_errors_as_snapshotter(
     shared_client: BlockingClient, scratch: Path
 ) -> None:
     """The exception and its message are the same with and without a bus."""
-    committed(shared_client, "base")
+    commit_snapshot(shared_client, "base")
     shared_client.prepare("key")
     engine = Snapshotter(scratch / "engine", lambda *_: None)
     try:
         engine.prepare("making")
         engine.commit("base", "making")
         engine.prepare("key")
-        for mistake in MISTAKES:
+        for mistake in INVALID_CALLS:
             found = []
             for side in (engine, shared_client):
                 with pytest.raises(SnapdError) as caught:
@@ -173,7 +174,7 @@ def test_the_client_raises_the_same_errors_as_snapshotter(
         engine.close()
 
 
-def test_changes_yields_only_changes_after_its_start(shared: running.Service) -> None:
+def test_changes_yields_only_changes_after_its_start(shared_service: running.Service) -> None:
     async def scenario(client: Client) -> None:
         await client.prepare("before")
         async with Client() as other, other.changes() as changes:
@@ -191,10 +192,12 @@ def test_changes_yields_only_changes_after_its_start(shared: running.Service) ->
             ]
             assert [await anext(changes) for _ in expected] == expected
 
-    run(scenario)
+    run_with_client(scenario)
 
 
-def test_changes_can_be_watched_twice_at_once_and_again_later(shared: running.Service) -> None:
+def test_changes_can_be_watched_twice_at_once_and_again_later(
+    shared_service: running.Service,
+) -> None:
     async def scenario(client: Client) -> None:
         async with client.changes() as first, client.changes() as second:
             await client.view("a")
@@ -204,7 +207,7 @@ def test_changes_can_be_watched_twice_at_once_and_again_later(shared: running.Se
             await client.view("c")
             assert await anext(third) == Added("c", Kind.VIEW, "")
 
-    run(scenario)
+    run_with_client(scenario)
 
 
 def test_walk_yields_the_snapshots_of_all_pages(on_bus: str, ext4: FileSystem) -> None:
@@ -222,10 +225,10 @@ def test_walk_yields_the_snapshots_of_all_pages(on_bus: str, ext4: FileSystem) -
 
     with (
         scratch_on(ext4) as scratch,
-        serving(on_bus, scratch / "state"),
+        run_daemon(on_bus, scratch / "state"),
         BlockingClient() as client,
     ):
-        run(scenario)
+        run_with_client(scenario)
         walk = client.walk()
         assert next(walk).name == "0000"
         client.remove("0500")
@@ -261,7 +264,7 @@ def test_text_that_dbus_cannot_carry_raises_invalid_argument(
     ]
     shared_client.prepare("key")
     for call in calls:
-        with refused(InvalidArgument):
+        with expect_error(InvalidArgument):
             call()
     assert [info.name for info in shared_client.list()] == ["key"]
 
@@ -270,7 +273,7 @@ def test_a_limit_that_dbus_cannot_carry_raises_invalid_argument(
     shared_client: BlockingClient,
 ) -> None:
     for limit in (-1, 1 << 32):
-        with refused(InvalidArgument):
+        with expect_error(InvalidArgument):
             shared_client.list(limit=limit)
     assert shared_client.list() == []
 
@@ -282,10 +285,10 @@ def test_a_client_without_a_bus_raises_unavailable(
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
     if not address and Path("/run/dbus/system_bus_socket").exists():
         pytest.skip("an empty address means the machine's own bus")
-    with refused(Unavailable, "system bus"), BlockingClient():
+    with expect_error(Unavailable, "system bus"), BlockingClient():
         pass
-    with refused(Unavailable, "system bus"):
-        run(lambda client: client.list())
+    with expect_error(Unavailable, "system bus"):
+        run_with_client(lambda client: client.list())
 
 
 def test_a_client_raises_unavailable_when_the_bus_closes_the_connection(
@@ -297,12 +300,12 @@ def test_a_client_raises_unavailable_when_the_bus_closes_the_connection(
         listening.listen()
         thread = threading.Thread(target=lambda: listening.accept()[0].close())
         thread.start()
-        with refused(Unavailable, f"at unix:path={tmp_path}/socket does not answer"):
+        with expect_error(Unavailable, f"at unix:path={tmp_path}/socket does not answer"):
             BlockingClient().__enter__()
         thread.join()
 
 
-def test_a_client_names_the_time_that_it_waited_for_a_silent_bus(
+def test_the_error_for_a_silent_bus_names_the_time_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={tmp_path / 'socket'}")
@@ -310,7 +313,7 @@ def test_a_client_names_the_time_that_it_waited_for_a_silent_bus(
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "socket"))
         listening.listen()
-        with refused(Unavailable, "does not answer (no reply within 0.1 s)", "restart dbus"):
+        with expect_error(Unavailable, "does not answer (no reply within 0.1 s)", "restart dbus"):
             BlockingClient().__enter__()
 
 
@@ -318,94 +321,84 @@ def test_a_client_raises_unavailable_when_the_bus_rejects_its_uid(on_bus: str) -
     """The bus sees the effective uid of the client, but the client sends its real uid."""
     os.seteuid(NOBODY)
     try:
-        with refused(Unavailable, "does not answer"), BlockingClient():
+        with expect_error(Unavailable, "does not answer"), BlockingClient():
             pass
     finally:
         os.seteuid(0)
 
 
 def test_a_client_outside_its_with_block_raises_unavailable(on_bus: str) -> None:
-    with refused(Unavailable, "with statement"):
+    with expect_error(Unavailable, "with statement"):
         asyncio.run(Client().list())
 
 
 def test_a_client_reaches_a_daemon_that_starts_later(on_bus: str, scratch: Path) -> None:
     with BlockingClient() as client:
         for _ in range(2):
-            with refused(Unavailable, "the service is not running", "systemctl start"):
+            with expect_error(Unavailable, "the service is not running", "systemctl start"):
                 client.list()
-            with serving(on_bus, scratch / "state"):
+            with run_daemon(on_bus, scratch / "state"):
                 assert client.list() == []
 
 
 def test_a_call_raises_unavailable_when_the_daemon_is_killed(on_bus: str, scratch: Path) -> None:
-    with serving(on_bus, scratch / "state", status=-signal.SIGKILL) as service:
+    with run_daemon(on_bus, scratch / "state", status=-signal.SIGKILL) as service:
 
         async def scenario(client: Client) -> None:
-            with held_up(service):
+            with hold_workers(service):
                 preparing = asyncio.ensure_future(client.prepare("key", "base"))
                 async with Client() as other:
-                    await wait_until_held(other, "key")
+                    await wait_until_reserved(other, "key")
                     service.daemon.process.kill()
-                    with refused(Unavailable, "ended before it answered"):
+                    with expect_error(Unavailable, "ended before it answered"):
                         await preparing
-                    with refused(Unavailable, "not running"):
+                    with expect_error(Unavailable, "not running"):
                         await other.list()
 
         with BlockingClient() as client:
-            committed(client, "base")
-        run(scenario)
+            commit_snapshot(client, "base")
+        run_with_client(scenario)
 
 
 def test_a_call_raises_unavailable_when_the_bus_ends(
-    scratch: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    scratch: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with ExitStack() as stack:
-        address = stack.enter_context(private_bus())
-        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
-        with serving(address, scratch / "state", status=1) as service:
+    with run_daemon_until_bus_ends(scratch / "state") as (service, end_bus):
 
-            async def scenario(client: Client) -> None:
-                with held_up(service):
-                    preparing = asyncio.ensure_future(client.prepare("key", "base"))
-                    async with Client() as other:
-                        await wait_until_held(other, "key")
-                    await asyncio.to_thread(stack.close)
-                    with refused(Unavailable, "the system bus is gone"):
-                        await preparing
-                with refused(Unavailable, "the system bus is gone"):
-                    await client.list()
+        async def scenario(client: Client) -> None:
+            with hold_workers(service):
+                preparing = asyncio.ensure_future(client.prepare("key", "base"))
+                async with Client() as other:
+                    await wait_until_reserved(other, "key")
+                await asyncio.to_thread(end_bus)
+                with expect_error(Unavailable, "the system bus is gone"):
+                    await preparing
+            with expect_error(Unavailable, "the system bus is gone"):
+                await client.list()
 
-            with BlockingClient() as client:
-                committed(client, "base")
-            run(scenario)
-            service.daemon.process.wait(PATIENCE)
+        with BlockingClient() as client:
+            commit_snapshot(client, "base")
+        run_with_client(scenario)
     assert caplog.text == ""
 
 
-def test_changes_raises_unavailable_when_the_bus_ends(
-    scratch: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with ExitStack() as stack:
-        address = stack.enter_context(private_bus())
-        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
-        with serving(address, scratch / "state", status=1) as service:
+def test_changes_raises_unavailable_when_the_bus_ends(scratch: Path) -> None:
+    with run_daemon_until_bus_ends(scratch / "state") as (_, end_bus):
 
-            async def scenario(client: Client) -> None:
-                async with client.changes() as changes:
-                    await client.view("key")
-                    await asyncio.to_thread(stack.close)
-                    assert await anext(changes) == Added("key", Kind.VIEW, "")
-                    with refused(Unavailable, "the system bus is gone"):
-                        async with asyncio.timeout(PATIENCE):
-                            await anext(changes)
+        async def scenario(client: Client) -> None:
+            async with client.changes() as changes:
+                await client.view("key")
+                await asyncio.to_thread(end_bus)
+                assert await anext(changes) == Added("key", Kind.VIEW, "")
+                with expect_error(Unavailable, "the system bus is gone"):
+                    async with asyncio.timeout(HANG_TIMEOUT):
+                        await anext(changes)
 
-            run(scenario)
-            service.daemon.process.wait(PATIENCE)
+        run_with_client(scenario)
 
 
-def test_a_closed_client_leaves_no_open_descriptors(shared: running.Service) -> None:
-    with nothing_left_open(THIS):
+def test_a_closed_client_leaves_no_open_descriptors(shared_service: running.Service) -> None:
+    with nothing_left_open(THIS_PROCESS):
         for _ in range(20):
             with BlockingClient() as client:
                 client.list()

@@ -21,7 +21,6 @@ from dbus_next.signature import Variant
 from snapd_native.client import BlockingClient, Client, Job, Progress
 from snapd_native.errors import AlreadyExists, Cancelled, NotFound, SnapdError, Unavailable
 from snapd_native.model import Added, Kind, Mount, Usage
-from snapd_native.private import private_bus
 from snapd_native.wire.names import (
     BUS_NAME,
     DRIVER,
@@ -32,25 +31,26 @@ from snapd_native.wire.names import (
     OBJECT_PATH,
     PROPERTIES,
 )
-from tests.support.descriptors import THIS, nothing_left_open
+from tests.support.descriptors import THIS_PROCESS, nothing_left_open
 from tests.support.file_systems import on_ext4
-from tests.support.holding import held
-from tests.support.job_watch import Watch, held_up, watch
+from tests.support.holding import hold_at_files, hold_workers
+from tests.support.job_watch import Watcher, run_with_watcher
 from tests.support.service import (
-    PATIENCE,
+    HANG_TIMEOUT,
     Service,
-    committed,
+    commit_snapshot,
     connection,
-    everything,
-    refused,
-    run,
-    serving,
+    expect_error,
+    run_daemon,
+    run_daemon_until_bus_ends,
+    run_with_client,
+    snapshots_and_directories,
 )
 
 pytestmark = on_ext4
 
 
-class Seen:
+class ProgressLog:
     """The progress that a call has reported."""
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class Seen:
         assert all(progress.total == total for progress in self.all)
 
 
-CALLS: dict[str, Callable[[Client, Seen], Coroutine[Any, Any, Mount | None]]] = {
+CALLS: dict[str, Callable[[Client, ProgressLog], Coroutine[Any, Any, Mount | None]]] = {
     "prepare": lambda client, seen: client.prepare("key", "base", {"a": "1"}, seen),
     "commit": lambda client, seen: client.commit("name", "work", {"a": "1"}, progress=seen),
 }
@@ -78,11 +78,11 @@ CALLS: dict[str, Callable[[Client, Seen], Coroutine[Any, Any, Mount | None]]] = 
 
 @pytest.mark.parametrize("member", CALLS)
 def test_a_call_with_progress_reports_the_progress_of_its_job(
-    filled: Service, shared_client: BlockingClient, member: str
+    service_with_base: Service, shared_client: BlockingClient, member: str
 ) -> None:
     async def scenario(client: Client) -> Mount | None:
-        seen = Seen()
-        with held_up(filled):
+        seen = ProgressLog()
+        with hold_workers(service_with_base):
             calling = asyncio.ensure_future(CALLS[member](client, seen))
             await seen.first.wait()
             (job,) = await client.jobs()
@@ -95,7 +95,7 @@ def test_a_call_with_progress_reports_the_progress_of_its_job(
         assert await client.jobs() == []
         return outcome
 
-    outcome = run(scenario)
+    outcome = run_with_client(scenario)
     if member == "prepare":
         assert outcome == shared_client.mounts("key")
         assert shared_client.stat("key").labels == {"a": "1"}
@@ -105,7 +105,7 @@ def test_a_call_with_progress_reports_the_progress_of_its_job(
         assert (info.kind, info.parent, info.labels) == (Kind.COMMITTED, "base", {"a": "1"})
 
 
-def test_a_call_with_progress_succeeds_when_it_ends_at_once(filled: Service) -> None:
+def test_a_call_with_progress_succeeds_when_it_ends_at_once(service_with_base: Service) -> None:
     with BlockingClient() as client:
         for number in range(20):
             mount = client.prepare(f"{number}", progress=lambda _: None)
@@ -117,26 +117,26 @@ def test_a_call_with_progress_succeeds_when_it_ends_at_once(filled: Service) -> 
     "body", [("", ""), ("work", "base"), ("new", "none"), ("new", "\0")], ids=ascii
 )
 def test_a_call_raises_the_same_error_with_and_without_progress(
-    filled: Service, shared_client: BlockingClient, body: tuple[str, str]
+    service_with_base: Service, shared_client: BlockingClient, body: tuple[str, str]
 ) -> None:
-    told: list[Progress] = []
+    reported: list[Progress] = []
     for call in (shared_client.prepare, shared_client.commit):
         with pytest.raises(SnapdError) as plain:
             call(*body)
         with pytest.raises(SnapdError) as caught:
-            call(*body, progress=told.append)
+            call(*body, progress=reported.append)
         assert type(caught.value) is type(plain.value)
         assert caught.value.message == plain.value.message
-    assert told == []
+    assert reported == []
 
 
 @asynccontextmanager
-async def waiting(
+async def start_waiting_call(
     service: Service, client: Client, member: str = "prepare"
-) -> AsyncIterator[tuple[asyncio.Task[Mount | None], Seen]]:
+) -> AsyncIterator[tuple[asyncio.Task[Mount | None], ProgressLog]]:
     """Yield a call with progress that waits for workers."""
-    seen = Seen()
-    with held_up(service):
+    seen = ProgressLog()
+    with hold_workers(service):
         calling = asyncio.ensure_future(CALLS[member](client, seen))
         await seen.first.wait()
         yield calling, seen
@@ -144,12 +144,15 @@ async def waiting(
 
 @pytest.mark.parametrize("member", CALLS)
 def test_a_cancelled_coroutine_cancels_its_job(
-    filled: Service, shared_client: BlockingClient, member: str
+    service_with_base: Service, shared_client: BlockingClient, member: str
 ) -> None:
-    before = everything(shared_client, filled)
+    before = snapshots_and_directories(shared_client, service_with_base)
 
     async def scenario(client: Client) -> None:
-        async with waiting(filled, client, member) as (calling, _), Client() as other:
+        async with (
+            start_waiting_call(service_with_base, client, member) as (calling, _),
+            Client() as other,
+        ):
             calling.cancel()
             await asyncio.wait({calling})
             # The job is undone before the coroutine ends.
@@ -157,20 +160,20 @@ def test_a_cancelled_coroutine_cancels_its_job(
             assert calling.cancelled()
         await client.list()
 
-    run(scenario)
-    assert everything(shared_client, filled) == before
+    run_with_client(scenario)
+    assert snapshots_and_directories(shared_client, service_with_base) == before
 
 
 def test_a_coroutine_cancelled_at_any_message_leaves_no_job(
-    filled: Service, shared_client: BlockingClient
+    service_with_base: Service, shared_client: BlockingClient
 ) -> None:
     """The test cancels before the first message to the client, after the first, and so on."""
-    before = everything(shared_client, filled)
+    before = snapshots_and_directories(shared_client, service_with_base)
 
     async def cancel_after(steps: int, client: Client) -> bool:
         """Cancel a call after ``steps`` messages; return whether it had reported progress."""
         connection = client._connected()
-        left, seen = steps, Seen()
+        left, seen = steps, ProgressLog()
 
         def count(_: Message) -> None:
             nonlocal left
@@ -178,15 +181,15 @@ def test_a_coroutine_cancelled_at_any_message_leaves_no_job(
             if left == 0:
                 calling.cancel()
 
-        with held_up(filled):
+        with hold_workers(service_with_base):
             calling = asyncio.ensure_future(CALLS["prepare"](client, seen))
             connection.add_message_handler(count)
             await asyncio.sleep(0)
             if not steps:
                 calling.cancel()
-            told = asyncio.ensure_future(seen.first.wait())
-            await asyncio.wait({calling, told}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (calling, told):
+            reported = asyncio.ensure_future(seen.first.wait())
+            await asyncio.wait({calling, reported}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (calling, reported):
                 task.cancel()
             await asyncio.wait({calling})
             connection.remove_message_handler(count)
@@ -196,35 +199,35 @@ def test_a_coroutine_cancelled_at_any_message_leaves_no_job(
         return bool(seen.all)
 
     for steps in range(100):
-        if run(partial(cancel_after, steps)):
+        if run_with_client(partial(cancel_after, steps)):
             break
-    assert everything(shared_client, filled) == before
+    assert snapshots_and_directories(shared_client, service_with_base) == before
 
 
 def test_a_call_raises_cancelled_when_another_client_cancels_its_job(
-    filled: Service, shared_client: BlockingClient
+    service_with_base: Service, shared_client: BlockingClient
 ) -> None:
     async def scenario(client: Client) -> None:
-        async with waiting(filled, client) as (calling, _), Client() as other:
+        async with start_waiting_call(service_with_base, client) as (calling, _), Client() as other:
             (job,) = await other.jobs()
             await other.cancel(job.id)
-            with refused(Cancelled, '"key"', "was cancelled"):
+            with expect_error(Cancelled, '"key"', "was cancelled"):
                 await calling
             for call in (other.cancel, other.progress):
-                with refused(NotFound, f"no job {job.id}"):
+                with expect_error(NotFound, f"no job {job.id}"):
                     await call(job.id)
-            with refused(AlreadyExists, '"work"'):
+            with expect_error(AlreadyExists, '"work"'):
                 await client.prepare("work", "base", progress=lambda _: None)
 
-    run(scenario)
+    run_with_client(scenario)
 
 
 @pytest.mark.parametrize("member", CALLS)
 def test_ctrl_c_cancels_the_job_of_a_blocking_call(
-    filled: Service, shared_client: BlockingClient, member: str
+    service_with_base: Service, shared_client: BlockingClient, member: str
 ) -> None:
-    before = everything(shared_client, filled)
-    told: list[Progress] = []
+    before = snapshots_and_directories(shared_client, service_with_base)
+    reported: list[Progress] = []
     calls: dict[str, Callable[..., object]] = {
         "prepare": partial(shared_client.prepare, "key", "base"),
         "commit": partial(shared_client.commit, "name", "work"),
@@ -235,100 +238,96 @@ def test_ctrl_c_cancels_the_job_of_a_blocking_call(
             pass
         os.kill(os.getpid(), signal.SIGINT)
 
-    with ThreadPoolExecutor(1) as pool, held_up(filled):
-        interrupting = pool.submit(run, interrupt)
+    with ThreadPoolExecutor(1) as pool, hold_workers(service_with_base):
+        interrupting = pool.submit(run_with_client, interrupt)
         with pytest.raises(KeyboardInterrupt):
-            calls[member](progress=told.append)
-        interrupting.result(PATIENCE)
+            calls[member](progress=reported.append)
+        interrupting.result(HANG_TIMEOUT)
     assert shared_client.jobs() == []
-    assert everything(shared_client, filled) == before
-    shared_client.prepare("key", "base", progress=told.append)
+    assert snapshots_and_directories(shared_client, service_with_base) == before
+    shared_client.prepare("key", "base", progress=reported.append)
 
 
 def test_ctrl_c_in_the_progress_callback_cancels_the_job(
-    filled: Service, shared_client: BlockingClient
+    service_with_base: Service, shared_client: BlockingClient
 ) -> None:
-    before = everything(shared_client, filled)
-    with held_up(filled), pytest.raises(KeyboardInterrupt):
+    before = snapshots_and_directories(shared_client, service_with_base)
+    with hold_workers(service_with_base), pytest.raises(KeyboardInterrupt):
         shared_client.prepare("key", "base", progress=lambda _: signal.raise_signal(signal.SIGINT))
     assert shared_client.jobs() == []
-    assert everything(shared_client, filled) == before
+    assert snapshots_and_directories(shared_client, service_with_base) == before
 
 
 def test_a_waiting_call_raises_unavailable_when_the_daemon_is_killed(
     on_bus: str, scratch: Path
 ) -> None:
-    with serving(on_bus, scratch / "state", status=-signal.SIGKILL) as service:
+    with run_daemon(on_bus, scratch / "state", status=-signal.SIGKILL) as service:
 
         async def scenario(client: Client) -> None:
-            async with waiting(service, client) as (calling, _):
+            async with start_waiting_call(service, client) as (calling, _):
                 service.daemon.process.kill()
-                with refused(Unavailable, "service"):
+                with expect_error(Unavailable, "service"):
                     await calling
 
         with BlockingClient() as client:
-            committed(client, "base", files={"file": "text"})
-        run(scenario)
-    with serving(on_bus, scratch / "state"), BlockingClient() as client:
+            commit_snapshot(client, "base", files={"file": "text"})
+        run_with_client(scenario)
+    with run_daemon(on_bus, scratch / "state"), BlockingClient() as client:
         assert [info.name for info in client.list()] == ["base"]
 
 
-def test_a_waiting_call_raises_unavailable_when_the_bus_ends(
-    scratch: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with ExitStack() as stack:
-        address = stack.enter_context(private_bus())
-        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
-        with serving(address, scratch / "state", status=1) as service:
+def test_a_waiting_call_raises_unavailable_when_the_bus_ends(scratch: Path) -> None:
+    with run_daemon_until_bus_ends(scratch / "state") as (service, end_bus):
 
-            async def scenario(client: Client) -> None:
-                async with waiting(service, client) as (calling, _):
-                    await asyncio.to_thread(stack.close)
-                    with refused(Unavailable, "bus"):
-                        await calling
+        async def scenario(client: Client) -> None:
+            async with start_waiting_call(service, client) as (calling, _):
+                await asyncio.to_thread(end_bus)
+                with expect_error(Unavailable, "bus"):
+                    await calling
 
-            with BlockingClient() as client:
-                committed(client, "base", files={"file": "text"})
-            run(scenario)
-            service.daemon.process.wait(PATIENCE)
+        with BlockingClient() as client:
+            commit_snapshot(client, "base", files={"file": "text"})
+        run_with_client(scenario)
 
 
 @pytest.mark.parametrize("ended", [False, True], ids=["further", "gone"])
 def test_a_slow_client_gets_correct_progress_and_its_result(
-    shared: Service, shared_client: BlockingClient, ended: bool
+    shared_service: Service, shared_client: BlockingClient, ended: bool
 ) -> None:
     """Before the client asks about its job, the job has gone on without a signal, or ended."""
-    tree = committed(shared_client, "base", files={f"{number}": "text" for number in range(20)})
+    tree = commit_snapshot(
+        shared_client, "base", files={f"{number}": "text" for number in range(20)}
+    )
     ready = threading.Event()
 
-    async def observe(watched: Watch) -> None:
+    async def observe(watcher: Watcher) -> None:
         ready.set()
-        _, path = await watched.signal("JobNew")
+        _, path = await watcher.wait_for_signal("JobNew")
         # The daemon signals no progress from before JobNew. So the copy goes on only after this
         # reply.
-        await watched.call("Stat", "s", "base")
-        copy.let_pass(5)
-        _, changed, _ = await watched.signal("PropertiesChanged", path)
+        await watcher.call("Stat", "s", "base")
+        copy.release(5)
+        _, changed, _ = await watcher.wait_for_signal("PropertiesChanged", path)
         if ended:
             holding.close()
-            await watched.signal("JobRemoved", path)
+            await watcher.wait_for_signal("JobRemoved", path)
             return
-        copy.let_pass(5)
-        while (await watched.properties(path))["EntriesDone"] == changed["EntriesDone"]:
+        copy.release(5)
+        while (await watcher.properties(path))["EntriesDone"] == changed["EntriesDone"]:
             pass
 
     async def scenario(client: Client) -> None:
         def wait(message: Message) -> None:
             # Only the reply with the job's path is delayed.
             if message.message_type is MessageType.METHOD_RETURN and message.signature == "o":
-                observing.result(PATIENCE)
+                observing.result(HANG_TIMEOUT)
 
         def progress(now: Progress) -> None:
             seen(now)
             holding.close()
 
         client._connected().add_message_handler(wait)
-        seen = Seen()
+        seen = ProgressLog()
         mount = await client.prepare("key", "base", progress=progress)
         assert mount == await client.mounts("key")
         assert bool(seen.all) is not ended
@@ -336,13 +335,13 @@ def test_a_slow_client_gets_correct_progress_and_its_result(
 
     with ThreadPoolExecutor(1) as pool, ExitStack() as holding:
         # The root does not wait.
-        copy = holding.enter_context(held(tree, after=1))
-        observing = pool.submit(watch, observe)
-        assert ready.wait(PATIENCE)
-        run(scenario)
+        copy = holding.enter_context(hold_at_files(tree, after=1))
+        observing = pool.submit(run_with_watcher, observe)
+        assert ready.wait(HANG_TIMEOUT)
+        run_with_client(scenario)
 
 
-def lies(path: str) -> list[Message]:
+def forged_signals(path: str) -> list[Message]:
     """Return signals that any client can forge about the job at ``path`` and the service."""
     number = int(path.removeprefix(f"{JOB_PATH}/"))
     far = {"EntriesDone": Variant("t", 1 << 40)}
@@ -359,23 +358,23 @@ def lies(path: str) -> list[Message]:
 
 
 @pytest.mark.parametrize("aimed", [False, True], ids=["to all", "to the client"])
-@pytest.mark.parametrize("lie", range(6))
+@pytest.mark.parametrize("forged", range(6))
 def test_a_client_ignores_forged_signals_of_other_senders(
-    filled: Service, lie: int, aimed: bool
+    service_with_base: Service, forged: int, aimed: bool
 ) -> None:
     """Every client of the system bus can send signals that look like those of the service."""
 
     async def say(path: str, to: str | None) -> None:
-        async with connection() as stranger:
-            message = lies(path)[lie]
+        async with connection() as forger:
+            message = forged_signals(path)[forged]
             message.destination = to  # type: ignore[assignment]
-            await stranger.send(message)
+            await forger.send(message)
             # The bus replies after it has delivered the message before.
-            await stranger.ask_driver("GetId", "", [])
+            await forger.ask_driver("GetId", "", [])
 
     async def scenario(client: Client) -> None:
         async with client.changes() as changes:
-            async with waiting(filled, client) as (calling, seen):
+            async with start_waiting_call(service_with_base, client) as (calling, seen):
                 (job,) = await client.jobs()
                 await say(
                     f"{JOB_PATH}/{job.id}", client._connected().unique_name if aimed else None
@@ -387,13 +386,13 @@ def test_a_client_ignores_forged_signals_of_other_senders(
             seen.check(await client.usage("base"))
             assert await anext(changes) == Added("key", Kind.ACTIVE, "base")
 
-    run(scenario)
+    run_with_client(scenario)
 
 
 def test_calls_with_progress_leave_no_open_descriptors(
-    filled: Service, shared_client: BlockingClient
+    service_with_base: Service, shared_client: BlockingClient
 ) -> None:
-    with nothing_left_open(THIS):
+    with nothing_left_open(THIS_PROCESS):
         for _ in range(10):
             with BlockingClient() as client:
                 client.prepare("key", "base", progress=lambda _: None)

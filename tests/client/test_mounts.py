@@ -19,25 +19,26 @@ from snapd_native.client import BlockingClient, Client
 from snapd_native.errors import InvalidArgument, SnapdError, Unavailable
 from snapd_native.model import Lifetime, Mounted
 from snapd_native.snapshotter.mounter import Mounter
-from tests.support.bus_mounts import is_gone, listed, stocked_with_snapshots
-from tests.support.descriptors import THIS, descriptors, nothing_left_open, wait_until_closed
-from tests.support.engine import opened
+from tests.support.bus_mounts import is_unmounted, list_mounts
+from tests.support.descriptors import (
+    THIS_PROCESS,
+    descriptors,
+    nothing_left_open,
+    wait_until_closed,
+)
+from tests.support.engine import open_engine
 from tests.support.file_systems import on_ext4
-from tests.support.kernel_mounts import below, mounted_on, place, tmpfs
-from tests.support.service import Service, run
-from tests.support.waiting import eventually
+from tests.support.kernel_mounts import make_target, mount_tmpfs, mounted_on, mounts_below
+from tests.support.service import Service, run_with_client
+from tests.support.waiting import wait_until
 
 pytestmark = on_ext4
 
 
-@pytest.fixture
-def stocked(shared: Service) -> Iterator[Service]:
-    with stocked_with_snapshots(shared) as service:
-        yield service
-
-
-def test_the_asynchronous_client_can_make_every_mount_call(stocked: Service, places: Path) -> None:
-    here, there = (str(place(places, name)) for name in ("here", "there"))
+def test_the_asynchronous_client_can_make_every_mount_call(
+    populated_service: Service, places: Path
+) -> None:
+    here, there = (str(make_target(places, name)) for name in ("here", "there"))
 
     async def scenario(client: Client) -> None:
         assert await client.list_mounts() == []
@@ -64,13 +65,15 @@ def test_the_asynchronous_client_can_make_every_mount_call(stocked: Service, pla
         assert not os.get_inheritable(fd)
         os.close(fd)
 
-    run(scenario)
-    eventually(lambda: is_gone(Path(there)))
-    assert below(places) == []
+    run_with_client(scenario)
+    wait_until(lambda: is_unmounted(Path(there)))
+    assert mounts_below(places) == []
 
 
-def test_the_blocking_client_can_make_every_mount_call(stocked: Service, places: Path) -> None:
-    here = str(place(places))
+def test_the_blocking_client_can_make_every_mount_call(
+    populated_service: Service, places: Path
+) -> None:
+    here = str(make_target(places))
     with BlockingClient() as client:
         assert client.mount("work", target=here, read_only=True) == here
         row = Mounted(here, "work", True, Lifetime.PERSISTENT, 0)
@@ -79,7 +82,7 @@ def test_the_blocking_client_can_make_every_mount_call(stocked: Service, places:
         assert client.mount("look", here, None, Lifetime.CLIENT) == here
         fd = client.open_tree("look", read_only=True)
         assert not os.get_inheritable(fd)
-    eventually(lambda: is_gone(Path(here)))
+    wait_until(lambda: is_unmounted(Path(here)))
     # The descriptor stays open after the client is closed.
     assert Path(f"/proc/self/fd/{fd}/file").read_text() == "text"
     os.close(fd)
@@ -118,11 +121,11 @@ def error_of(call: Calling, on: Mounter | BlockingClient, here: str) -> tuple[ty
 
 
 def test_the_client_raises_the_same_errors_as_mounter(
-    stocked: Service, shared_client: BlockingClient, scratch: Path, places: Path
+    populated_service: Service, shared_client: BlockingClient, scratch: Path, places: Path
 ) -> None:
-    here = str(place(places))
+    here = str(make_target(places))
     shutil.rmtree(shared_client.prepare("lost").source)
-    with opened(scratch / "state") as engine:
+    with open_engine(scratch / "state") as engine:
         engine.prepare("making")
         engine.commit("base", "making")
         engine.prepare("work", "base")
@@ -130,7 +133,7 @@ def test_the_client_raises_the_same_errors_as_mounter(
         shutil.rmtree(engine.prepare("lost").source)
         for call in FAILURES:
             assert error_of(call, shared_client, here) == error_of(call, engine.mounter, here)
-    assert below(places) == []
+    assert mounts_below(places) == []
 
 
 @pytest.mark.parametrize(
@@ -146,14 +149,16 @@ def test_the_client_raises_the_same_errors_as_mounter(
     ],
 )
 def test_arguments_that_dbus_cannot_carry_raise_invalid_argument(
-    stocked: Service, shared_client: BlockingClient, call: Callable[[BlockingClient], object]
+    populated_service: Service,
+    shared_client: BlockingClient,
+    call: Callable[[BlockingClient], object],
 ) -> None:
     with pytest.raises(InvalidArgument):
         call(shared_client)
     assert shared_client.list_mounts() == []
 
 
-INSIDE = """
+ATTACHING_PROGRAM = """
 import os, sys
 from snapd_native import linux
 tree, here = int(sys.argv[1]), sys.argv[2]
@@ -171,11 +176,11 @@ input()
 
 
 @contextmanager
-def attached(tree: int, target: Path) -> Iterator[Sequence[str]]:
-    """Attach a tree in a new mount namespace; yield the lines that `INSIDE` prints there."""
+def attach_in_namespace(tree: int, target: Path) -> Iterator[Sequence[str]]:
+    """Attach a tree in a new mount namespace; yield the output of `ATTACHING_PROGRAM`, by lines."""
     unshare = ["unshare", "--mount", "--propagation", "private"]
     with subprocess.Popen(
-        [*unshare, sys.executable, "-c", INSIDE, str(tree), str(target)],
+        [*unshare, sys.executable, "-c", ATTACHING_PROGRAM, str(tree), str(target)],
         pass_fds=[tree],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -198,40 +203,40 @@ def attached(tree: int, target: Path) -> Iterator[Sequence[str]]:
     ],
 )
 def test_a_caller_can_attach_a_tree_in_its_own_mount_namespace(
-    stocked: Service,
+    populated_service: Service,
     shared_client: BlockingClient,
     places: Path,
     key: str,
     read_only: bool | None,
     outcome: str,
 ) -> None:
-    here = place(places)
+    here = make_target(places)
     source = Path(shared_client.mounts(key).source)
     (source / "inside").mkdir()
-    with tmpfs(source / "inside"):
-        before = below(places.parent)
+    with mount_tmpfs(source / "inside"):
+        before = mounts_below(places.parent)
         tree = shared_client.open_tree(key, read_only)
         try:
-            with attached(tree, here) as seen:
+            with attach_in_namespace(tree, here) as seen:
                 # Mounts inside a snapshot are part of the tree.
                 assert seen == ["text", outcome, outcome]
-                assert below(places.parent) == before
+                assert mounts_below(places.parent) == before
                 assert list(here.iterdir()) == []
         finally:
             os.close(tree)
-        assert listed() == []
+        assert list_mounts() == []
         for path in (source / "new", source / "inside" / "new"):
             assert path.exists() is (outcome == "written")
     (source / "inside").rmdir()
 
 
 def test_a_tree_attached_on_the_host_blocks_remove_until_unmounted(
-    stocked: Service, shared_client: BlockingClient, places: Path
+    populated_service: Service, shared_client: BlockingClient, places: Path
 ) -> None:
-    here = place(places)
+    here = make_target(places)
     tree = shared_client.open_tree("work")
     with subprocess.Popen(
-        [sys.executable, "-c", INSIDE, str(tree), str(here)],
+        [sys.executable, "-c", ATTACHING_PROGRAM, str(tree), str(here)],
         pass_fds=[tree],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -248,7 +253,7 @@ def test_a_tree_attached_on_the_host_blocks_remove_until_unmounted(
 
 
 @pytest.fixture
-def uncollected() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Disable the garbage collector, so that it closes no descriptors."""
     gc.collect()
     gc.disable()
@@ -257,13 +262,13 @@ def uncollected() -> Iterator[None]:
     gc.collect()
 
 
-@pytest.mark.usefixtures("uncollected")
-def test_a_cancelled_open_tree_leaves_no_open_descriptor(stocked: Service) -> None:
+@pytest.mark.usefixtures("no_garbage_collection")
+def test_a_cancelled_open_tree_leaves_no_open_descriptor(populated_service: Service) -> None:
     """Neither the client nor the service keeps the descriptor of a cancelled call open."""
 
     async def scenario(client: Client) -> None:
         await client.list_mounts()
-        before = {process: descriptors(process) for process in (THIS, stocked)}
+        before = {process: descriptors(process) for process in (THIS_PROCESS, populated_service)}
         for _ in range(20):
             calls = [asyncio.ensure_future(client.open_tree("work")) for _ in range(50)]
             await asyncio.sleep(0)
@@ -276,11 +281,13 @@ def test_a_cancelled_open_tree_leaves_no_open_descriptor(stocked: Service) -> No
         for process, there in before.items():
             await asyncio.to_thread(wait_until_closed, process, there)
 
-    run(scenario)
+    run_with_client(scenario)
 
 
-@pytest.mark.usefixtures("uncollected")
-def test_a_client_that_leaves_closes_the_trees_that_it_has_not_returned(stocked: Service) -> None:
+@pytest.mark.usefixtures("no_garbage_collection")
+def test_a_client_that_leaves_closes_the_trees_that_it_has_not_returned(
+    populated_service: Service,
+) -> None:
     async def scenario(client: Client) -> None:
         calls = [asyncio.ensure_future(client.open_tree("work")) for _ in range(50)]
         await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
@@ -291,22 +298,24 @@ def test_a_client_that_leaves_closes_the_trees_that_it_has_not_returned(stocked:
             else:
                 assert isinstance(outcome, Unavailable)
 
-    with nothing_left_open(THIS):
+    with nothing_left_open(THIS_PROCESS):
         for _ in range(20):
-            run(scenario)
+            run_with_client(scenario)
 
 
-@pytest.mark.usefixtures("uncollected")
+@pytest.mark.usefixtures("no_garbage_collection")
 @pytest.mark.parametrize("rounds", [20, pytest.param(200, marks=pytest.mark.long)])
-def test_open_tree_returns_a_descriptor_that_the_caller_owns(stocked: Service, rounds: int) -> None:
+def test_open_tree_returns_a_descriptor_that_the_caller_owns(
+    populated_service: Service, rounds: int
+) -> None:
     async def scenario(client: Client) -> None:
-        with nothing_left_open(THIS):
+        with nothing_left_open(THIS_PROCESS):
             for _ in range(rounds):
-                before = descriptors(THIS)
+                before = descriptors(THIS_PROCESS)
                 trees = await asyncio.gather(*(client.open_tree("work") for _ in range(50)))
-                assert len(set(trees)) == (descriptors(THIS) - before).total() == 50
+                assert len(set(trees)) == (descriptors(THIS_PROCESS) - before).total() == 50
                 for tree in trees:
                     assert not os.get_inheritable(tree)
                     os.close(tree)
 
-    run(scenario)
+    run_with_client(scenario)

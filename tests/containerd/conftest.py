@@ -20,7 +20,7 @@ def lasting_plugin(
 
 
 @pytest.fixture
-def stub(shared: Service, lasting_plugin: Plugin) -> Iterator[Stub]:
+def stub(shared_service: Service, lasting_plugin: Plugin) -> Iterator[Stub]:
     """Yield a client of a plugin on the shared service."""
     with connected(lasting_plugin.socket) as client:
         yield client

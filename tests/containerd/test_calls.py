@@ -20,10 +20,9 @@ from snapd_native.trees.relay import IDLE
 from tests.support.containerd_plugin import Plugin, Stub, connected, plugin, refused
 from tests.support.descriptors import wait_until_idle
 from tests.support.file_systems import long_on_xfs
-from tests.support.holding import held
-from tests.support.job_watch import held_up
-from tests.support.service import Service, committed
-from tests.support.waiting import becomes, eventually
+from tests.support.holding import hold_at_files, hold_workers
+from tests.support.service import Service, commit_snapshot
+from tests.support.waiting import wait_until, wait_until_equal
 
 pytestmark = long_on_xfs
 
@@ -133,9 +132,9 @@ def test_remove_of_a_mounted_snapshot_is_a_failed_precondition(
 def test_snapshots_of_others_do_not_exist_for_containerd(
     stub: Stub, shared_client: BlockingClient
 ) -> None:
-    committed(shared_client, "theirs")
+    commit_snapshot(shared_client, "theirs")
     # Also if their names look like those of the plugin.
-    committed(shared_client, "containerd/base")
+    commit_snapshot(shared_client, "containerd/base")
     shared_client.prepare("containerd/work", "containerd/base", {OWNER_LABEL: "another"})
     shared_client.prepare("marked", labels={OWNER_LABEL: "containerd"})
     before = [*shared_client.walk()]
@@ -157,9 +156,12 @@ def test_snapshots_of_others_do_not_exist_for_containerd(
 
 
 def test_two_containerds_share_one_store_without_seeing_each_other(
-    shared: Service, stub: Stub, shared_client: BlockingClient, tmp_path: Path
+    shared_service: Service, stub: Stub, shared_client: BlockingClient, tmp_path: Path
 ) -> None:
-    with plugin(shared.address, tmp_path, "second") as other, connected(other.socket) as second:
+    with (
+        plugin(shared_service.address, tmp_path, "second") as other,
+        connected(other.socket) as second,
+    ):
         for each in (stub, second):
             each.prepare("default/1/work")
             each.commit("default/2/layer", "default/1/work")
@@ -257,14 +259,14 @@ def test_filters_apply_to_what_containerd_sees(
 
 
 def test_the_usage_of_an_active_snapshot_is_measured_once_within_the_age(
-    shared: Service, stub: Stub, tmp_path: Path
+    shared_service: Service, stub: Stub, tmp_path: Path
 ) -> None:
     tree = Path(stub.prepare("work").source)
     before = stub.usage("work")
     (tree / "file").write_bytes(b"x" * 100_000)
     assert stub.usage("work") == before
     with (
-        plugin(shared.address, tmp_path, "containerd", "--usage-age", "0") as exact,
+        plugin(shared_service.address, tmp_path, "containerd", "--usage-age", "0") as exact,
         connected(exact.socket) as other,
     ):
         size, inodes = other.usage("work")
@@ -275,14 +277,14 @@ def test_the_usage_of_an_active_snapshot_is_measured_once_within_the_age(
 
 
 def test_callers_share_one_measurement_at_idle_priority(
-    shared: Service, shared_client: BlockingClient, stub: Stub
+    shared_service: Service, shared_client: BlockingClient, stub: Stub
 ) -> None:
     stub.prepare("first")
     stub.usage("first")
     stub.prepare("work")
-    with ThreadPoolExecutor() as callers, held_up(shared, IDLE):
+    with ThreadPoolExecutor() as callers, hold_workers(shared_service, IDLE):
         asked = [callers.submit(stub.usage, "work") for _ in range(5)]
-        eventually(lambda: shared_client.jobs() != [])
+        wait_until(lambda: shared_client.jobs() != [])
         (job,) = shared_client.jobs()
         assert (job.operation, job.key) == ("usage", "containerd/work")
         assert not any(call.done() for call in asked)
@@ -290,67 +292,67 @@ def test_callers_share_one_measurement_at_idle_priority(
 
 
 def test_a_measurement_ends_for_the_others_when_the_first_caller_leaves(
-    shared: Service, shared_client: BlockingClient, stub: Stub
+    shared_service: Service, shared_client: BlockingClient, stub: Stub
 ) -> None:
     stub.prepare("first")
     stub.usage("first")
     stub.prepare("work")
-    with ThreadPoolExecutor() as callers, held_up(shared, IDLE):
+    with ThreadPoolExecutor() as callers, hold_workers(shared_service, IDLE):
         first = stub.begin("Usage", wire.KeyRequest(key="work"), wire.UsageResponse)
-        eventually(lambda: shared_client.jobs() != [])
+        wait_until(lambda: shared_client.jobs() != [])
         second = callers.submit(stub.usage, "work")
         first.cancel()
     assert second.result()[1] == 1
 
 
 def test_a_cancelled_prepare_leaves_nothing(
-    shared: Service, shared_client: BlockingClient, stub: Stub, base: str
+    shared_service: Service, shared_client: BlockingClient, stub: Stub, base: str
 ) -> None:
-    before = shared.directories()
-    with held(Path(stub.view("look", base).source) / "file") as copying:
+    before = shared_service.directories()
+    with hold_at_files(Path(stub.view("look", base).source) / "file") as copying:
         request = wire.CreateRequest(key="work", parent=base)
         preparing = stub.begin("Prepare", request, wire.MountsResponse)
         copying.wait_until_reached()
-        eventually(lambda: shared_client.jobs() != [])
+        wait_until(lambda: shared_client.jobs() != [])
         preparing.cancel()
-        becomes(shared_client.jobs, [])
-    wait_until_idle(shared)
+        wait_until_equal(shared_client.jobs, [])
+    wait_until_idle(shared_service)
     shared_client.cleanup()
-    assert shared.directories() == before
+    assert shared_service.directories() == before
     assert [info.name for info in stub.list()] == ["base", "look"]
     stub.prepare("work", base)
 
 
 def test_a_prepare_whose_deadline_passes_leaves_nothing(
-    shared: Service, shared_client: BlockingClient, stub: Stub, base: str
+    shared_service: Service, shared_client: BlockingClient, stub: Stub, base: str
 ) -> None:
     """Containerd's CRI gives up after two minutes."""
-    before = shared.directories()
-    with held(Path(stub.view("look", base).source) / "file"):
+    before = shared_service.directories()
+    with hold_at_files(Path(stub.view("look", base).source) / "file"):
         request = wire.CreateRequest(key="work", parent=base)
         preparing = stub.begin("Prepare", request, wire.MountsResponse, 3)
-        eventually(lambda: shared_client.jobs() != [])
+        wait_until(lambda: shared_client.jobs() != [])
         with pytest.raises(grpc.RpcError) as caught:
             preparing.result()
         assert caught.value.code() is StatusCode.DEADLINE_EXCEEDED
-        becomes(shared_client.jobs, [])
-    wait_until_idle(shared)
+        wait_until_equal(shared_client.jobs, [])
+    wait_until_idle(shared_service)
     shared_client.cleanup()
-    assert shared.directories() == before
+    assert shared_service.directories() == before
 
 
 def test_a_cancelled_commit_leaves_the_active_snapshot(
-    shared: Service, shared_client: BlockingClient, stub: Stub
+    shared_service: Service, shared_client: BlockingClient, stub: Stub
 ) -> None:
     directory = Path(stub.prepare("work").source) / "directory"
     directory.mkdir()
-    with held(directory) as measuring:
+    with hold_at_files(directory) as measuring:
         request = wire.CommitRequest(name="base", key="work")
         committing = stub.begin("Commit", request, wire.Empty)
         measuring.wait_until_reached()
-        eventually(lambda: shared_client.jobs() != [])
+        wait_until(lambda: shared_client.jobs() != [])
         committing.cancel()
-        becomes(shared_client.jobs, [])
+        wait_until_equal(shared_client.jobs, [])
     assert shared_client.stat("containerd/work").kind is Kind.ACTIVE
     stub.commit("base", "work")
 

@@ -22,7 +22,7 @@ from tests.support.images import (
     special,
     write_image,
 )
-from tests.support.service import Service, committed
+from tests.support.service import Service, commit_snapshot
 
 pytestmark = long_on_xfs
 
@@ -64,7 +64,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def running(shared: Service, lasting_plugin: Plugin) -> Iterator[Containerd]:
+def running(shared_service: Service, lasting_plugin: Plugin) -> Iterator[Containerd]:
     with containerd(lasting_plugin.socket) as daemon:
         yield daemon
 
@@ -110,7 +110,7 @@ def test_an_image_is_unpacked_and_run_as_by_the_native_snapshotter(
 def test_the_garbage_collection_keeps_the_snapshots_of_others(
     running: Containerd, shared_client: BlockingClient, image: Path
 ) -> None:
-    base = committed(shared_client, "base", files={"file": "text"})
+    base = commit_snapshot(shared_client, "base", files={"file": "text"})
     for number in range(1000):
         shared_client.view(f"theirs {number}", "base")
     before = [*shared_client.walk()]
@@ -123,14 +123,14 @@ def test_the_garbage_collection_keeps_the_snapshots_of_others(
 
 
 def test_two_containerds_unpack_the_same_image_into_one_store(
-    shared: Service,
+    shared_service: Service,
     running: Containerd,
     shared_client: BlockingClient,
     image: Path,
     tmp_path: Path,
 ) -> None:
     with (
-        plugin(shared.address, tmp_path, "second") as other,
+        plugin(shared_service.address, tmp_path, "second") as other,
         containerd(other.socket) as second,
     ):
         for each in (running, second):

@@ -17,11 +17,11 @@ from snapd_native.errors import InvalidArgument, NotFound
 from snapd_native.model import Info, Kind, Mount, Usage
 from tests.support import torture_tree
 from tests.support.file_systems import FileSystem, on_ext4
-from tests.support.service import Service, brief, committed, refused, request
+from tests.support.service import Service, call_method, commit_snapshot, expect_error, short_id
 
 LABELS = {"app": "web", "containerd.io/snapshot.ref": "x", "ümläut/😀": "wörth=1, 2"}
 
-ODD = (
+ODD_NAMES = (
     "a/b",
     "../../etc/passwd",
     "/absolute",
@@ -52,12 +52,14 @@ def names(infos: list[Info]) -> list[str]:
     return [info.name for info in infos]
 
 
-def test_prepare_makes_an_empty_directory(shared: Service, shared_client: BlockingClient) -> None:
+def test_prepare_makes_an_empty_directory(
+    shared_service: Service, shared_client: BlockingClient
+) -> None:
     before = now()
     mount = shared_client.prepare("key", labels=LABELS)
     root = Path(mount.source)
     assert mount == Mount("bind", mount.source, ("rbind", "rw"))
-    assert root.parent == shared.state / "snapshots"
+    assert root.parent == shared_service.state / "snapshots"
     assert root.name.isdecimal()
     assert stat.S_IMODE(root.stat().st_mode) == 0o755
     assert (root.stat().st_uid, root.stat().st_gid) == (0, 0)
@@ -70,34 +72,34 @@ def test_prepare_makes_an_empty_directory(shared: Service, shared_client: Blocki
 
 
 def test_a_view_without_parent_has_its_own_empty_directory(
-    shared: Service, shared_client: BlockingClient
+    shared_service: Service, shared_client: BlockingClient
 ) -> None:
     mount = shared_client.view("key", labels=LABELS)
     assert mount.options == ("rbind", "ro")
-    assert shared.directories() == [Path(mount.source).name]
+    assert shared_service.directories() == [Path(mount.source).name]
     assert shared_client.stat("key").kind is Kind.VIEW
     assert shared_client.stat("key").labels == LABELS
     assert shared_client.usage("key") == Usage(0, 0)
 
 
 def test_the_mount_of_a_view_is_the_directory_of_its_parent(
-    shared: Service, shared_client: BlockingClient
+    shared_service: Service, shared_client: BlockingClient
 ) -> None:
-    root = committed(shared_client, "base", files={"file": "text"})
-    before = shared.directories()
+    root = commit_snapshot(shared_client, "base", files={"file": "text"})
+    before = shared_service.directories()
     mount = shared_client.view("key", "base")
     assert mount == Mount("bind", str(root), ("rbind", "ro"))
     assert shared_client.mounts("key") == mount
-    assert shared.directories() == before
+    assert shared_service.directories() == before
     assert shared_client.stat("key").parent == "base"
     assert shared_client.usage("key") == Usage(0, 0)
     shared_client.remove("key")
     shared_client.cleanup()
-    assert shared.directories() == before
+    assert shared_service.directories() == before
 
 
 def test_commit_view_and_prepare_keep_every_kind_of_file(
-    filesystem: FileSystem, shared: Service, shared_client: BlockingClient, scratch: Path
+    filesystem: FileSystem, shared_service: Service, shared_client: BlockingClient, scratch: Path
 ) -> None:
     """Data written through the source of a mount is in all snapshots made from it."""
     original = scratch / "original"
@@ -132,7 +134,7 @@ def test_commit_turns_the_active_snapshot_into_a_committed_one(
     assert info.created > active.created
     assert shared_client.usage("name").inodes == usage.inodes == 2
     assert shared_client.usage("name").size >= 100_000
-    with refused(NotFound, '"key"'):
+    with expect_error(NotFound, '"key"'):
         shared_client.stat("key")
     assert shared_client.view("seen", "name").source == mount.source
 
@@ -144,7 +146,7 @@ def test_commit_without_labels_drops_the_labels_of_the_key(shared_client: Blocki
 
 
 def test_usage_of_a_committed_snapshot_is_the_recorded_one(shared_client: BlockingClient) -> None:
-    root = committed(shared_client, "base", files={"file": "text"})
+    root = commit_snapshot(shared_client, "base", files={"file": "text"})
     recorded = shared_client.usage("base")
     (root / "another").write_text("written where nobody may write")
     assert shared_client.usage("base") == recorded
@@ -153,13 +155,13 @@ def test_usage_of_a_committed_snapshot_is_the_recorded_one(shared_client: Blocki
 def test_commit_sets_the_parent_of_a_snapshot_prepared_with_none(
     shared_client: BlockingClient,
 ) -> None:
-    committed(shared_client, "base")
-    committed(shared_client, "other")
+    commit_snapshot(shared_client, "base")
+    commit_snapshot(shared_client, "other")
     shared_client.prepare("orphan")
     shared_client.commit("adopted", "orphan", parent="base")
     assert shared_client.stat("adopted").parent == "base"
     shared_client.prepare("child", "base")
-    with refused(InvalidArgument, '"child"', '"other"', '"base"'):
+    with expect_error(InvalidArgument, '"child"', '"other"', '"base"'):
         shared_client.commit("name", "child", parent="other")
     assert shared_client.stat("child").parent == "base"
     shared_client.commit("name", "child", parent="base")
@@ -203,7 +205,7 @@ def test_update_with_another_field_path_raises_invalid_argument(
 ) -> None:
     shared_client.prepare("key", labels={"a": "1"})
     before = shared_client.stat("key")
-    with refused(InvalidArgument, f'"{path}"'):
+    with expect_error(InvalidArgument, f'"{path}"'):
         shared_client.update("key", {"a": "2"}, ["labels.a", path])
     assert shared_client.stat("key") == before
 
@@ -215,7 +217,7 @@ def test_update_sets_the_labels_of_every_kind_of_snapshot(
     make: dict[Kind, Callable[[], object]] = {
         Kind.VIEW: lambda: shared_client.view("key"),
         Kind.ACTIVE: lambda: shared_client.prepare("key"),
-        Kind.COMMITTED: lambda: committed(shared_client, "key"),
+        Kind.COMMITTED: lambda: commit_snapshot(shared_client, "key"),
     }
     make[kind]()
     assert shared_client.update("key", LABELS).labels == LABELS
@@ -226,18 +228,18 @@ def test_labels_of_1_mib_are_accepted_and_more_are_refused(shared_client: Blocki
     labels = {f"{number:04}": "v" * 4092 for number in range(256)}
     shared_client.prepare("key", labels=labels)
     assert shared_client.stat("key").labels == labels
-    with refused(InvalidArgument, str(1 << 20)):
+    with expect_error(InvalidArgument, str(1 << 20)):
         shared_client.update("key", {"one": "more"}, ["labels.one"])
     assert shared_client.stat("key").labels == labels
 
 
-@pytest.mark.parametrize("name", ODD, ids=brief)
+@pytest.mark.parametrize("name", ODD_NAMES, ids=short_id)
 def test_every_call_accepts_odd_names(
-    shared: Service, shared_client: BlockingClient, name: str
+    shared_service: Service, shared_client: BlockingClient, name: str
 ) -> None:
-    outside = {path: path.stat() for path in (Path("/etc/passwd"), shared.state.parent)}
+    outside = {path: path.stat() for path in (Path("/etc/passwd"), shared_service.state.parent)}
     mount = shared_client.prepare(name)
-    assert Path(mount.source).parent == shared.state / "snapshots"
+    assert Path(mount.source).parent == shared_service.state / "snapshots"
     shared_client.commit("in between", name)
     shared_client.prepare("key", "in between")
     shared_client.commit(name, "key")
@@ -254,13 +256,15 @@ def test_every_call_accepts_odd_names(
 
 
 def test_names_that_differ_in_bytes_are_different_names(shared_client: BlockingClient) -> None:
-    committed(shared_client, "e\u0301")
+    commit_snapshot(shared_client, "e\u0301")
     shared_client.prepare("é")
     shared_client.view("É")
     assert set(names(shared_client.list())) == {"e\u0301", "é", "É"}
 
 
-def test_remove_frees_the_name_at_once(shared: Service, shared_client: BlockingClient) -> None:
+def test_remove_frees_the_name_at_once(
+    shared_service: Service, shared_client: BlockingClient
+) -> None:
     first = shared_client.prepare("key").source
     (Path(first) / "file").write_text("text")
     shared_client.remove("key")
@@ -268,20 +272,20 @@ def test_remove_frees_the_name_at_once(shared: Service, shared_client: BlockingC
     assert second != first
     assert list(Path(second).iterdir()) == []
     shared_client.cleanup()
-    assert shared.directories() == [Path(second).name]
+    assert shared_service.directories() == [Path(second).name]
 
 
 def test_cleanup_deletes_orphaned_directories_and_keeps_foreign_ones(
-    shared: Service, shared_client: BlockingClient
+    shared_service: Service, shared_client: BlockingClient
 ) -> None:
-    kept = committed(shared_client, "base", files={"file": "text"})
+    kept = commit_snapshot(shared_client, "base", files={"file": "text"})
     shared_client.view("view", "base")
     for orphan in ("999999", "new-999998", "rm-999997"):
-        (shared.state / "snapshots" / orphan / "deep" / "er").mkdir(parents=True)
-    strange = shared.state / "snapshots" / "not ours"
+        (shared_service.state / "snapshots" / orphan / "deep" / "er").mkdir(parents=True)
+    strange = shared_service.state / "snapshots" / "not ours"
     strange.mkdir()
     shared_client.cleanup()
-    assert shared.directories() == [kept.name, f"{kept.name}/file", "not ours"]
+    assert shared_service.directories() == [kept.name, f"{kept.name}/file", "not ours"]
     strange.rmdir()
 
 
@@ -313,19 +317,19 @@ def test_list_returns_the_page_that_after_and_limit_select(shared_client: Blocki
     assert len(shared_client.list(limit=10_000)) == 7
     assert len(shared_client.list(limit=7)) == 7
     for limit in (0, 10_001, (1 << 32) - 1):
-        with refused(InvalidArgument, str(limit), "10000"):
+        with expect_error(InvalidArgument, str(limit), "10000"):
             shared_client.list(limit=limit)
 
 
 @on_ext4
 def test_list_returns_1000_snapshots_by_default(client: BlockingClient) -> None:
-    committed(client, "base")
+    commit_snapshot(client, "base")
     for number in range(1000):
         client.view(f"{number:04}", "base")
     assert names(client.list()) == [f"{number:04}" for number in range(1000)]
     assert names(client.list(after="0999")) == ["base"]
     assert names(list(client.walk()))[999:] == ["0999", "base"]
-    (infos,) = request("List", "asa{sv}", [], {"after": Variant("s", "")})
+    (infos,) = call_method("List", "asa{sv}", [], {"after": Variant("s", "")})
     assert len(infos) == 1000
 
 
@@ -359,7 +363,7 @@ def test_list_returns_1000_snapshots_by_default(client: BlockingClient) -> None:
 def test_list_returns_the_snapshots_that_match_a_filter(
     shared_client: BlockingClient, filters: list[str], found: str
 ) -> None:
-    committed(shared_client, "a")
+    commit_snapshot(shared_client, "a")
     shared_client.prepare("b", "a", {"app": "web"})
     shared_client.prepare("c", labels={"app": "db", "k.with/dots": "v"})
     shared_client.view("d", "a")
@@ -373,7 +377,7 @@ def test_list_returns_the_snapshots_that_match_a_filter(
 def test_list_with_a_bad_filter_raises_invalid_argument(
     shared_client: BlockingClient, text: str
 ) -> None:
-    with refused(InvalidArgument, "the filter"):
+    with expect_error(InvalidArgument, "the filter"):
         shared_client.list(["name==a", text])
 
 
@@ -381,5 +385,5 @@ def test_list_with_a_slow_regular_expression_raises_invalid_argument(
     shared_client: BlockingClient,
 ) -> None:
     shared_client.view("a" * 4000 + "!")
-    with refused(InvalidArgument, "takes too long"):
+    with expect_error(InvalidArgument, "takes too long"):
         shared_client.list(["name~=/^(a|a|aa)+$/"])

@@ -22,18 +22,17 @@ from snapd_native.errors import (
 )
 from snapd_native.model import Added, Change, Committed, Kind, Mount, Removed, Updated
 from snapd_native.wire.names import BUS_NAME, OBJECT_PATH
-from tests.support.holding import held
-from tests.support.job_watch import held_up
+from tests.support.holding import hold_at_files, hold_workers
 from tests.support.service import (
     Service,
-    committed,
+    commit_snapshot,
     connection,
-    refused,
-    run,
-    wait_until_held,
+    expect_error,
+    run_with_client,
+    wait_until_reserved,
 )
 
-LIFE: list[tuple[Callable[[Client], Awaitable[object]], Change]] = [
+CALLS_WITH_CHANGES: list[tuple[Callable[[Client], Awaitable[object]], Change]] = [
     (lambda c: c.prepare("ü/1"), Added("ü/1", Kind.ACTIVE, "")),
     (lambda c: c.update("ü/1", {"a": "1"}), Updated("ü/1")),
     (lambda c: c.commit("base", "ü/1"), Committed("base", "ü/1")),
@@ -59,10 +58,10 @@ FAILURES: list[Callable[[Client], Awaitable[object]]] = [
 ]
 
 
-def test_each_change_sends_exactly_one_signal(shared: Service) -> None:
+def test_each_change_sends_exactly_one_signal(shared_service: Service) -> None:
     async def scenario(client: Client) -> None:
         async with client.changes() as changes:
-            for call, change in LIFE:
+            for call, change in CALLS_WITH_CHANGES:
                 for fail in FAILURES:
                     with suppress(SnapdError):
                         await fail(client)
@@ -70,10 +69,10 @@ def test_each_change_sends_exactly_one_signal(shared: Service) -> None:
                 await call(client)
                 assert await anext(changes) == change
 
-    run(scenario)
+    run_with_client(scenario)
 
 
-def test_the_signal_of_a_change_arrives_before_the_reply(shared: Service) -> None:
+def test_the_signal_of_a_change_arrives_before_the_reply(shared_service: Service) -> None:
     """The test compares the order of the raw messages."""
 
     async def scenario() -> list[str]:
@@ -112,7 +111,9 @@ def test_the_signal_of_a_change_arrives_before_the_reply(shared: Service) -> Non
     ]
 
 
-def test_signals_of_eight_competing_clients_replay_to_the_final_state(shared: Service) -> None:
+def test_the_signals_of_eight_concurrent_clients_lead_to_the_final_state(
+    shared_service: Service,
+) -> None:
     """The clients use the same few names. The signals alone show which snapshots exist."""
 
     async def scenario(client: Client) -> None:
@@ -123,19 +124,21 @@ def test_signals_of_eight_competing_clients_replay_to_the_final_state(shared: Se
             await client.update("the first", {"a": "1"})
             await client.commit("the second", "the first")
             await client.remove("the second")
-            await asyncio.gather(*(compete(other, seed) for seed, other in enumerate(others)))
+            await asyncio.gather(
+                *(make_random_calls(other, seed) for seed, other in enumerate(others))
+            )
             await client.prepare("the last")
             history = [await anext(changes)]
             while history[-1] != Added("the last", Kind.ACTIVE, ""):
                 history.append(await anext(changes))
             assert {type(change) for change in history} == {Added, Committed, Updated, Removed}
             found = {info.name: (info.kind, info.parent) for info in await client.list()}
-            assert replayed(history) == found
+            assert replay(history) == found
 
-    run(scenario)
+    run_with_client(scenario)
 
 
-async def compete(client: Client, seed: int) -> None:
+async def make_random_calls(client: Client, seed: int) -> None:
     dice = random.Random(seed)
     names = [f"name {number}" for number in range(12)]
     for _ in range(80):
@@ -151,7 +154,7 @@ async def compete(client: Client, seed: int) -> None:
             await calls[dice.choice([*calls])]()
 
 
-def replayed(history: list[Change]) -> dict[str, tuple[Kind, str]]:
+def replay(history: list[Change]) -> dict[str, tuple[Kind, str]]:
     """Return the snapshots after ``history``, each change of which must be possible."""
     there: dict[str, tuple[Kind, str]] = {}
     for change in history:
@@ -174,71 +177,71 @@ def replayed(history: list[Change]) -> dict[str, tuple[Kind, str]]:
 
 
 def test_only_one_of_sixteen_concurrent_calls_gets_a_key(
-    shared: Service, shared_client: BlockingClient
+    shared_service: Service, shared_client: BlockingClient
 ) -> None:
-    committed(shared_client, "base")
+    commit_snapshot(shared_client, "base")
 
     async def scenario(client: Client) -> list[Mount | BaseException]:
         calls = [client.prepare("key", "base") for _ in range(8)]
         calls += [client.view("key") for _ in range(8)]
         return await asyncio.gather(*calls, return_exceptions=True)
 
-    outcomes = run(scenario)
+    outcomes = run_with_client(scenario)
     assert sum(isinstance(outcome, Mount) for outcome in outcomes) == 1
     assert sum(isinstance(outcome, AlreadyExists) for outcome in outcomes) == 15
 
 
 def test_a_key_is_reserved_but_not_visible_while_prepare_runs(
-    shared: Service, shared_client: BlockingClient
+    shared_service: Service, shared_client: BlockingClient
 ) -> None:
-    committed(shared_client, "base", files={"file": "text"})
+    commit_snapshot(shared_client, "base", files={"file": "text"})
 
     async def scenario(client: Client) -> None:
-        with held_up(shared):
+        with hold_workers(shared_service):
             preparing = asyncio.ensure_future(client.prepare("key", "base"))
-            await look_and_take(preparing)
+            await check_reserved(preparing)
         mount = await preparing
         assert await client.mounts("key") == mount
 
-    async def look_and_take(preparing: asyncio.Future[Mount]) -> None:
+    async def check_reserved(preparing: asyncio.Future[Mount]) -> None:
         async with Client() as other:
-            await wait_until_held(other, "key")
+            await wait_until_reserved(other, "key")
             for look in (other.stat, other.mounts, other.usage, other.remove):
-                with refused(NotFound, '"key"'):
+                with expect_error(NotFound, '"key"'):
                     await look("key")
-            with refused(NotFound, '"key"'):
+            with expect_error(NotFound, '"key"'):
                 await other.update("key", {})
-            with refused(NotFound, '"key"'):
+            with expect_error(NotFound, '"key"'):
                 await other.commit("name", "key")
-            with refused(NotFound, '"key"'):
+            with expect_error(NotFound, '"key"'):
                 await other.prepare("child", "key")
             assert [info.name for info in await other.list()] == ["base"]
             for take in (other.prepare, other.view):
-                with refused(AlreadyExists, '"key"', "still running"):
+                with expect_error(AlreadyExists, '"key"', "still running"):
                     await take("key")
-            with refused(FailedPrecondition, 'cannot remove "base"', "children"):
+            with expect_error(FailedPrecondition, 'cannot remove "base"', "children"):
                 await other.remove("base")
             assert not preparing.done()
 
-    run(scenario)
+    run_with_client(scenario)
     assert (Path(shared_client.mounts("key").source) / "file").read_text() == "text"
 
 
 def test_key_and_name_are_reserved_while_commit_runs(
-    shared: Service, shared_client: BlockingClient
+    shared_service: Service, shared_client: BlockingClient
 ) -> None:
-    committed(shared_client, "base")
+    commit_snapshot(shared_client, "base")
     shared_client.prepare("key", "base")
 
     async def scenario(client: Client) -> None:
-        with held_up(shared):
+        with hold_workers(shared_service):
             committing = asyncio.ensure_future(client.commit("name", "key"))
-            await look_and_take(committing)
+            await check_reserved(committing)
         await committing
 
-    async def look_and_take(committing: asyncio.Future[None]) -> None:
+    async def check_reserved(committing: asyncio.Future[None]) -> None:
         async with Client() as other:
-            await wait_until_held(other, "name")
+            await wait_until_reserved(other, "name")
             removing, again, taking, seeing = await asyncio.gather(
                 other.remove("key"),
                 other.commit("another", "key"),
@@ -247,24 +250,24 @@ def test_key_and_name_are_reserved_while_commit_runs(
                 return_exceptions=True,
             )
             assert not committing.done()
-            with refused(FailedPrecondition, '"key"', "being committed"):
-                raise thrown(removing)
-            with refused(FailedPrecondition, '"key"', "being committed"):
-                raise thrown(again)
-            with refused(AlreadyExists, '"name"'):
-                raise thrown(taking)
+            with expect_error(FailedPrecondition, '"key"', "being committed"):
+                raise as_exception(removing)
+            with expect_error(FailedPrecondition, '"key"', "being committed"):
+                raise as_exception(again)
+            with expect_error(AlreadyExists, '"name"'):
+                raise as_exception(taking)
             assert not isinstance(seeing, BaseException)
             assert seeing.kind is Kind.ACTIVE
 
-    run(scenario)
+    run_with_client(scenario)
 
 
-def thrown(outcome: object) -> BaseException:
+def as_exception(outcome: object) -> BaseException:
     assert isinstance(outcome, BaseException)
     return outcome
 
 
-async def short_calls(client: Client) -> None:
+async def make_short_calls(client: Client) -> None:
     """Make calls that copy almost nothing."""
     await client.stat("base")
     assert len(await client.list(["kind==committed"])) >= 1
@@ -281,36 +284,36 @@ async def short_calls(client: Client) -> None:
 
 
 def test_short_calls_do_not_wait_for_a_running_copy(
-    shared: Service, shared_client: BlockingClient
+    shared_service: Service, shared_client: BlockingClient
 ) -> None:
-    committed(shared_client, "base", files={"file": "text"})
+    commit_snapshot(shared_client, "base", files={"file": "text"})
 
     async def scenario(client: Client) -> None:
-        with held_up(shared):
+        with hold_workers(shared_service):
             preparing = asyncio.ensure_future(client.prepare("key", "base"))
             async with Client() as other:
-                await wait_until_held(other, "key")
-                await short_calls(other)
+                await wait_until_reserved(other, "key")
+                await make_short_calls(other)
             assert not preparing.done()
         await preparing
 
-    run(scenario)
+    run_with_client(scenario)
 
 
 def test_short_calls_do_not_wait_for_a_running_deletion(
-    shared: Service, shared_client: BlockingClient
+    shared_service: Service, shared_client: BlockingClient
 ) -> None:
-    committed(shared_client, "base")
-    tree = committed(shared_client, "doomed")
+    commit_snapshot(shared_client, "base")
+    tree = commit_snapshot(shared_client, "doomed")
 
     async def scenario(client: Client) -> None:
-        with held(tree) as deletion:
+        with hold_at_files(tree) as deletion:
             await client.remove("doomed")
             await asyncio.to_thread(deletion.wait_until_reached)
             cleaning = asyncio.ensure_future(client.cleanup())
             async with Client() as other:
-                await short_calls(other)
+                await make_short_calls(other)
             assert not cleaning.done()
         await cleaning
 
-    run(scenario)
+    run_with_client(scenario)

@@ -23,15 +23,15 @@ from snapd_native.errors import (
     Unavailable,
 )
 from snapd_native.wire.names import error_from
-from tests.support.file_systems import mounted
+from tests.support.file_systems import new_file_system
 from tests.support.service import (
     NOBODY,
     Service,
     check_sentence,
-    committed,
-    everything,
-    refused,
-    serving,
+    commit_snapshot,
+    expect_error,
+    run_daemon,
+    snapshots_and_directories,
 )
 
 Call = Callable[[BlockingClient], object]
@@ -40,9 +40,9 @@ LONG = "k" * 5000
 
 
 @pytest.fixture
-def populated(shared_client: BlockingClient) -> BlockingClient:
+def populated_client(shared_client: BlockingClient) -> BlockingClient:
     """Make snapshots of every kind: `base`, its children `active` and `view`, and `alone`."""
-    committed(shared_client, "base", files={"file": "text"})
+    commit_snapshot(shared_client, "base", files={"file": "text"})
     shared_client.prepare("active", "base")
     shared_client.view("view", "base")
     shared_client.prepare("alone")
@@ -106,22 +106,28 @@ def populated(shared_client: BlockingClient) -> BlockingClient:
     ],
 )
 def test_a_failed_call_raises_its_error_and_changes_nothing(
-    shared: Service, populated: BlockingClient, call: Call, kind: type[SnapdError], says: str
+    shared_service: Service,
+    populated_client: BlockingClient,
+    call: Call,
+    kind: type[SnapdError],
+    says: str,
 ) -> None:
-    before = everything(populated, shared)
-    with refused(kind, says):
-        call(populated)
-    assert everything(populated, shared) == before
+    before = snapshots_and_directories(populated_client, shared_service)
+    with expect_error(kind, says):
+        call(populated_client)
+    assert snapshots_and_directories(populated_client, shared_service) == before
 
 
-def test_remove_of_a_parent_succeeds_only_without_children(populated: BlockingClient) -> None:
+def test_remove_of_a_parent_succeeds_only_without_children(
+    populated_client: BlockingClient,
+) -> None:
     for child in ("active", "view"):
-        with refused(FailedPrecondition, '"base"', "children"):
-            populated.remove("base")
-        populated.remove(child)
-    populated.remove("base")
-    with refused(NotFound, '"base"'):
-        populated.prepare("new", "base")
+        with expect_error(FailedPrecondition, '"base"', "children"):
+            populated_client.remove("base")
+        populated_client.remove(child)
+    populated_client.remove("base")
+    with expect_error(NotFound, '"base"'):
+        populated_client.prepare("new", "base")
 
 
 @pytest.mark.parametrize(
@@ -137,34 +143,34 @@ def test_remove_of_a_parent_succeeds_only_without_children(populated: BlockingCl
 )
 @pytest.mark.parametrize("instead", ["nothing", "file", "symlink"])
 def test_calls_on_a_lost_directory_raise_data_loss(
-    shared: Service, populated: BlockingClient, lost: str, call: Call, instead: str
+    shared_service: Service, populated_client: BlockingClient, lost: str, call: Call, instead: str
 ) -> None:
     where = "view" if lost == "base" else lost
-    path = Path(populated.mounts(where).source)
+    path = Path(populated_client.mounts(where).source)
     shutil.rmtree(path)
     if instead == "file":
         path.touch()
     elif instead == "symlink":
         path.symlink_to("/etc")
-    before = everything(populated, shared)
-    with refused(DataLoss, '"'):
-        call(populated)
-    assert everything(populated, shared) == before
-    populated.stat(lost)
+    before = snapshots_and_directories(populated_client, shared_service)
+    with expect_error(DataLoss, '"'):
+        call(populated_client)
+    assert snapshots_and_directories(populated_client, shared_service) == before
+    populated_client.stat(lost)
     # A snapshot whose directory is lost can still be removed.
     path.unlink(missing_ok=True)
     for key in ("active", "view", "alone", "base"):
-        populated.remove(key)
+        populated_client.remove(key)
 
 
 def test_calls_on_damaged_database_pages_raise_data_loss(on_bus: str, scratch: Path) -> None:
     state = scratch / "state"
-    with serving(on_bus, state), BlockingClient() as client:
+    with run_daemon(on_bus, state), BlockingClient() as client:
         client.view("whole")
         for number in range(3):
             client.view(f"view {number}", labels={f"{n}": "v" * 4000 for n in range(25)})
     assert damage_labels(state / "metadata.db") > 50
-    with serving(on_bus, state), BlockingClient() as client:
+    with run_daemon(on_bus, state), BlockingClient() as client:
         calls: list[Call] = [
             lambda c: c.list(),
             lambda c: c.stat("view 1"),
@@ -176,7 +182,7 @@ def test_calls_on_damaged_database_pages_raise_data_loss(on_bus: str, scratch: P
             lambda c: c.commit("new", "view 1"),
         ]
         for call in calls:
-            with refused(DataLoss, "metadata.db", "backup"):
+            with expect_error(DataLoss, "metadata.db", "backup"):
                 call(client)
         # Undamaged snapshots are still served.
         assert client.stat("whole").name == "whole"
@@ -197,13 +203,13 @@ def damage_labels(database: Path) -> int:
 
 
 @contextmanager
-def full_disk(
+def run_on_full_disk(
     bus: str, kind: str, directory: Path
 ) -> Iterator[tuple[Service, BlockingClient, Path]]:
     """Run a service on a full file system; also yield the file that fills it."""
     with (
-        mounted(kind, 320 << 20, directory) as made,
-        serving(bus, made.root / "state") as service,
+        new_file_system(kind, 320 << 20, directory) as made,
+        run_daemon(bus, made.root / "state") as service,
         BlockingClient() as client,
     ):
         root = Path(client.prepare("making").source)
@@ -225,13 +231,13 @@ def full_disk(
 def test_prepare_on_a_full_disk_raises_resource_exhausted(
     on_bus: str, kind: str, loop_directory: Path
 ) -> None:
-    with full_disk(on_bus, kind, loop_directory) as (service, client, filler):
-        before = everything(client, service)
+    with run_on_full_disk(on_bus, kind, loop_directory) as (service, client, filler):
+        before = snapshots_and_directories(client, service)
         for _ in range(3):
-            with refused(ResourceExhausted, '"new"', "free space"):
+            with expect_error(ResourceExhausted, '"new"', "free space"):
                 client.prepare("new", "base")
             client.cleanup()
-            assert everything(client, service) == before
+            assert snapshots_and_directories(client, service) == before
         assert client.usage("base").inodes == 3001
         filler.unlink()
         client.prepare("new", "base")
@@ -255,29 +261,29 @@ def test_prepare_on_a_full_disk_raises_resource_exhausted(
     ],
 )
 def test_other_users_are_denied_before_their_arguments_are_checked(
-    shared: Service, shared_client: BlockingClient, member: str, arguments: tuple[str, ...]
+    shared_service: Service, shared_client: BlockingClient, member: str, arguments: tuple[str, ...]
 ) -> None:
     shared_client.prepare("key", labels={"a": "1"})
-    before = everything(shared_client, shared)
+    before = snapshots_and_directories(shared_client, shared_service)
     for given in (arguments, ("s", "key that is not there"), ("u", "7"), ()):
-        denied = shared.call(member, *given, user=NOBODY)
+        denied = shared_service.call(member, *given, user=NOBODY)
         assert (denied.returncode, denied.stdout) == (1, "")
         assert "Access denied" in denied.stderr
-    assert everything(shared_client, shared) == before
+    assert snapshots_and_directories(shared_client, shared_service) == before
 
 
 def test_access_denied_names_the_call_the_uid_and_root(
-    shared: Service, shared_client: BlockingClient
+    shared_service: Service, shared_client: BlockingClient
 ) -> None:
     """The test uses dbus-send, because busctl replaces the message of AccessDenied."""
     shared_client.prepare("key")
-    with refused(AccessDenied, "Stat", str(NOBODY), "root"):
-        raise denied(shared, "Stat", "string:key")
-    with refused(AccessDenied, "Remove", str(NOBODY), "root"):
-        raise denied(shared, "Remove")
+    with expect_error(AccessDenied, "Stat", str(NOBODY), "root"):
+        raise denied_error(shared_service, "Stat", "string:key")
+    with expect_error(AccessDenied, "Remove", str(NOBODY), "root"):
+        raise denied_error(shared_service, "Remove")
 
 
-def denied(service: Service, member: str, *arguments: str) -> SnapdError:
+def denied_error(service: Service, member: str, *arguments: str) -> SnapdError:
     name, text = service.dbus_send(member, *arguments, user=NOBODY)
     return error_from(name, text)
 
@@ -285,7 +291,7 @@ def denied(service: Service, member: str, *arguments: str) -> SnapdError:
 def test_calls_without_a_daemon_raise_unavailable(on_bus: str) -> None:
     with BlockingClient() as client:
         for call in (client.list, client.cleanup, lambda: client.prepare("key")):
-            with refused(Unavailable, "systemctl start snapd-native"):
+            with expect_error(Unavailable, "systemctl start snapd-native"):
                 call()
 
 

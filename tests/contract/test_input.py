@@ -11,7 +11,14 @@ from snapd_native.client import BlockingClient
 from snapd_native.errors import FailedPrecondition, InvalidArgument, NotFound
 from snapd_native.wire.values import Body
 from tests.support.file_systems import long_on_xfs
-from tests.support.service import Service, brief, committed, everything, refused, request
+from tests.support.service import (
+    Service,
+    call_method,
+    commit_snapshot,
+    expect_error,
+    short_id,
+    snapshots_and_directories,
+)
 
 pytestmark = long_on_xfs
 
@@ -30,7 +37,7 @@ CALLS: dict[str, tuple[str, Body]] = {
 }
 """Every method with arguments that it accepts."""
 
-NAMES = [
+NAME_ARGUMENTS = [
     ("Prepare", 0),
     ("Prepare", 1),
     ("View", 0),
@@ -48,14 +55,14 @@ NAMES = [
 
 WITH_OPTIONS = ["Prepare", "View", "Commit", "List", "Remove", "Cleanup"]
 
-TOO_LONG = {
+TOO_LONG_NAMES = {
     "4097 bytes": "k" * 4097,
     "4097 characters of two bytes": "é" * 4097,
     "1025 characters of four bytes": "😀" * 1025,
     "2 MiB": "k" * (2 << 20),
 }
 
-ODD = (
+ODD_NAMES = (
     "a/b",
     "../../etc/passwd",
     "../metadata.db",
@@ -74,7 +81,7 @@ ODD = (
 )
 """Unusual valid names that no snapshot has."""
 
-LABELS: dict[str, tuple[dict[str, str], str]] = {
+INVALID_LABELS: dict[str, tuple[dict[str, str], str]] = {
     "no key": ({"": "v"}, "empty key"),
     "4097 bytes": ({"k": "v" * 4096}, '"k" has 4097 bytes'),
     "4097 bytes of key": ({"k" * 4097: ""}, "4097 bytes"),
@@ -85,102 +92,110 @@ LABELS: dict[str, tuple[dict[str, str], str]] = {
 
 
 @pytest.fixture
-def unchanged(shared: Service, shared_client: BlockingClient) -> Iterator[BlockingClient]:
+def client_without_changes(
+    shared_service: Service, shared_client: BlockingClient
+) -> Iterator[BlockingClient]:
     """Make the snapshots base, key and view; check that the test does not change them."""
-    committed(shared_client, "base", files={"file": "text"})
+    commit_snapshot(shared_client, "base", files={"file": "text"})
     shared_client.prepare("key", "base", {"a": "1"})
     shared_client.view("view", "base")
-    before = everything(shared_client, shared)
+    before = snapshots_and_directories(shared_client, shared_service)
     yield shared_client
-    assert everything(shared_client, shared) == before
+    assert snapshots_and_directories(shared_client, shared_service) == before
 
 
-def replaced(member: str, index: int, value: object) -> tuple[str, Body]:
+def with_argument(member: str, index: int, value: object) -> tuple[str, Body]:
     signature, body = CALLS[member]
     return signature, [value if at == index else given for at, given in enumerate(body)]
 
 
-@pytest.mark.parametrize(("member", "index"), NAMES)
+@pytest.mark.parametrize(("member", "index"), NAME_ARGUMENTS)
 def test_an_empty_or_too_long_name_raises_invalid_argument(
-    unchanged: BlockingClient, member: str, index: int
+    client_without_changes: BlockingClient, member: str, index: int
 ) -> None:
-    for text in TOO_LONG.values():
-        signature, body = replaced(member, index, text)
-        with refused(InvalidArgument, text[:40], f"{len(text.encode())} bytes", "4096"):
-            request(member, signature, *body)
+    for text in TOO_LONG_NAMES.values():
+        signature, body = with_argument(member, index, text)
+        with expect_error(InvalidArgument, text[:40], f"{len(text.encode())} bytes", "4096"):
+            call_method(member, signature, *body)
     if (member, index) not in (("Prepare", 1), ("View", 1)):
-        signature, body = replaced(member, index, "")
-        with refused(InvalidArgument, "is empty"):
-            request(member, signature, *body)
+        signature, body = with_argument(member, index, "")
+        with expect_error(InvalidArgument, "is empty"):
+            call_method(member, signature, *body)
 
 
 @pytest.mark.parametrize(
     ("member", "index"),
-    [name for name in NAMES if name not in (("Prepare", 0), ("View", 0), ("Commit", 0))],
+    [name for name in NAME_ARGUMENTS if name not in (("Prepare", 0), ("View", 0), ("Commit", 0))],
 )
 def test_an_unused_odd_name_raises_not_found(
-    unchanged: BlockingClient, member: str, index: int
+    client_without_changes: BlockingClient, member: str, index: int
 ) -> None:
-    for text in ODD:
-        signature, body = replaced(member, index, text)
+    for text in ODD_NAMES:
+        signature, body = with_argument(member, index, text)
         shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:80])
-        with refused(NotFound, shown):
-            request(member, signature, *body)
+        with expect_error(NotFound, shown):
+            call_method(member, signature, *body)
 
 
-@pytest.mark.parametrize("name", ODD, ids=brief)
+@pytest.mark.parametrize("name", ODD_NAMES, ids=short_id)
 def test_error_messages_escape_odd_names(shared_client: BlockingClient, name: str) -> None:
     """Messages about a snapshot with such a name contain only printable characters."""
-    committed(shared_client, name)
+    commit_snapshot(shared_client, name)
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name[:80])
-    with refused(FailedPrecondition, shown):
+    with expect_error(FailedPrecondition, shown):
         shared_client.mounts(name)
     shared_client.view("child", name)
-    with refused(FailedPrecondition, shown):
+    with expect_error(FailedPrecondition, shown):
         shared_client.remove(name)
 
 
 @pytest.mark.parametrize("member", ["Prepare", "View", "Commit"])
-@pytest.mark.parametrize("which", LABELS)
+@pytest.mark.parametrize("which", INVALID_LABELS)
 def test_bad_labels_raise_invalid_argument(
-    unchanged: BlockingClient, member: str, which: str
+    client_without_changes: BlockingClient, member: str, which: str
 ) -> None:
-    labels, says = LABELS[which]
-    signature, body = replaced(member, 2, {"labels": Variant("a{ss}", labels)})
-    with refused(InvalidArgument, says):
-        request(member, signature, *body)
+    labels, says = INVALID_LABELS[which]
+    signature, body = with_argument(member, 2, {"labels": Variant("a{ss}", labels)})
+    with expect_error(InvalidArgument, says):
+        call_method(member, signature, *body)
 
 
-@pytest.mark.parametrize("which", LABELS)
+@pytest.mark.parametrize("which", INVALID_LABELS)
 def test_update_with_bad_labels_raises_invalid_argument(
-    unchanged: BlockingClient, which: str
+    client_without_changes: BlockingClient, which: str
 ) -> None:
-    labels, says = LABELS[which]
+    labels, says = INVALID_LABELS[which]
     for paths in ([], ["labels"], ["labels.a"]):
-        with refused(InvalidArgument, says):
-            unchanged.update("key", labels, paths)
+        with expect_error(InvalidArgument, says):
+            client_without_changes.update("key", labels, paths)
     if which != "too many":
-        with refused(InvalidArgument):
-            unchanged.update("key", {"b": "v" * 4096}, ["labels.a", "labels.b"])
+        with expect_error(InvalidArgument):
+            client_without_changes.update("key", {"b": "v" * 4096}, ["labels.a", "labels.b"])
 
 
-@pytest.mark.parametrize("path", [*ODD[:13], "labels." * 2000 + "\n", "k" * (1 << 20)], ids=brief)
-def test_update_with_an_odd_field_path_is_refused(unchanged: BlockingClient, path: str) -> None:
+@pytest.mark.parametrize(
+    "path", [*ODD_NAMES[:13], "labels." * 2000 + "\n", "k" * (1 << 20)], ids=short_id
+)
+def test_update_with_an_odd_field_path_is_refused(
+    client_without_changes: BlockingClient, path: str
+) -> None:
     if path.startswith("labels."):
-        with refused(NotFound):
-            unchanged.update("none", {}, [path])
+        with expect_error(NotFound):
+            client_without_changes.update("none", {}, [path])
     else:
-        with refused(InvalidArgument, "labels.KEY"):
-            unchanged.update("key", {"a": "2"}, [path])
+        with expect_error(InvalidArgument, "labels.KEY"):
+            client_without_changes.update("key", {"a": "2"}, [path])
 
 
 @pytest.mark.parametrize("member", WITH_OPTIONS)
-def test_an_unknown_option_raises_invalid_argument(unchanged: BlockingClient, member: str) -> None:
+def test_an_unknown_option_raises_invalid_argument(
+    client_without_changes: BlockingClient, member: str
+) -> None:
     index = len(CALLS[member][1]) - 1
     for option in ("", "Labels", "force", "labels ", "\x01", "😀", "o" * 5000):
-        signature, body = replaced(member, index, {option: Variant("b", True)})
-        with refused(InvalidArgument, "option", option[:80].replace("\x01", "\\x01")):
-            request(member, signature, *body)
+        signature, body = with_argument(member, index, {option: Variant("b", True)})
+        with expect_error(InvalidArgument, "option", option[:80].replace("\x01", "\\x01")):
+            call_method(member, signature, *body)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +210,7 @@ def test_an_unknown_option_raises_invalid_argument(unchanged: BlockingClient, me
     ],
 )
 def test_an_option_of_the_wrong_type_raises_invalid_argument(
-    unchanged: BlockingClient, member: str, option: str, right: str
+    client_without_changes: BlockingClient, member: str, option: str, right: str
 ) -> None:
     index = len(CALLS[member][1]) - 1
     values = {
@@ -214,13 +229,15 @@ def test_an_option_of_the_wrong_type_raises_invalid_argument(
     }
     for signature, value in values.items():
         if signature != right:
-            takes, body = replaced(member, index, {option: Variant(signature, value)})
-            with refused(InvalidArgument, option, f'"{signature}"', f"give {right}"):
-                request(member, takes, *body)
+            takes, body = with_argument(member, index, {option: Variant(signature, value)})
+            with expect_error(InvalidArgument, option, f'"{signature}"', f"give {right}"):
+                call_method(member, takes, *body)
 
 
 @pytest.mark.parametrize("member", CALLS)
-def test_a_wrong_signature_raises_invalid_argument(unchanged: BlockingClient, member: str) -> None:
+def test_a_wrong_signature_raises_invalid_argument(
+    client_without_changes: BlockingClient, member: str
+) -> None:
     right, body = CALLS[member]
     wrong: list[tuple[str, Body]] = [
         ("", []),
@@ -232,25 +249,29 @@ def test_a_wrong_signature_raises_invalid_argument(unchanged: BlockingClient, me
         ("a" * 32 + "s", [[]]),
     ]
     for signature, given in wrong:
-        with refused(InvalidArgument, member, f"({right})"):
-            request(member, signature, *given)
+        with expect_error(InvalidArgument, member, f"({right})"):
+            call_method(member, signature, *given)
 
 
-def test_list_with_bad_paging_or_filters_raises_invalid_argument(unchanged: BlockingClient) -> None:
-    for text in TOO_LONG.values():
-        with refused(InvalidArgument, text[:40], f"{len(text.encode())} bytes"):
-            unchanged.list(after=text)
+def test_list_with_bad_paging_or_filters_raises_invalid_argument(
+    client_without_changes: BlockingClient,
+) -> None:
+    for text in TOO_LONG_NAMES.values():
+        with expect_error(InvalidArgument, text[:40], f"{len(text.encode())} bytes"):
+            client_without_changes.list(after=text)
     for filters in (["name==a"] * 101, ["name==" + "a" * 20_000], ["name~=" + "a" * 2000]):
-        with refused(InvalidArgument):
-            unchanged.list(filters)
-    for text in ODD[:13]:
-        with refused(InvalidArgument, "the filter"):
-            unchanged.list([f"={text}"])
-        assert unchanged.list(["name==none"], after=text) == []
+        with expect_error(InvalidArgument):
+            client_without_changes.list(filters)
+    for text in ODD_NAMES[:13]:
+        with expect_error(InvalidArgument, "the filter"):
+            client_without_changes.list([f"={text}"])
+        assert client_without_changes.list(["name==none"], after=text) == []
 
 
 @pytest.mark.parametrize("member", CALLS)
-def test_a_body_over_4_mib_raises_invalid_argument(unchanged: BlockingClient, member: str) -> None:
+def test_a_body_over_4_mib_raises_invalid_argument(
+    client_without_changes: BlockingClient, member: str
+) -> None:
     signature, body = CALLS[member]
     for index, given in enumerate(body):
         large = "x" * (5 << 20)
@@ -258,16 +279,16 @@ def test_a_body_over_4_mib_raises_invalid_argument(unchanged: BlockingClient, me
         value = values[type(given)]
         if isinstance(value, dict) and "v" in signature:
             value = {"labels": Variant("s", large)}
-        _, mended = replaced(member, index, value)
-        with refused(InvalidArgument, member, "4194304"):
-            request(member, signature, *mended)
+        _, mended = with_argument(member, index, value)
+        with expect_error(InvalidArgument, member, "4194304"):
+            call_method(member, signature, *mended)
 
 
 @pytest.mark.parametrize("pattern", ['"(?\\x00"', '"(?\\xff"', '"\\x00**"', '"\\ud800("'])
 def test_error_messages_escape_characters_that_dbus_forbids(
-    unchanged: BlockingClient, pattern: str
+    client_without_changes: BlockingClient, pattern: str
 ) -> None:
     """The bus would disconnect the service for an error message with such a character."""
     with pytest.raises(InvalidArgument):
-        unchanged.list([f"name~={pattern}"])
-    assert unchanged.stat("base").name == "base"
+        client_without_changes.list([f"name~={pattern}"])
+    assert client_without_changes.stat("base").name == "base"

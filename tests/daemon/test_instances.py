@@ -13,8 +13,8 @@ from snapd_native.client import BlockingClient
 from snapd_native.errors import InvalidArgument, Unavailable
 from snapd_native.private import private_bus, private_daemon
 from tests.support import PROJECT
-from tests.support.command_line import program
-from tests.support.service import NOBODY, as_user, refused
+from tests.support.command_line import run_program
+from tests.support.service import NOBODY, as_user, expect_error
 
 BAD_NAMES = ["a-b", "9a", "a.b", "a b", "ü", "a/b", "..", "a" * 65, "a\n"]
 
@@ -52,32 +52,36 @@ def test_each_instance_has_its_own_snapshots() -> None:
 
 
 @pytest.mark.usefixtures("address")
-def test_the_program_calls_the_instance_that_is_named() -> None:
-    assert program("--instance", "one", "prepare", "by option").returncode == 0
-    assert "by option" in program("ls", environment={"SNAPD_NATIVE_INSTANCE": "one"}).stdout
+def test_the_program_takes_the_instance_from_its_option_or_the_environment() -> None:
+    assert run_program("--instance", "one", "prepare", "by option").returncode == 0
+    assert "by option" in run_program("ls", environment={"SNAPD_NATIVE_INSTANCE": "one"}).stdout
     assert (
         "by option"
-        in program("--instance", "one", "ls", environment={"SNAPD_NATIVE_INSTANCE": "two"}).stdout
+        in run_program(
+            "--instance", "one", "ls", environment={"SNAPD_NATIVE_INSTANCE": "two"}
+        ).stdout
     )
-    assert "by option" not in program("ls", environment={"SNAPD_NATIVE_INSTANCE": "two"}).stdout
-    assert "by option" not in program("ls", environment={"SNAPD_NATIVE_INSTANCE": ""}).stdout
-    assert program("rm", "by option", environment={"SNAPD_NATIVE_INSTANCE": "one"}).returncode == 0
+    assert "by option" not in run_program("ls", environment={"SNAPD_NATIVE_INSTANCE": "two"}).stdout
+    assert "by option" not in run_program("ls", environment={"SNAPD_NATIVE_INSTANCE": ""}).stdout
+    assert (
+        run_program("rm", "by option", environment={"SNAPD_NATIVE_INSTANCE": "one"}).returncode == 0
+    )
 
 
 @pytest.mark.usefixtures("address")
 def test_a_call_to_a_stopped_instance_raises_unavailable() -> None:
     with (
         BlockingClient("three") as client,
-        refused(Unavailable, "systemctl start snapd-native@three"),
+        expect_error(Unavailable, "systemctl start snapd-native@three"),
     ):
         client.stat("key")
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_bad_instance_name_raises_invalid_argument(name: str, tmp_path: Path) -> None:
-    with refused(InvalidArgument, "letters"):
+    with expect_error(InvalidArgument, "letters"):
         BlockingClient(name)
-    outcome = program(
+    outcome = run_program(
         *("--instance", name, "daemon", "--state-directory", str(tmp_path / "state")),
         environment={"DBUS_SYSTEM_BUS_ADDRESS": "unix:path=/nowhere"},
     )
@@ -109,6 +113,6 @@ def test_another_user_cannot_own_a_bus_name_of_the_daemon(address: str, name: st
 @pytest.mark.usefixtures("address")
 def test_the_bus_policy_delivers_the_calls_of_every_user() -> None:
     for arguments in (["ls"], ["--instance", "one", "ls"]):
-        outcome = program(*arguments, user=NOBODY)
+        outcome = run_program(*arguments, user=NOBODY)
         assert outcome.returncode == 11
         assert f"uid {NOBODY}" in outcome.stderr

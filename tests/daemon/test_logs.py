@@ -28,9 +28,9 @@ from snapd_native.errors import (
 )
 from snapd_native.private import private_bus
 from tests.support.service import NOBODY, as_user
-from tests.support.waiting import eventually
+from tests.support.waiting import wait_until
 
-JOURNALD = """
+RUN_JOURNALD = """
 set -eu
 mount -t tmpfs tmpfs /run
 mkdir -p /run/systemd/journal /run/log/journal
@@ -48,8 +48,13 @@ class Journal:
 
     def command(self, *command: str) -> list[str]:
         """Return a command line that runs ``command`` with the journal as standard error."""
-        told = ["sh", "-c", 'JOURNAL_STREAM=$(stat -Lc %d:%i /proc/self/fd/2) exec "$@"', "sh"]
-        return [*self._enter, "systemd-cat", "--identifier=stderr", *told, *command]
+        journal = [
+            "sh",
+            "-c",
+            'JOURNAL_STREAM=$(stat -Lc %d:%i /proc/self/fd/2) exec "$@"',
+            "sh",
+        ]
+        return [*self._enter, "systemd-cat", "--identifier=stderr", *journal, *command]
 
     def entries(self, *matches: str) -> list[Entry]:
         done = subprocess.run(
@@ -64,11 +69,11 @@ class Journal:
 @pytest.fixture(scope="module")
 def journal() -> Iterator[Journal]:
     with subprocess.Popen(
-        ["unshare", "--mount", "sh", "-c", JOURNALD], stderr=subprocess.PIPE, text=True
+        ["unshare", "--mount", "sh", "-c", RUN_JOURNALD], stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             ready = Path(f"/proc/{process.pid}/root/run/systemd/journal/stdout")
-            eventually(lambda: ready.exists() or process.poll() is not None)
+            wait_until(lambda: ready.exists() or process.poll() is not None)
             yield Journal(process.pid)
         finally:
             process.terminate()
@@ -81,7 +86,9 @@ def address() -> Iterator[str]:
 
 
 @contextmanager
-def daemon(prefix: Callable[..., list[str]], state: Path, *options: str) -> Iterator[Path]:
+def run_daemon_as_unit(
+    prefix: Callable[..., list[str]], state: Path, *options: str
+) -> Iterator[Path]:
     """Run a daemon as a unit does, during the block; yield the file with its standard error."""
     command = prefix(
         *(sys.executable, "-m", "snapd_native", "daemon", *options),
@@ -91,13 +98,13 @@ def daemon(prefix: Callable[..., list[str]], state: Path, *options: str) -> Iter
     with said.open("wb") as stderr, subprocess.Popen(command, stderr=stderr) as process:
         try:
             with BlockingClient() as client:
-                eventually(lambda: serves(client))
+                wait_until(lambda: is_serving(client))
             yield said
         finally:
             process.terminate()
 
 
-def serves(client: BlockingClient) -> bool:
+def is_serving(client: BlockingClient) -> bool:
     try:
         client.service()
     except Unavailable:
@@ -105,7 +112,7 @@ def serves(client: BlockingClient) -> bool:
     return True
 
 
-def plainly(*command: str) -> list[str]:
+def without_journal(*command: str) -> list[str]:
     return [*command]
 
 
@@ -114,15 +121,15 @@ def on_bus(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
 
 
-ODD = "a\nPRIORITY=0\nb"
+ODD_KEY = "a\nPRIORITY=0\nb"
 
 
-def some_calls() -> None:
+def make_calls() -> None:
     with BlockingClient() as client:
         client.prepare("work")
         client.commit("base", "work", progress=lambda _: None)
         client.stat("base")
-        client.view(ODD, "base")
+        client.view(ODD_KEY, "base")
         with pytest.raises(NotFound):
             client.remove("missing")
         subprocess.run(
@@ -135,11 +142,11 @@ def some_calls() -> None:
 
 def test_the_journal_has_an_entry_for_each_change(journal: Journal, tmp_path: Path) -> None:
     state = tmp_path / "state"
-    with daemon(journal.command, state) as said:
+    with run_daemon_as_unit(journal.command, state) as said:
         begun = time.monotonic()
-        some_calls()
+        make_calls()
         most = 1000 * (time.monotonic() - begun)
-        eventually(lambda: bool(journal.entries("SNAPD_NATIVE_OPERATION=Update")))
+        wait_until(lambda: bool(journal.entries("SNAPD_NATIVE_OPERATION=Update")))
     assert said.read_text() == ""
     found = journal.entries("SYSLOG_IDENTIFIER=snapd-native")
     assert found[0]["MESSAGE"].startswith(f"serving {state} on ")
@@ -147,7 +154,7 @@ def test_the_journal_has_an_entry_for_each_change(journal: Journal, tmp_path: Pa
     assert [(e["SNAPD_NATIVE_OPERATION"], e["SNAPD_NATIVE_KEY"]) for e in operations] == [
         ("Prepare", "work"),
         ("Commit", ["work", "base"]),
-        ("View", ODD),
+        ("View", ODD_KEY),
         ("Remove", "missing"),
         ("Update", "base"),
     ]
@@ -176,8 +183,8 @@ LEVELS = {(): 5, ("--verbose",): 6, ("--quiet",): 0}
 def test_the_daemon_logs_to_standard_error_without_a_journal(
     tmp_path: Path, options: tuple[str, ...]
 ) -> None:
-    with daemon(plainly, tmp_path / "state", *options) as said:
-        some_calls()
+    with run_daemon_as_unit(without_journal, tmp_path / "state", *options) as said:
+        make_calls()
     lines = said.read_text().splitlines()
     about_calls = [line for line in lines if "snapd_native.bus.log: " in line]
     assert len(about_calls) == LEVELS[options]
@@ -185,7 +192,7 @@ def test_the_daemon_logs_to_standard_error_without_a_journal(
     assert all(line.startswith(("INFO", "DEBUG")) for line in lines)
 
 
-def test_a_record_the_journal_does_not_take_goes_to_standard_error(
+def test_a_record_that_the_journal_rejects_goes_to_standard_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     handler = logs._JournalHandler(tmp_path / "no socket")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from snapd_native.client import BlockingClient
-from tests.support.daemon_process import fails
-from tests.support.file_systems import mounted
-from tests.support.service import serving
+from tests.support.daemon_process import expect_start_failure
+from tests.support.file_systems import new_file_system
+from tests.support.service import run_daemon
 
 
 def mount(root: Path, *arguments: str) -> None:
@@ -22,7 +22,7 @@ def mount(root: Path, *arguments: str) -> None:
 def root(request: pytest.FixtureRequest, loop_directory: Path, tmp_path: Path) -> Iterator[Path]:
     """Mount the file system that a test names."""
     if request.param == "btrfs":
-        with mounted("btrfs", 512 << 20, loop_directory) as made:
+        with new_file_system("btrfs", 512 << 20, loop_directory) as made:
             yield made.root
         return
     below = tmp_path / "below"
@@ -44,7 +44,7 @@ def root(request: pytest.FixtureRequest, loop_directory: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("root", ["tmpfs", "overlay", "btrfs"], indirect=True)
 def test_every_kind_of_call_works_on_other_file_systems(on_bus: str, root: Path) -> None:
-    with serving(on_bus, root / "state"), BlockingClient() as client:
+    with run_daemon(on_bus, root / "state"), BlockingClient() as client:
         client.prepare("build")
         tree = Path(client.mounts("build").source)
         (tree / "file").write_text("data\n")
@@ -64,13 +64,13 @@ def test_every_kind_of_call_works_on_other_file_systems(on_bus: str, root: Path)
 
 @pytest.mark.parametrize("root", ["tmpfs"], indirect=True)
 @pytest.mark.parametrize("part", ["state", "state-run"])
-def test_a_read_only_file_system_is_named(on_bus: str, root: Path, part: str) -> None:
+def test_the_daemon_names_a_read_only_file_system(on_bus: str, root: Path, part: str) -> None:
     for name in {"state", "state-run"} - {part}:
         (root / name).mkdir()
         mount(root / name, "-t", "tmpfs", "tmpfs")
     try:
         mount(root, "-o", "remount,ro")
-        status, line = fails(on_bus, root / "state")
+        status, line = expect_start_failure(on_bus, root / "state")
     finally:
         subprocess.run(["umount", root / {"state": "state-run", "state-run": "state"}[part]])
     assert status == 1
@@ -88,10 +88,10 @@ def test_a_read_only_file_system_is_named(on_bus: str, root: Path, part: str) ->
     ],
     ids=["without CAP_SYS_ADMIN", "in a user namespace"],
 )
-def test_a_container_that_may_not_mount_is_refused(
+def test_the_daemon_refuses_to_start_in_a_container_that_may_not_mount(
     on_bus: str, root: Path, container: tuple[str, ...]
 ) -> None:
-    status, line = fails(on_bus, root / "state", through=container)
+    status, line = expect_start_failure(on_bus, root / "state", through=container)
     assert status == 1
     assert "does not permit mounts here" in line
     assert "CAP_SYS_ADMIN" in line

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import signal
 import socket
 import stat
-import struct
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -25,14 +23,14 @@ from snapd_native.errors import DataLoss, SnapdError
 from snapd_native.private import private_bus
 from snapd_native.snapshotter import Snapshotter
 from snapd_native.wire.names import BUS_NAME, DRIVER
-from tests.support.daemon_process import Notifications, fails, started
-from tests.support.file_systems import long_on_xfs, mounted
+from tests.support.daemon_process import Notifications, expect_start_failure, start_daemon
+from tests.support.file_systems import long_on_xfs, new_file_system, shut_down
 from tests.support.service import (
+    HANG_TIMEOUT,
     NOBODY,
-    PATIENCE,
-    committed,
+    commit_snapshot,
     connection,
-    serving,
+    run_daemon,
 )
 
 pytestmark = long_on_xfs
@@ -40,15 +38,15 @@ pytestmark = long_on_xfs
 
 def test_the_daemon_takes_its_bus_name_after_recovery(on_bus: str, scratch: Path) -> None:
     state = scratch / "state"
-    with serving(on_bus, state), BlockingClient() as client:
-        kept = committed(client, "base", files={"file": "text"})
+    with run_daemon(on_bus, state), BlockingClient() as client:
+        kept = commit_snapshot(client, "base", files={"file": "text"})
     snapshots = state / "snapshots"
     for name in ("new-90", "rm-91", "92"):
         for number in range(200):
             (snapshots / name / str(number)).mkdir(parents=True)
 
     async def scenario() -> list[str]:
-        async with asyncio.timeout(PATIENCE), connection() as bus:
+        async with asyncio.timeout(HANG_TIMEOUT), connection() as bus:
             found: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
 
             def look(message: object) -> None:
@@ -58,7 +56,7 @@ def test_the_daemon_takes_its_bus_name_after_recovery(on_bus: str, scratch: Path
             bus.add_message_handler(look)
             rule = f"type='signal',sender='{DRIVER}',member='NameOwnerChanged',arg0='{BUS_NAME}'"
             await bus.ask_driver("AddMatch", "s", [rule])
-            await asyncio.to_thread(stack.enter_context, serving(on_bus, state))
+            await asyncio.to_thread(stack.enter_context, run_daemon(on_bus, state))
             return await found
 
     with ExitStack() as stack:
@@ -71,16 +69,16 @@ def test_the_daemon_notifies_systemd_of_ready_watchdog_and_stopping(
 ) -> None:
     state = scratch / "stäte"
     environment = {"WATCHDOG_USEC": "600000"} if watchdog else {}
-    with started(on_bus, state, notifications, **environment) as daemon:
-        before = notifications.until("READY=1")
+    with start_daemon(on_bus, state, notifications, **environment) as daemon:
+        before = notifications.read_until("READY=1")
         assert before[0].startswith("STATUS=")
         assert any(line.startswith("EXTEND_TIMEOUT_USEC=") for line in before)
         assert before[-1] == f"STATUS=Serving {state}"
         assert "WATCHDOG=1" not in before
         for _ in range(3 if watchdog else 0):
-            assert notifications.until("WATCHDOG=1")[-1] == "WATCHDOG=1"
+            assert notifications.read_until("WATCHDOG=1")[-1] == "WATCHDOG=1"
         daemon.send_signal(signal.SIGTERM)
-        after = notifications.until("STOPPING=1")
+        after = notifications.read_until("STOPPING=1")
         assert ("WATCHDOG=1" in after) <= watchdog
         assert after[-1].startswith("STATUS=")
 
@@ -90,17 +88,17 @@ def test_watchdog_pings_continue_after_the_disk_is_gone(
 ) -> None:
     """A restart would not help, and callers would no longer get the reason."""
     with (
-        mounted("xfs", 320 << 20, loop_directory) as disk,
-        started(on_bus, disk.root / "state", notifications, WATCHDOG_USEC="600000") as daemon,
+        new_file_system("xfs", 320 << 20, loop_directory) as disk,
+        start_daemon(on_bus, disk.root / "state", notifications, WATCHDOG_USEC="600000") as daemon,
         BlockingClient() as client,
     ):
-        notifications.until("READY=1")
+        notifications.read_until("READY=1")
         shut_down(disk.root)
         # Reads may be answered from memory.
         with pytest.raises(DataLoss):
             client.view("view")
         for _ in range(3):
-            notifications.until("WATCHDOG=1")
+            notifications.read_until("WATCHDOG=1")
         daemon.send_signal(signal.SIGTERM)
 
 
@@ -109,48 +107,39 @@ def test_watchdog_pings_continue_while_the_file_system_is_frozen(
 ) -> None:
     """A backup can freeze a file system for a while. A restart would only interrupt calls."""
     with (
-        mounted("ext4", 64 << 20, loop_directory) as disk,
-        started(on_bus, disk.root / "state", notifications, WATCHDOG_USEC="600000") as daemon,
+        new_file_system("ext4", 64 << 20, loop_directory) as disk,
+        start_daemon(on_bus, disk.root / "state", notifications, WATCHDOG_USEC="600000") as daemon,
     ):
-        notifications.until("READY=1")
+        notifications.read_until("READY=1")
         # One thread of the lane waits for the disk, and the others wait for that thread.
-        with ThreadPoolExecutor() as pool, frozen(disk.root):
+        with ThreadPoolExecutor() as pool, freeze_file_system(disk.root):
             calls = [
-                pool.submit(view, f"view {number}") for number in range(2 * Lane.CHANGE.threads)
+                pool.submit(make_view, f"view {number}")
+                for number in range(2 * Lane.CHANGE.threads)
             ]
             for _ in range(3):
-                seen = notifications.until(_WAITING)
+                seen = notifications.read_until(_WAITING)
                 assert "WATCHDOG=1" in seen
         for call in calls:
-            call.result(PATIENCE)
-        notifications.until(f"STATUS=Serving {disk.root}/state")
+            call.result(HANG_TIMEOUT)
+        notifications.read_until(f"STATUS=Serving {disk.root}/state")
         daemon.send_signal(signal.SIGTERM)
 
 
-def view(key: str) -> None:
+def make_view(key: str) -> None:
     """Make a view. A call that waits too long for the others can be refused."""
     with BlockingClient() as client, suppress(SnapdError):
         client.view(key)
 
 
 @contextmanager
-def frozen(root: Path) -> Iterator[None]:
+def freeze_file_system(root: Path) -> Iterator[None]:
     """Freeze a file system during the block: writes to it wait."""
     subprocess.run(["fsfreeze", "--freeze", root], check=True)
     try:
         yield
     finally:
         subprocess.run(["fsfreeze", "--unfreeze", root], check=True)
-
-
-def shut_down(root: Path) -> None:
-    """Shut down a file system: reads and writes of its disk fail until it is unmounted."""
-    fd = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        # FS_IOC_SHUTDOWN with FSOP_GOING_FLAGS_NOLOGFLUSH.
-        fcntl.ioctl(fd, 0x8004587D, struct.pack("=I", 2))
-    finally:
-        os.close(fd)
 
 
 @pytest.mark.parametrize("lane", [Lane.READ, Lane.CHANGE])
@@ -200,17 +189,17 @@ def test_watchdog_pings_stop_while_all_threads_of_a_lane_hang(
 
 def test_a_second_daemon_on_a_state_directory_exits_with_1(on_bus: str, scratch: Path) -> None:
     state = scratch / "state"
-    with serving(on_bus, state), private_bus() as other, BlockingClient() as client:
+    with run_daemon(on_bus, state), private_bus() as other, BlockingClient() as client:
         for address in (on_bus, other):
-            status, line = fails(address, state)
+            status, line = expect_start_failure(address, state)
             assert status == 1
             assert f"{state} is in use by another snapd-native daemon" in line
         client.prepare("key")
 
 
 def test_a_second_daemon_on_a_bus_exits_with_1(on_bus: str, scratch: Path) -> None:
-    with serving(on_bus, scratch / "state"), BlockingClient() as client:
-        status, line = fails(on_bus, scratch / "other")
+    with run_daemon(on_bus, scratch / "state"), BlockingClient() as client:
+        status, line = expect_start_failure(on_bus, scratch / "other")
         assert status == 1
         assert f"the name {BUS_NAME} is taken by another process" in line
         client.prepare("key")
@@ -218,7 +207,7 @@ def test_a_second_daemon_on_a_bus_exits_with_1(on_bus: str, scratch: Path) -> No
 
 @pytest.mark.parametrize("address", ["unix:path=/nonexistent/socket", "nonsense", "unix:path="])
 def test_the_daemon_exits_with_1_without_a_bus(scratch: Path, address: str) -> None:
-    status, line = fails(address, scratch / "state")
+    status, line = expect_start_failure(address, scratch / "state")
     assert status == 1
     assert "DBUS_SYSTEM_BUS_ADDRESS" in line
 
@@ -236,7 +225,7 @@ def test_the_daemon_exits_with_1_when_the_bus_closes_the_connection(
 
         thread = threading.Thread(target=hang_up)
         thread.start()
-        status, line = fails(f"unix:path={tmp_path / 'socket'}", scratch / "state")
+        status, line = expect_start_failure(f"unix:path={tmp_path / 'socket'}", scratch / "state")
         thread.join()
     assert status == 1
     assert f"the system bus at unix:path={tmp_path}/socket does not answer (" in line
@@ -245,22 +234,22 @@ def test_the_daemon_exits_with_1_when_the_bus_closes_the_connection(
 def test_the_daemon_exits_with_1_when_its_bus_ends(scratch: Path) -> None:
     with ExitStack() as stack:
         address = stack.enter_context(private_bus())
-        with serving(address, scratch / "state", status=1) as service:
+        with run_daemon(address, scratch / "state", status=1) as service:
             stack.close()
-            assert service.daemon.process.wait(PATIENCE) == 1
+            assert service.daemon.process.wait(HANG_TIMEOUT) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_idle_daemon_exits_with_0_on_a_signal(
     on_bus: str, scratch: Path, number: signal.Signals
 ) -> None:
-    with serving(on_bus, scratch / "state") as service:
+    with run_daemon(on_bus, scratch / "state") as service:
         service.daemon.process.send_signal(number)
-        assert service.daemon.process.wait(PATIENCE) == 0
+        assert service.daemon.process.wait(HANG_TIMEOUT) == 0
 
 
 def test_only_root_can_start_the_daemon(on_bus: str, scratch: Path) -> None:
-    status, line = fails(on_bus, scratch / "state", user=NOBODY)
+    status, line = expect_start_failure(on_bus, scratch / "state", user=NOBODY)
     assert (status, line) == (11, "snapd-native: the daemon needs root: run it as root")
     assert list(scratch.iterdir()) == []
 
@@ -277,7 +266,7 @@ def test_the_daemon_closes_its_state_directory_to_other_users(
         (state / "snapshots").chmod(mode)
     before = os.umask(0)
     try:
-        with serving(on_bus, state), BlockingClient() as client:
+        with run_daemon(on_bus, state), BlockingClient() as client:
             client.prepare("key")
             for path in (state, *state.iterdir()):
                 allowed = 0o700 if path.is_dir() else 0o600
@@ -289,26 +278,26 @@ def test_the_daemon_closes_its_state_directory_to_other_users(
 
 def test_the_daemon_refuses_a_bad_state_directory(on_bus: str, scratch: Path) -> None:
     (scratch / "file").touch()
-    status, line = fails(on_bus, scratch / "file")
+    status, line = expect_start_failure(on_bus, scratch / "file")
     assert status == 2
     assert "is a file" in line
     (scratch / "strange").mkdir(mode=0o700)
     (scratch / "strange" / "snapshots").symlink_to("/nowhere")
-    status, line = fails(on_bus, scratch / "strange")
+    status, line = expect_start_failure(on_bus, scratch / "strange")
     assert status == 1
     assert "is not a directory" in line
     (scratch / "open" / "document").mkdir(parents=True)
-    status, line = fails(on_bus, scratch / "open")
+    status, line = expect_start_failure(on_bus, scratch / "open")
     assert status == 1
     assert "is not empty and open to others" in line
     (scratch / "foreign").mkdir()
     os.chown(scratch / "foreign", NOBODY, NOBODY)
-    status, line = fails(on_bus, scratch / "foreign")
+    status, line = expect_start_failure(on_bus, scratch / "foreign")
     assert status == 1
     assert f"belongs to uid {NOBODY}" in line
     (scratch / "broken" / "snapshots").mkdir(parents=True)
     (scratch / "broken" / "metadata.db").write_bytes(b"this is no database" * 1000)
-    status, line = fails(on_bus, scratch / "broken")
+    status, line = expect_start_failure(on_bus, scratch / "broken")
     assert status == 1
     assert "restore it from a backup" in line
 
@@ -318,7 +307,7 @@ def test_the_daemon_uses_utf_8_for_paths_in_every_locale(on_bus: str, scratch: P
     ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     here = scratch / "ключ"
     here.mkdir()
-    with serving(on_bus, scratch / "stäte", ascii_only), BlockingClient() as client:
+    with run_daemon(on_bus, scratch / "stäte", ascii_only), BlockingClient() as client:
         assert Path(client.prepare("Käse").source).is_relative_to(scratch / "stäte")
         assert client.mount("Käse", str(here)) == str(here)
         assert [mounted.target for mounted in client.list_mounts()] == [str(here)]

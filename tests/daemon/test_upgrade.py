@@ -17,8 +17,8 @@ import pytest
 from snapd_native.client import BlockingClient
 from snapd_native.model import Kind
 from tests.support.file_systems import long_on_xfs
-from tests.support.service import serving
-from tests.support.waiting import becomes
+from tests.support.service import run_daemon
+from tests.support.waiting import wait_until_equal
 
 STATES = sorted((Path(__file__).parent / "states").iterdir())
 TARGET = Path("/tmp/snapd-native-0.1.0/target")
@@ -39,7 +39,7 @@ def test_the_state_of_an_earlier_version_is_served_completely(
     archive: Path, on_bus: str, scratch: Path, target: Path
 ) -> None:
     subprocess.run(["tar", "--xattrs", "-xpf", archive, "-C", scratch], check=True)
-    with serving(on_bus, scratch / "state"), BlockingClient() as client:
+    with run_daemon(on_bus, scratch / "state"), BlockingClient() as client:
         assert [(i.name, i.kind, i.parent) for i in client.walk()] == [
             ("base", Kind.COMMITTED, ""),
             ("empty", Kind.ACTIVE, ""),
@@ -56,7 +56,7 @@ def test_the_state_of_an_earlier_version_is_served_completely(
         assert os.getxattr(target / "file", "user.origin") == b"0.1.0"
         assert (Path(client.mounts("work").source) / "new").read_text() == "work\n"
         assert client.verify("base") == base.labels["snapd-native.digest"]
-        becomes(lambda: client.standby("base").ready, 2)
+        wait_until_equal(lambda: client.standby("base").ready, 2)
         assert client.check() == []
 
         client.prepare("child", "second")

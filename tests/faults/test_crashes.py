@@ -16,20 +16,20 @@ import pytest
 from snapd_native.model import Kind
 from snapd_native.mounts import Table
 from snapd_native.snapshotter import Snapshotter
-from tests.support.engine import opened
+from tests.support.engine import open_engine
 from tests.support.file_systems import long_on_xfs
-from tests.support.kernel_mounts import below
-from tests.support.kill_points import CASES, Case, Course, Deaths, Order, Point
+from tests.support.kernel_mounts import mounts_below
+from tests.support.kill_points import CASES, Case, KillClient, KillOrder, KillPoint, Outcome
 
 Entry = tuple[str, int, int, str]
 """A path in a tree: its mode, its number of hard links (1 for a directory), and its content."""
 
-AT_REST: Point = ("MainThread", 1)
+BEFORE_FIRST_STEP: KillPoint = ("MainThread", 1)
 """The point before the first step of the calling thread."""
 
 
 @dataclass
-class Portrait:
+class Contents:
     """The snapshots and the mounts of an engine."""
 
     snapshots: dict[str, tuple[Kind, str, dict[str, str], list[Entry]]]
@@ -38,19 +38,19 @@ class Portrait:
 
 
 @pytest.fixture(scope="module")
-def deaths() -> Iterator[Deaths]:
-    with Deaths() as server:
+def kill_client() -> Iterator[KillClient]:
+    with KillClient() as server:
         yield server
 
 
-pytestmark = pytest.mark.usefixtures("one_process")
+pytestmark = pytest.mark.usefixtures("no_workers")
 
 
 @pytest.fixture
-def template(scratch: Path) -> Path:
+def template_state(scratch: Path) -> Path:
     """Return a state directory in which every call has work to do."""
-    template = scratch / "template"
-    with opened(template) as engine:
+    template_state = scratch / "template"
+    with open_engine(template_state) as engine:
         tree = Path(engine.prepare("preparing").source)
         (tree / "directory").mkdir(mode=0o750)
         (tree / "directory" / "file").write_text("base")
@@ -67,72 +67,72 @@ def template(scratch: Path) -> Path:
         lone = Path(engine.prepare("lone").source)
         (lone / "directory").mkdir()
         (lone / "directory" / "file").write_text("lone")
-    return template
+    return template_state
 
 
-class Runs:
+class CaseRuns:
     """Runs of one case, each on a fresh copy of the same state."""
 
-    def __init__(self, deaths: Deaths, template: Path, name: str) -> None:
-        self._deaths = deaths
-        self._template = template
+    def __init__(self, kill_client: KillClient, template_state: Path, name: str) -> None:
+        self._kill_client = kill_client
+        self._template = template_state
         self._name = name
         self.case: Case = CASES[name]
-        self.directory = template.parent / "now"
+        self.directory = template_state.parent / "now"
         self.place = self.directory / "place"
 
-    def run(self, kill: Point | None) -> Course:
+    def run(self, kill: KillPoint | None) -> Outcome:
         """Run the case until it ends or is killed before the step ``kill``."""
         subprocess.run(["rm", "-rf", str(self.directory)], check=True)
         self.place.mkdir(parents=True)
         state = self.directory / "state"
         subprocess.run(["cp", "-a", str(self._template), str(state)], check=True)
-        self.case.spoil(state)
-        return self._deaths.follow(Order(self._name, str(self.directory), kill))
+        self.case.damage(state)
+        return self._kill_client.execute(KillOrder(self._name, str(self.directory), kill))
 
     def end(self) -> None:
-        for target in reversed(below(self.directory)):
+        for target in reversed(mounts_below(self.directory)):
             subprocess.run(["umount", target], check=True)
 
 
 @pytest.mark.parametrize("name", CASES)
 @long_on_xfs
 def test_a_call_killed_at_any_step_is_complete_or_undone(
-    deaths: Deaths, template: Path, name: str
+    kill_client: KillClient, template_state: Path, name: str
 ) -> None:
-    runs = Runs(deaths, template, name)
-    whole = runs.run(None)
-    assert (whole.status, whole.answered) == (0, True)
-    with recovered(runs) as engine:
-        after = portrait(engine)
-    runs.run(AT_REST)
-    with recovered(runs) as engine:
-        before = portrait(engine)
+    runs = CaseRuns(kill_client, template_state, name)
+    complete = runs.run(None)
+    assert (complete.status, complete.answered) == (0, True)
+    with recover(runs) as engine:
+        after = contents_of(engine)
+    runs.run(BEFORE_FIRST_STEP)
+    with recover(runs) as engine:
+        before = contents_of(engine)
     happened: dict[str, list[bool]] = {}
-    for point, step in whole.points.items():
-        course = runs.run(point)
-        assert course.status == -signal.SIGKILL, f"{step!r} did not come"
-        with recovered(runs) as engine:
-            found = portrait(engine)
+    for point, step in complete.points.items():
+        outcome = runs.run(point)
+        assert outcome.status == -signal.SIGKILL, f"{step!r} was not reached"
+        with recover(runs) as engine:
+            found = contents_of(engine)
             at = f"killed before {step!r} of {point[0]}"
-            assert found in ([after] if course.answered else [before, after]), at
+            assert found in ([after] if outcome.answered else [before, after]), at
             assert engine.upkeep.check() == [], at
             happened.setdefault(point[0], []).append(found == after)
             if found != after:
                 runs.case.call(engine, runs.place)
-                assert portrait(engine) == after, f"called again after it was {at}"
+                assert contents_of(engine) == after, f"called again after it was {at}"
     if before != after:
         # The call takes effect at one step. A kill before that undoes it, and a later one does not.
-        course_of_call = happened["MainThread"]
-        assert course_of_call == sorted(course_of_call)
+        took_effect = happened["MainThread"]
+        assert took_effect == sorted(took_effect)
 
 
-class recovered:  # noqa: N801 - read as the function it stands for
+class recover:  # noqa: N801 - read as the function it stands for
     """The engine of the next start; at the end of the block everything is unmounted."""
 
-    def __init__(self, runs: Runs) -> None:
+    def __init__(self, runs: CaseRuns) -> None:
         self._runs = runs
-        self._opened = opened(runs.directory / "state")
+        self._opened = open_engine(runs.directory / "state")
 
     def __enter__(self) -> Snapshotter:
         return self._opened.__enter__()
@@ -142,7 +142,7 @@ class recovered:  # noqa: N801 - read as the function it stands for
         self._opened.__exit__(None, None, None)
 
 
-def portrait(engine: Snapshotter) -> Portrait:
+def contents_of(engine: Snapshotter) -> Contents:
     """Return the snapshots and mounts; check that the engine, the disk and the kernel agree."""
     engine.upkeep.cleanup()
     snapshots = {}
@@ -151,19 +151,21 @@ def portrait(engine: Snapshotter) -> Portrait:
         assert info.created <= info.updated
         tree = engine.state_directory / "snapshots" / str(engine._store.get(info.name).tree_id)
         directories.add(tree.name)
-        snapshots[info.name] = (info.kind, info.parent, dict(info.labels), [*entries(tree)])
+        snapshots[info.name] = (info.kind, info.parent, dict(info.labels), [*entries_of(tree)])
     # A standby clone belongs to no snapshot yet, and can be incomplete. Its name is no number.
     there = {name for name in os.listdir(engine.state_directory / "snapshots") if name.isdigit()}
     assert there == directories
     table = {entry.target: entry for entry in Table.read()}
     listed = engine.mounter.list_mounts()
     mounts = [(m.target, m.key, table[m.target].read_only) for m in listed]
-    assert sorted(target for target, *_ in mounts) == sorted(below(engine.state_directory.parent))
+    assert sorted(target for target, *_ in mounts) == sorted(
+        mounts_below(engine.state_directory.parent)
+    )
     assert [read_only for *_, read_only in mounts] == [m.read_only for m in listed]
-    return Portrait(snapshots, mounts)
+    return Contents(snapshots, mounts)
 
 
-def entries(tree: Path) -> Iterator[Entry]:
+def entries_of(tree: Path) -> Iterator[Entry]:
     """Yield an entry for the tree itself and for everything in it."""
     for path in [tree, *sorted(tree.rglob("*"))]:
         status = path.lstat()

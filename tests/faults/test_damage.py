@@ -6,8 +6,8 @@ import os
 import shutil
 import sqlite3
 import subprocess
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -23,17 +23,24 @@ from snapd_native.errors import (
     SnapdError,
 )
 from snapd_native.jobs import Job
-from snapd_native.metastore.rules import broken_rules
+from snapd_native.metastore import store
 from snapd_native.model import Finding, Trouble
 from snapd_native.snapshotter import Snapshotter
 from snapd_native.snapshotter.reaping import Reaper
-from tests.support.engine import BEFORE, ignore, names, opened, state_of
+from tests.support.engine import (
+    POPULATED_NAMES,
+    ignore_change,
+    open_engine,
+    snapshot_names,
+    state_of,
+)
 from tests.support.file_systems import long_on_xfs
-from tests.support.kernel_mounts import place
-from tests.support.service import committed, serving
-from tests.support.waiting import WAIT
+from tests.support.holding import hold_function
+from tests.support.kernel_mounts import make_target
+from tests.support.service import commit_snapshot, run_daemon
+from tests.support.waiting import WAIT_TIMEOUT
 
-pytestmark = [long_on_xfs, pytest.mark.usefixtures("one_process")]
+pytestmark = [long_on_xfs, pytest.mark.usefixtures("no_workers")]
 
 
 def damage(state: Path, *statements: str) -> None:
@@ -50,31 +57,31 @@ def damage(state: Path, *statements: str) -> None:
             db.execute(sql)
 
 
-def about(found: Sequence[Finding]) -> set[tuple[Trouble, str]]:
+def kinds_and_keys(found: Sequence[Finding]) -> set[tuple[Trouble, str]]:
     return {(finding.kind, finding.key) for finding in found}
 
 
-RECORDS = {
-    "labels that are no JSON": """labels = '{"of'""",
+DAMAGED_COLUMNS = {
+    "labels that are not JSON": """labels = '{"of'""",
     "labels that are a list": "labels = '[]'",
     "a label that is a number": """labels = '{"of": 1}'""",
     "a label with a NUL": r"""labels = '{"of": "a\u0000b"}'""",
     "a label with half a character": r"""labels = '{"of": "\ud800"}'""",
-    "labels that are no UTF-8": "labels = CAST(x'7b22ff227d' AS TEXT)",
-    "a kind that is none": "kind = 'cnmmitted'",
+    "labels that are not UTF-8": "labels = CAST(x'7b22ff227d' AS TEXT)",
+    "an unknown kind": "kind = 'cnmmitted'",
     "a negative time": "created = -1",
-    "a usage that is gone": "size = NULL",
+    "a missing usage": "size = NULL",
 }
 
 
-@pytest.mark.parametrize("how", RECORDS)
-def test_a_damaged_record_does_not_affect_other_snapshots(left: Path, how: str) -> None:
-    with opened(left) as engine:
+@pytest.mark.parametrize("how", DAMAGED_COLUMNS)
+def test_a_damaged_record_does_not_affect_other_snapshots(populated_state: Path, how: str) -> None:
+    with open_engine(populated_state) as engine:
         engine.prepare("preparing")
         engine.commit("done", "preparing", {"snapd-native.standby": "0"})
-    damage(left, f"UPDATE snapshots SET {RECORDS[how]} WHERE name = 'done'")  # noqa: S608
-    with opened(left) as engine:
-        assert names(engine) == BEFORE
+    damage(populated_state, f"UPDATE snapshots SET {DAMAGED_COLUMNS[how]} WHERE name = 'done'")  # noqa: S608
+    with open_engine(populated_state) as engine:
+        assert snapshot_names(engine) == POPULATED_NAMES
         for call in (
             lambda: engine.stat("done"),
             lambda: engine.update("done", {}),
@@ -86,8 +93,8 @@ def test_a_damaged_record_does_not_affect_other_snapshots(left: Path, how: str) 
         with pytest.raises(AlreadyExists):
             engine.prepare("done")
         before = engine.upkeep.check()
-        assert (Trouble.DATABASE, "done") in about(before)
-        assert {key for _, key in about(before)} <= {"done", ""}
+        assert (Trouble.DATABASE, "done") in kinds_and_keys(before)
+        assert {key for _, key in kinds_and_keys(before)} <= {"done", ""}
         assert engine.upkeep.repair() == []
         assert engine.upkeep.check() == before
         engine.prepare("new", "base")
@@ -97,57 +104,63 @@ def test_a_damaged_record_does_not_affect_other_snapshots(left: Path, how: str) 
 
 
 @pytest.mark.parametrize("name", ["'lo' || char(0) || 'ne'", "CAST(x'6cff' AS TEXT)", "''"])
-def test_a_record_with_a_bad_name_does_not_affect_other_snapshots(left: Path, name: str) -> None:
-    trees = sorted(os.listdir(left / "snapshots"))
-    damage(left, f"UPDATE snapshots SET name = {name} WHERE name = 'lone'")  # noqa: S608
-    with opened(left) as engine:
-        rest = [key for key in BEFORE if key != "lone"]
-        assert names(engine) == rest
+def test_a_record_with_a_bad_name_does_not_affect_other_snapshots(
+    populated_state: Path, name: str
+) -> None:
+    trees = sorted(os.listdir(populated_state / "snapshots"))
+    damage(populated_state, f"UPDATE snapshots SET name = {name} WHERE name = 'lone'")  # noqa: S608
+    with open_engine(populated_state) as engine:
+        rest = [key for key in POPULATED_NAMES if key != "lone"]
+        assert snapshot_names(engine) == rest
         found = engine.upkeep.check()
-        assert about(found) == {(Trouble.DATABASE, "")}
+        assert kinds_and_keys(found) == {(Trouble.DATABASE, "")}
         assert engine.upkeep.repair() == []
         assert all(finding.what.isprintable() for finding in found)
         engine.prepare("lone", "base")
-    assert set(os.listdir(left / "snapshots")) >= set(trees)
+    assert set(os.listdir(populated_state / "snapshots")) >= set(trees)
 
 
-def test_a_child_of_an_unreadable_parent_is_unlisted_and_can_be_removed(left: Path) -> None:
-    damage(left, "UPDATE snapshots SET name = CAST(x'ff' AS TEXT) WHERE name = 'base'")
-    with opened(left) as engine:
-        assert names(engine) == ["lone"]
-        assert about(engine.upkeep.check()) == {
+def test_a_child_of_an_unreadable_parent_is_unlisted_and_can_be_removed(
+    populated_state: Path,
+) -> None:
+    damage(populated_state, "UPDATE snapshots SET name = CAST(x'ff' AS TEXT) WHERE name = 'base'")
+    with open_engine(populated_state) as engine:
+        assert snapshot_names(engine) == ["lone"]
+        assert kinds_and_keys(engine.upkeep.check()) == {
             (Trouble.DATABASE, key) for key in ("", "look", "work")
         }
         engine.remove("look")
-        assert "work" not in names(engine)
+        assert "work" not in snapshot_names(engine)
 
 
-LINE = "INSERT INTO mounts (snapshot, target, read_only, lifetime, uid, owner, boot, mount) VALUES"
+INSERT_LEDGER_LINE = (
+    "INSERT INTO mounts (snapshot, target, read_only, lifetime, uid, owner, boot, mount) VALUES"
+)
 
 
 @pytest.mark.parametrize(
     "values", ["'/x', 0, 'forever', 0", "'/x', 7, 'persistent', 0", "'/x', 0, 'persistent', -1"]
 )
 def test_check_reports_a_bad_ledger_line_until_its_snapshot_is_removed(
-    left: Path, values: str
+    populated_state: Path, values: str
 ) -> None:
     work = "(SELECT id FROM snapshots WHERE name = 'work')"
-    damage(left, f"{LINE} ({work}, {values}, '', 'b', 1)")
-    with opened(left) as engine:
-        assert names(engine) == BEFORE
+    damage(populated_state, f"{INSERT_LEDGER_LINE} ({work}, {values}, '', 'b', 1)")
+    with open_engine(populated_state) as engine:
+        assert snapshot_names(engine) == POPULATED_NAMES
         assert engine.mounter.list_mounts() == []
         found = engine.upkeep.check()
-        assert (Trouble.DATABASE, "work") in about(found)
+        assert (Trouble.DATABASE, "work") in kinds_and_keys(found)
         assert engine.upkeep.repair() == []
         engine.remove("work")
         assert engine.upkeep.check() == []
 
 
-def test_repair_deletes_a_ledger_line_without_a_snapshot(left: Path) -> None:
-    damage(left, f"{LINE} (99, '/x', 0, 'persistent', 0, '', 'b', 1)")
-    with opened(left) as engine:
+def test_repair_deletes_a_ledger_line_without_a_snapshot(populated_state: Path) -> None:
+    damage(populated_state, f"{INSERT_LEDGER_LINE} (99, '/x', 0, 'persistent', 0, '', 'b', 1)")
+    with open_engine(populated_state) as engine:
         found = engine.upkeep.check()
-        assert about(found) == {(Trouble.DATABASE, "")}
+        assert kinds_and_keys(found) == {(Trouble.DATABASE, "")}
         assert all("call Repair" in f.what or "foreign key" in f.what for f in found)
         assert [f for f in engine.upkeep.repair() if "/x" in f.what]
         assert engine.upkeep.check() == []
@@ -155,22 +168,25 @@ def test_repair_deletes_a_ledger_line_without_a_snapshot(left: Path) -> None:
 
 def test_damaged_records_raise_data_loss_over_the_bus(on_bus: str, scratch: Path) -> None:
     state = scratch / "state"
-    with serving(on_bus, state), BlockingClient() as client:
-        committed(client, "base")
+    with run_daemon(on_bus, state), BlockingClient() as client:
+        commit_snapshot(client, "base")
         client.prepare("work", "base")
         client.prepare("other")
     damage(state, r"""UPDATE snapshots SET labels = '{"a": "\u0000"}' WHERE name = 'work'""")
     damage(state, "UPDATE snapshots SET name = 'a' || char(0) WHERE name = 'other'")
-    with serving(on_bus, state), BlockingClient() as client:
+    with run_daemon(on_bus, state), BlockingClient() as client:
         assert [info.name for info in client.walk()] == ["base"]
         with pytest.raises(DataLoss):
             client.stat("work")
-        assert about(client.check()) == {(Trouble.DATABASE, "work"), (Trouble.DATABASE, "")}
+        assert kinds_and_keys(client.check()) == {
+            (Trouble.DATABASE, "work"),
+            (Trouble.DATABASE, ""),
+        }
         assert client.repair() == []
         client.remove("work")
 
 
-def header(offset: int, value: int) -> Callable[[Path], None]:
+def set_header_byte(offset: int, value: int) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         with path.open("r+b") as file:
             file.seek(offset)
@@ -179,7 +195,7 @@ def header(offset: int, value: int) -> Callable[[Path], None]:
     return change
 
 
-def instead(make: Callable[[Path], object]) -> Callable[[Path], None]:
+def replace_by(make: Callable[[Path], object]) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         path.unlink()
         make(path)
@@ -187,122 +203,124 @@ def instead(make: Callable[[Path], object]) -> Callable[[Path], None]:
     return change
 
 
-UNUSABLE: dict[str, tuple[type[SnapdError], Callable[[Path], object]]] = {
-    "no version": (DataLoss, header(63, 0)),
-    "the first version": (DataLoss, header(63, 1)),
-    "the version before mounts": (DataLoss, header(63, 2)),
-    "a version to come": (DataLoss, header(60, 1)),
-    "a format that may not be written": (DataLoss, header(18, 6)),
-    "a table that is gone": (DataLoss, lambda path: damage(path.parent, "DROP TABLE mounts")),
+UNUSABLE_DATABASES: dict[str, tuple[type[SnapdError], Callable[[Path], object]]] = {
+    "no version": (DataLoss, set_header_byte(63, 0)),
+    "the first version": (DataLoss, set_header_byte(63, 1)),
+    "the version before mounts": (DataLoss, set_header_byte(63, 2)),
+    "a newer version": (DataLoss, set_header_byte(60, 1)),
+    "a format that may not be written": (DataLoss, set_header_byte(18, 6)),
+    "a missing table": (DataLoss, lambda path: damage(path.parent, "DROP TABLE mounts")),
     "one page": (DataLoss, lambda path: os.truncate(path, 4096)),
     "another database": (
         DataLoss,
-        instead(
+        replace_by(
             lambda path: sqlite3.connect(path).execute("CREATE TABLE x (x)").connection.close()
         ),
     ),
-    "a directory": (FailedPrecondition, instead(Path.mkdir)),
-    "a pipe": (FailedPrecondition, instead(os.mkfifo)),
-    "a link": (FailedPrecondition, instead(lambda path: path.symlink_to("elsewhere"))),
+    "a directory": (FailedPrecondition, replace_by(Path.mkdir)),
+    "a pipe": (FailedPrecondition, replace_by(os.mkfifo)),
+    "a link": (FailedPrecondition, replace_by(lambda path: path.symlink_to("elsewhere"))),
 }
 
 
-@pytest.mark.parametrize("how", UNUSABLE)
-def test_start_with_an_unusable_database_raises_and_keeps_all_trees(left: Path, how: str) -> None:
-    before = sorted(os.listdir(left / "snapshots"))
-    error, change = UNUSABLE[how]
-    change(left / "metadata.db")
+@pytest.mark.parametrize("how", UNUSABLE_DATABASES)
+def test_start_with_an_unusable_database_raises_and_keeps_all_trees(
+    populated_state: Path, how: str
+) -> None:
+    before = sorted(os.listdir(populated_state / "snapshots"))
+    error, change = UNUSABLE_DATABASES[how]
+    change(populated_state / "metadata.db")
     for _ in range(2):
         with pytest.raises(error, match=r"metadata\.db .*(backup|newer version)"):
-            Snapshotter(left, ignore)
-    assert sorted(os.listdir(left / "snapshots")) == before
+            Snapshotter(populated_state, ignore_change)
+    assert sorted(os.listdir(populated_state / "snapshots")) == before
 
 
-def copy_over(path: Path) -> None:
+def replace_by_copy(path: Path) -> None:
     copy = Path(shutil.copy(path, path.with_name("copy")))
     copy.rename(path)
 
 
-MOVED: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "gone": ("metadata.db", Path.unlink),
-    "a copy": ("metadata.db", copy_over),
-    "a WAL that is gone": ("metadata.db-wal", Path.unlink),
+MOVED_DATABASES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "a missing database": ("metadata.db", Path.unlink),
+    "a copy": ("metadata.db", replace_by_copy),
+    "a missing WAL": ("metadata.db-wal", Path.unlink),
 }
 
 
-@pytest.mark.parametrize("how", MOVED)
+@pytest.mark.parametrize("how", MOVED_DATABASES)
 def test_changing_calls_raise_data_loss_when_the_database_was_moved(
-    full: Snapshotter, how: str
+    populated: Snapshotter, how: str
 ) -> None:
-    name, move = MOVED[how]
-    move(full.state_directory / name)
-    before = state_of(full)
+    name, move = MOVED_DATABASES[how]
+    move(populated.state_directory / name)
+    before = state_of(populated)
     for call in (
-        lambda: full.prepare("new", "base"),
-        lambda: full.view("new", "base"),
-        lambda: full.commit("new", "work"),
-        lambda: full.update("base", {}),
-        lambda: full.remove("lone"),
-        lambda: full.mounter.mount("work"),
+        lambda: populated.prepare("new", "base"),
+        lambda: populated.view("new", "base"),
+        lambda: populated.commit("new", "work"),
+        lambda: populated.update("base", {}),
+        lambda: populated.remove("lone"),
+        lambda: populated.mounter.mount("work"),
     ):
         with pytest.raises(DataLoss, match="moved or replaced"):
             call()
-    assert state_of(full) == before
-    assert names(full) == BEFORE
-    (finding,) = full.upkeep.check()
+    assert state_of(populated) == before
+    assert snapshot_names(populated) == POPULATED_NAMES
+    (finding,) = populated.upkeep.check()
     assert finding.kind is Trouble.DATABASE
     assert "moved or replaced" in finding.what
-    assert full.upkeep.repair() == []
+    assert populated.upkeep.repair() == []
 
 
-def test_check_reports_an_index_that_repair_cannot_rebuild(left: Path) -> None:
-    path = left / "metadata.db"
+def test_check_reports_an_index_that_repair_cannot_rebuild(populated_state: Path) -> None:
+    path = populated_state / "metadata.db"
     content = path.read_bytes()
     assert content.count(b"loneactive") == 1
     path.write_bytes(content.replace(b"loneactive", b"workactive"))
-    with opened(left) as engine:
+    with open_engine(populated_state) as engine:
         found = engine.upkeep.check()
-        assert (Trouble.DATABASE, "work") in about(found)
+        assert (Trouble.DATABASE, "work") in kinds_and_keys(found)
         assert all("backup" in finding.what for finding in found)
         assert engine.upkeep.repair() == []
         assert engine.upkeep.check() == found
 
 
-def test_an_id_is_not_reused_when_the_id_counter_is_lost(left: Path) -> None:
-    damage(left, "UPDATE sqlite_sequence SET seq = 1")
-    with opened(left) as engine:
+def test_an_id_is_not_reused_when_the_id_counter_is_lost(populated_state: Path) -> None:
+    damage(populated_state, "UPDATE sqlite_sequence SET seq = 1")
+    with open_engine(populated_state) as engine:
         shutil.rmtree(engine.prepare("lost").source)
-    damage(left, "UPDATE sqlite_sequence SET seq = 1")
-    with opened(left) as engine:
+    damage(populated_state, "UPDATE sqlite_sequence SET seq = 1")
+    with open_engine(populated_state) as engine:
         engine.prepare("new")
-        damage(left, "UPDATE snapshots SET id = id + 10 WHERE name = 'lost'")
+        damage(populated_state, "UPDATE snapshots SET id = id + 10 WHERE name = 'lost'")
         assert engine.upkeep.repair() != []
         for number in range(12):
             engine.prepare(f"next {number}")
 
 
 @pytest.mark.parametrize("how", ["DELETE FROM snapshots", "UPDATE snapshots SET kind = 'active'"])
-def test_commit_with_a_lost_parent_raises_data_loss(left: Path, how: str) -> None:
-    damage(left, f"{how} WHERE name = 'base'")
-    with opened(left) as engine:
+def test_commit_with_a_lost_parent_raises_data_loss(populated_state: Path, how: str) -> None:
+    damage(populated_state, f"{how} WHERE name = 'base'")
+    with open_engine(populated_state) as engine:
         before = state_of(engine)
         with pytest.raises(DataLoss, match='the parent of "work"'):
             engine.commit("done", "work")
         assert state_of(engine) == before
 
 
-def test_repair_of_a_wrong_index_key_keeps_the_ledger_lines(left: Path) -> None:
+def test_repair_of_a_wrong_index_key_keeps_the_ledger_lines(populated_state: Path) -> None:
     """The wrong key does not make Repair delete the line of its snapshot."""
-    with opened(left) as engine:
+    with open_engine(populated_state) as engine:
         last = engine._store.get("lone").id
-    path = left / "metadata.db"
+    path = populated_state / "metadata.db"
     content = path.read_bytes()
     # An entry in the index of names consists of the key, and of the id as a byte.
     key, other = b"lone" + bytes([last]), b"lone" + bytes([last + 2])
     assert content.count(key) == 1
     path.write_bytes(content.replace(key, other))
-    damage(left, f"{LINE} ({last}, '/x', 0, 'persistent', 0, '', 'b', 1)")
-    with opened(left) as engine:
+    damage(populated_state, f"{INSERT_LEDGER_LINE} ({last}, '/x', 0, 'persistent', 0, '', 'b', 1)")
+    with open_engine(populated_state) as engine:
         found = engine.upkeep.check()
         assert [finding for finding in found if "index" in finding.what]
         assert not [finding for finding in found if "ancestor" in finding.what]
@@ -311,22 +329,22 @@ def test_repair_of_a_wrong_index_key_keeps_the_ledger_lines(left: Path) -> None:
         assert not [f for f in engine.upkeep.check() if f.kind is Trouble.DATABASE]
 
 
-def test_check_reports_no_cycle_below_a_lost_parent(left: Path) -> None:
-    with opened(left) as engine:
+def test_check_reports_no_cycle_below_a_lost_parent(populated_state: Path) -> None:
+    with open_engine(populated_state) as engine:
         engine.commit("done", "work")
         engine.prepare("next", "done")
-    damage(left, "DELETE FROM snapshots WHERE name = 'base'")
-    with opened(left) as engine:
+    damage(populated_state, "DELETE FROM snapshots WHERE name = 'base'")
+    with open_engine(populated_state) as engine:
         found = [finding.what for finding in engine.upkeep.check()]
     assert found
     assert not [what for what in found if "ancestor" in what]
 
 
 @pytest.mark.parametrize("what", ["TRIGGER only_labels_change", "INDEX children", "INDEX standbys"])
-def test_repair_recreates_missing_triggers_and_indexes(left: Path, what: str) -> None:
-    with closing(sqlite3.connect(left / "metadata.db", isolation_level=None)) as db:
+def test_repair_recreates_missing_triggers_and_indexes(populated_state: Path, what: str) -> None:
+    with closing(sqlite3.connect(populated_state / "metadata.db", isolation_level=None)) as db:
         db.execute(f"DROP {what}")
-    with opened(left) as engine:
+    with open_engine(populated_state) as engine:
         (finding,) = engine.upkeep.check()
         assert finding.kind is Trouble.DATABASE
         assert "call Repair" in finding.what
@@ -334,111 +352,103 @@ def test_repair_recreates_missing_triggers_and_indexes(left: Path, what: str) ->
         assert engine.upkeep.check() == []
 
 
-def test_check_asks_for_a_backup_when_an_index_page_is_lost(left: Path) -> None:
-    with closing(sqlite3.connect(left / "metadata.db")) as db:
+def test_check_asks_for_a_backup_when_an_index_page_is_lost(populated_state: Path) -> None:
+    with closing(sqlite3.connect(populated_state / "metadata.db")) as db:
         (page,) = db.execute(
             "SELECT rootpage FROM sqlite_schema WHERE name = 'children'"
         ).fetchone()
-    header((page - 1) * 4096, 0xFF)(left / "metadata.db")
-    with opened(left) as engine:
+    set_header_byte((page - 1) * 4096, 0xFF)(populated_state / "metadata.db")
+    with open_engine(populated_state) as engine:
         found = engine.upkeep.check()
         assert found
         assert all("backup" in finding.what for finding in found)
         assert engine.upkeep.repair() == []
 
 
-def test_repair_does_not_block_on_a_fifo_in_place_of_a_file(full: Snapshotter) -> None:
-    path = full.state_directory / "metadata.db.changes"
-    path.rename(full.state_directory / "kept")
+def test_repair_does_not_block_on_a_fifo_in_place_of_a_file(populated: Snapshotter) -> None:
+    path = populated.state_directory / "metadata.db.changes"
+    path.rename(populated.state_directory / "kept")
     os.mkfifo(path, 0o644)
-    found = full.upkeep.check()
+    found = populated.upkeep.check()
     assert [finding.kind for finding in found] == [Trouble.MODE]
-    assert full.upkeep.repair() == []
+    assert populated.upkeep.repair() == []
     path.unlink()
-    (full.state_directory / "kept").rename(path)
+    (populated.state_directory / "kept").rename(path)
 
 
-def test_check_and_repair_accept_a_snapshots_directory_behind_a_symlink(left: Path) -> None:
-    (left / "snapshots").rename(left / "elsewhere")
-    (left / "snapshots").symlink_to("elsewhere")
-    with opened(left) as engine:
+def test_check_and_repair_accept_a_snapshots_directory_behind_a_symlink(
+    populated_state: Path,
+) -> None:
+    (populated_state / "snapshots").rename(populated_state / "elsewhere")
+    (populated_state / "snapshots").symlink_to("elsewhere")
+    with open_engine(populated_state) as engine:
         assert engine.upkeep.check() == []
-        (left / "elsewhere").chmod(0o755)
+        (populated_state / "elsewhere").chmod(0o755)
         (finding,) = engine.upkeep.check()
         assert finding.kind is Trouble.MODE
         assert engine.upkeep.repair() == [finding]
-        assert (left / "elsewhere").stat().st_mode & 0o777 == 0o700
+        assert (populated_state / "elsewhere").stat().st_mode & 0o777 == 0o700
 
 
 def test_repair_cannot_be_cancelled_once_it_has_changed_something(
-    full: Snapshotter, monkeypatch: pytest.MonkeyPatch
+    populated: Snapshotter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (full.state_directory / "metadata.db").chmod(0o644)
+    (populated.state_directory / "metadata.db").chmod(0o644)
     job = Job()
-    real = full._state.close_to_others
+    real = populated._state.close_to_others
 
     def late() -> None:
         real()
         assert not job.cancel()
 
-    monkeypatch.setattr(full._state, "close_to_others", late)
-    assert len(full.upkeep.repair(job)) == 1
-    (full.state_directory / "metadata.db").chmod(0o644)
+    monkeypatch.setattr(populated._state, "close_to_others", late)
+    assert len(populated.upkeep.repair(job)) == 1
+    (populated.state_directory / "metadata.db").chmod(0o644)
     early = Job()
     assert early.cancel()
     with pytest.raises(Cancelled):
-        full.upkeep.repair(early)
-    assert len(full.upkeep.check()) == 1
+        populated.upkeep.repair(early)
+    assert len(populated.upkeep.check()) == 1
     job = Job()
-    full.upkeep.check(job)
+    populated.upkeep.check(job)
     assert not job.cancel()
 
 
 def test_repair_returns_its_changes_although_another_step_fails(
-    full: Snapshotter, monkeypatch: pytest.MonkeyPatch
+    populated: Snapshotter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: object) -> None:
         raise DataLoss("it is damaged")
 
-    (full.state_directory / "metadata.db").chmod(0o644)
+    (populated.state_directory / "metadata.db").chmod(0o644)
     monkeypatch.setattr(Reaper, "finish", failing)
-    monkeypatch.setattr(full.mounter, "repair", failing)
-    assert [finding.kind for finding in full.upkeep.repair()] == [Trouble.MODE]
+    monkeypatch.setattr(populated.mounter, "repair", failing)
+    assert [finding.kind for finding in populated.upkeep.repair()] == [Trouble.MODE]
 
 
-def test_repair_does_not_turn_a_read_only_mount_writable(full: Snapshotter, places: Path) -> None:
-    target = place(places)
-    full.mounter.mount("work", str(target))
+def test_repair_does_not_turn_a_read_only_mount_writable(
+    populated: Snapshotter, places: Path
+) -> None:
+    target = make_target(places)
+    populated.mounter.mount("work", str(target))
     subprocess.run(["mount", "-o", "remount,bind,ro", target], check=True)
-    (full.state_directory / "metadata.db").chmod(0o644)
-    assert len(full.upkeep.repair()) == 1
+    (populated.state_directory / "metadata.db").chmod(0o644)
+    assert len(populated.upkeep.repair()) == 1
     with pytest.raises(OSError, match="Read-only"):
         (target / "file").touch()
-    full.mounter.unmount(str(target))
+    populated.mounter.unmount(str(target))
 
 
-def test_calls_do_not_wait_while_repair_searches_the_database(
-    full: Snapshotter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looking, go_on = threading.Event(), threading.Event()
-
-    def slow(db: sqlite3.Connection) -> object:
-        looking.set()
-        assert go_on.wait(WAIT)
-        return broken_rules(db)
-
-    monkeypatch.setattr("snapd_native.metastore.store.broken_rules", slow)
-    thread = threading.Thread(target=full._store.repair)
-    thread.start()
-    try:
-        assert looking.wait(WAIT)
-        full.view("new", "base")
-    finally:
-        go_on.set()
-        thread.join()
+def test_calls_do_not_wait_while_repair_searches_the_database(populated: Snapshotter) -> None:
+    with ThreadPoolExecutor(1) as pool, hold_function(store, "broken_rules") as search:
+        repairing = pool.submit(populated._store.repair)
+        search.wait_until_reached()
+        populated.view("new", "base")
+        search.release()
+        repairing.result(WAIT_TIMEOUT)
 
 
-def test_a_label_with_a_nul_raises_invalid_argument(full: Snapshotter) -> None:
+def test_a_label_with_a_nul_raises_invalid_argument(populated: Snapshotter) -> None:
     for labels in ({"a\0": "b"}, {"a": "b\0"}):
         with pytest.raises(InvalidArgument, match="NUL"):
-            full.prepare("new", labels=labels)
+            populated.prepare("new", labels=labels)

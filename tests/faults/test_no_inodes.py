@@ -10,35 +10,35 @@ import pytest
 
 from snapd_native.errors import ResourceExhausted
 from snapd_native.snapshotter import Snapshotter
-from tests.support.engine import directories, names, opened
-from tests.support.file_systems import FileSystem, mounted
+from tests.support.engine import directories, open_engine, snapshot_names
+from tests.support.file_systems import FileSystem, new_file_system
 from tests.support.full_disk import (
     FEW_INODES,
-    SIZES,
+    SMALL_SIZES,
     check_reads,
     check_refused,
-    fill,
-    kill,
-    make_room,
-    use_up_inodes,
+    free_space,
+    leave_as_killed,
+    populate_large,
+    use_all_inodes,
 )
-from tests.support.waiting import eventually
+from tests.support.waiting import wait_until
 
 
-@pytest.fixture(params=SIZES)
-def few(request: pytest.FixtureRequest, loop_directory: Path) -> Iterator[FileSystem]:
+@pytest.fixture(params=SMALL_SIZES)
+def disk(request: pytest.FixtureRequest, loop_directory: Path) -> Iterator[FileSystem]:
     name = request.param
-    with mounted(name, SIZES[name], loop_directory, FEW_INODES[name]) as made:
+    with new_file_system(name, SMALL_SIZES[name], loop_directory, FEW_INODES[name]) as made:
         yield made
 
 
 def test_a_call_refused_without_free_inodes_changes_nothing(
-    few: FileSystem, tmp_path: Path
+    disk: FileSystem, tmp_path: Path
 ) -> None:
-    with opened(few.root / "state") as engine:
-        fill(engine)
+    with open_engine(disk.root / "state") as engine:
+        populate_large(engine)
         target = engine.mounter.mount("look", str(tmp_path))
-        use_up_inodes(few.root)
+        use_all_inodes(disk.root)
         calls: dict[str, Callable[[], object]] = {
             "copy": lambda: engine.prepare("copy", "base 1"),
             "empty": lambda: engine.prepare("empty"),
@@ -51,12 +51,12 @@ def test_a_call_refused_without_free_inodes_changes_nothing(
         engine.commit("done", "work")
         engine.mounter.mount("view", str(tmp_path))
         engine.mounter.unmount(target)
-        use_up_inodes(few.root)
+        use_all_inodes(disk.root)
         for key in ("view", "look", "done", "base 0"):
             engine.remove(key)
             engine.upkeep.cleanup()
         assert engine.upkeep.check() == []
-        make_room(few.root)
+        free_space(disk.root)
         engine.prepare("work", "base 1")
         for call in calls.values():
             call()
@@ -67,38 +67,38 @@ def test_a_call_refused_without_free_inodes_changes_nothing(
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_start_without_inodes_is_refused_unless_deletions_free_some(
-    few: FileSystem, killed: bool
+    disk: FileSystem, killed: bool
 ) -> None:
     """The start raises ResourceExhausted, unless it deletes directories and so frees inodes."""
-    state = few.root / "state"
-    with opened(state) as engine:
-        fill(engine)
+    state = disk.root / "state"
+    with open_engine(state) as engine:
+        populate_large(engine)
     if killed:
-        kill(state)
-    use_up_inodes(few.root)
+        leave_as_killed(state)
+    use_all_inodes(disk.root)
     for _ in range(0 if killed else 2):
-        with pytest.raises(ResourceExhausted, match="free"), opened(state):
+        with pytest.raises(ResourceExhausted, match="free"), open_engine(state):
             pass
     if not killed:
-        make_room(few.root)
+        free_space(disk.root)
     with ExitStack() as stack:
         # xfs frees the inodes of deleted files in the background, perhaps only for a later start.
         # Even the start after a successful one may find none.
-        engine = started(stack, state)
+        engine = open_when_inodes_are_free(stack, state)
         check_reads(engine)
         assert len(directories(engine)) == 5
-        assert ("last" in names(engine)) is killed
+        assert ("last" in snapshot_names(engine)) is killed
         assert engine.upkeep.check() == []
 
 
-def started(stack: ExitStack, state: Path) -> Snapshotter:
+def open_when_inodes_are_free(stack: ExitStack, state: Path) -> Snapshotter:
     """Open an engine that ``stack`` closes, as soon as there are inodes for its start."""
     engines: list[Snapshotter] = []
 
     def starts() -> bool:
         with suppress(ResourceExhausted):
-            engines.append(stack.enter_context(opened(state)))
+            engines.append(stack.enter_context(open_engine(state)))
         return bool(engines)
 
-    eventually(starts)
+    wait_until(starts)
     return engines[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -21,35 +20,35 @@ from snapd_native.client import BlockingClient, Client
 from snapd_native.model import Info
 from snapd_native.private import private_bus
 from snapd_native.wire.names import INTROSPECTABLE, JOB_PATH, OBJECT_PATH
-from tests.support.bus_mounts import OPEN_TREE, stock
-from tests.support.descriptors import descriptors, hands, wait_until_closed, workers
+from tests.support.bus_mounts import OPEN_TREE, populate_service
+from tests.support.descriptors import descriptors, max_workers, wait_until_closed, worker_pids
 from tests.support.file_systems import on_ext4
-from tests.support.holding import held
-from tests.support.polkit_daemon import POLICY, polkitd
+from tests.support.holding import hold_at_files, stop_processes
+from tests.support.polkit_daemon import POLICY, run_polkitd
 from tests.support.raw_client import (
-    MOST,
-    Raw,
-    crowd,
-    names_of,
-    peak,
-    pid_of_bus,
-    threads,
+    MAX_OPEN_CALLS,
+    RawClient,
+    bus_pid,
+    connect_many,
+    error_names,
+    peak_memory,
+    queued_at_bus,
+    thread_count,
     wait_until_asleep,
-    waiting,
 )
 from tests.support.service import (
+    HANG_TIMEOUT,
     NOBODY,
-    PATIENCE,
     Service,
     check_sentence,
-    run,
-    serving,
+    run_daemon,
+    run_with_client,
 )
-from tests.support.waiting import eventually
+from tests.support.waiting import wait_until
 
 pytestmark = on_ext4
 
-SILENT = MessageFlag.NO_REPLY_EXPECTED
+NO_REPLY = MessageFlag.NO_REPLY_EXPECTED
 MEBIBYTE = 1 << 20
 PAGE = 8 * MEBIBYTE
 
@@ -61,36 +60,36 @@ polkit.addRule(function(action, subject) {
 
 
 @pytest.fixture
-def said(tmp_path: Path) -> Path:
+def log_file(tmp_path: Path) -> Path:
     """Return the path of a file for the standard error of the daemon."""
     return tmp_path / "said"
 
 
 @pytest.fixture
-def service(on_bus: str, scratch: Path, said: Path) -> Iterator[Service]:
+def service(on_bus: str, scratch: Path, log_file: Path) -> Iterator[Service]:
     """Run a daemon for one test."""
     with ExitStack() as stack:
         own = os.dup(2)
-        with said.open("wb") as file:
+        with log_file.open("wb") as file:
             os.dup2(file.fileno(), 2)
         try:
-            started = stack.enter_context(serving(on_bus, scratch / "state"))
+            started = stack.enter_context(run_daemon(on_bus, scratch / "state"))
         finally:
             os.dup2(own, 2)
             os.close(own)
         yield started
-    print(said.read_text(), end="", file=sys.stderr)
+    print(log_file.read_text(), end="", file=sys.stderr)
 
 
 @pytest.fixture
-def stocked(service: Service) -> Service:
-    """Make the snapshots of `stock` on a service for one test, which measures its resources."""
+def populated_service(service: Service) -> Service:
+    """Populate a service for one test, which measures its resources."""
     with BlockingClient() as client:
-        stock(client)
+        populate_service(client)
     return service
 
 
-def is_served() -> None:
+def check_root_is_served() -> None:
     """Check that calls of several lanes succeed for root."""
 
     async def scenario(client: Client) -> None:
@@ -103,38 +102,37 @@ def is_served() -> None:
         await client.remove("new")
         await client.cleanup()
 
-    run(scenario)
+    run_with_client(scenario)
 
 
-def test_calls_of_unidentified_connections_do_not_fill_the_memory(stocked: Service) -> None:
+def test_calls_of_unidentified_connections_do_not_fill_the_memory(
+    populated_service: Service,
+) -> None:
     """The bus delivers all their calls before it tells the daemon their uids."""
-    is_served()
-    before = peak(stocked.pid)
-    with crowd(stocked.address, 10, NOBODY) as strangers:
-        os.kill(stocked.pid, signal.SIGSTOP)
-        try:
-            for raw in strangers:
-                call = raw.packed("Stat", "s", "base", flags=SILENT)
+    check_root_is_served()
+    before = peak_memory(populated_service.pid)
+    with connect_many(populated_service.address, 10, NOBODY) as denied:
+        with stop_processes(populated_service.pid):
+            for raw in denied:
+                call = raw.pack_call("Stat", "s", "base", flags=NO_REPLY)
                 raw.socket.sendall(call * 3000)
                 raw.ask_driver("GetId")
                 raw.replies(1)
-        finally:
-            os.kill(stocked.pid, signal.SIGCONT)
-        is_served()
-    assert peak(stocked.pid) - before < 24 * MEBIBYTE
+        check_root_is_served()
+    assert peak_memory(populated_service.pid) - before < 24 * MEBIBYTE
 
 
-def test_error_messages_do_not_repeat_a_path_of_a_mebibyte(stocked: Service) -> None:
+def test_error_messages_do_not_repeat_a_path_of_a_mebibyte(populated_service: Service) -> None:
     """The daemon reads the path of a call, which can have megabytes, before the authorisation."""
     long = "x" * MEBIBYTE
-    with crowd(stocked.address, 1, NOBODY) as (raw,):
+    with connect_many(populated_service.address, 1, NOBODY) as (raw,):
         for path in (f"/{long}", f"{JOB_PATH}/{long}"):
             for member, interface in (
                 ("Introspect", INTROSPECTABLE),
                 ("Introspect", "org.example"),
                 ("None", INTROSPECTABLE),
             ):
-                raw.socket.sendall(raw.packed(member, path=path, interface=interface))
+                raw.socket.sendall(raw.pack_call(member, path=path, interface=interface))
                 (reply,) = raw.replies(1).values()
                 check_sentence(reply.body[0])
 
@@ -153,7 +151,7 @@ CALLS: dict[str, list[tuple[Any, ...]]] = {
 }
 """Calls of each lane; none of them makes or removes a snapshot."""
 
-REFUSED = {"", "ResourceExhausted"}
+DONE_OR_REFUSED = {"", "ResourceExhausted"}
 
 
 @pytest.mark.parametrize(
@@ -165,179 +163,197 @@ REFUSED = {"", "ResourceExhausted"}
     ],
 )
 def test_every_call_of_many_full_connections_is_answered(
-    stocked: Service, lane: str, connections: int
+    populated_service: Service, lane: str, connections: int
 ) -> None:
-    """Some answers may be that there are too many calls."""
-    is_served()
-    before, state = descriptors(stocked), snapshots()
+    """Some replies may say that there are too many calls."""
+    check_root_is_served()
+    before, state = descriptors(populated_service), list_snapshots()
     calls = CALLS[lane]
-    times = MOST // len(calls)
-    with crowd(stocked.address, connections) as clients:
+    times = MAX_OPEN_CALLS // len(calls)
+    with connect_many(populated_service.address, connections) as clients:
         for raw in clients:
             for call in calls:
                 raw.call(*call, times=times)
         outcomes = chain.from_iterable(raw.replies(times * len(calls)).values() for raw in clients)
-        names = names_of(outcomes)
-    assert names <= REFUSED | {"AlreadyExists", "NotFound"}
+        names = error_names(outcomes)
+    assert names <= DONE_OR_REFUSED | {"AlreadyExists", "NotFound"}
     assert "" in names or lane == "mount"
-    wait_until_closed(stocked, before)
-    assert [info.name for info in snapshots()] == [info.name for info in state]
-    is_served()
+    wait_until_closed(populated_service, before)
+    assert [info.name for info in list_snapshots()] == [info.name for info in state]
+    check_root_is_served()
 
 
-def test_workers_and_threads_stay_bounded_under_many_jobs(stocked: Service) -> None:
-    """The most jobs run that may; afterwards the daemon keeps only its usual workers."""
-    is_served()
-    before, grown = descriptors(stocked), threads(stocked)
-    with crowd(stocked.address, 2) as clients:
+def test_workers_and_threads_stay_bounded_under_many_jobs(populated_service: Service) -> None:
+    """As many jobs run as may run at once; later the daemon keeps only its usual workers."""
+    check_root_is_served()
+    before, grown = descriptors(populated_service), thread_count(populated_service)
+    with connect_many(populated_service.address, 2) as clients:
         for raw in clients:
-            raw.call("Usage", "s", "work", times=MOST)
-        outcomes = chain.from_iterable(raw.replies(MOST).values() for raw in clients)
-        assert names_of(outcomes) <= REFUSED
-    eventually(lambda: len(workers(stocked)) <= hands(stocked), lambda: workers(stocked))
-    wait_until_closed(stocked, before)
-    assert threads(stocked) <= grown + Lane.SURVEY.threads
+            raw.call("Usage", "s", "work", times=MAX_OPEN_CALLS)
+        outcomes = chain.from_iterable(raw.replies(MAX_OPEN_CALLS).values() for raw in clients)
+        assert error_names(outcomes) <= DONE_OR_REFUSED
+    wait_until(
+        lambda: len(worker_pids(populated_service)) <= max_workers(populated_service),
+        lambda: worker_pids(populated_service),
+    )
+    wait_until_closed(populated_service, before)
+    assert thread_count(populated_service) <= grown + Lane.SURVEY.threads
 
 
-def snapshots() -> list[Info]:
+def list_snapshots() -> list[Info]:
     with BlockingClient() as client:
         return list(client.walk())
 
 
-def test_a_hundred_connections_of_a_denied_user_do_not_delay_root(stocked: Service) -> None:
-    is_served()
-    before, state = descriptors(stocked), snapshots()
-    grown = peak(stocked.pid)
+def test_a_hundred_connections_of_a_denied_user_do_not_delay_root(
+    populated_service: Service,
+) -> None:
+    check_root_is_served()
+    before, state = descriptors(populated_service), list_snapshots()
+    grown = peak_memory(populated_service.pid)
     calls = [call for calls in CALLS.values() for call in calls]
-    with crowd(stocked.address, 100, NOBODY) as clients:
+    with connect_many(populated_service.address, 100, NOBODY) as clients:
         for number, raw in enumerate(clients):
             for call in calls:
-                raw.call(*call, times=MOST // len(calls))
+                raw.call(*call, times=MAX_OPEN_CALLS // len(calls))
             if number % 10 == 0:
-                is_served()
-        count = MOST // len(calls) * len(calls)
+                check_root_is_served()
+        count = MAX_OPEN_CALLS // len(calls) * len(calls)
         outcomes = chain.from_iterable(raw.replies(count).values() for raw in clients)
-        assert names_of(outcomes) <= {"AccessDenied", "ResourceExhausted"}
-    wait_until_closed(stocked, before)
-    assert snapshots() == state
-    assert peak(stocked.pid) - grown < 64 * MEBIBYTE
+        assert error_names(outcomes) <= {"AccessDenied", "ResourceExhausted"}
+    wait_until_closed(populated_service, before)
+    assert list_snapshots() == state
+    assert peak_memory(populated_service.pid) - grown < 64 * MEBIBYTE
 
 
 @pytest.fixture
-def fat(stocked: Service) -> Service:
+def service_with_large_pages(populated_service: Service) -> Service:
     """Add views, so that a page of List has almost the largest allowed size."""
     labels = {f"{number:03}": "x" * 4000 for number in range(250)}
     with BlockingClient() as client:
         for number in range(7):
-            client.view(f"fat {number}", "base", labels)
-    return stocked
+            client.view(f"big {number}", "base", labels)
+    return populated_service
 
 
 @pytest.mark.parametrize(
     "count", [1, *(pytest.param(count, marks=pytest.mark.long) for count in (3, 20))]
 )
 def test_a_client_that_stops_reading_does_not_delay_other_clients(
-    fat: Service, said: Path, count: int
+    service_with_large_pages: Service, log_file: Path, count: int
 ) -> None:
-    def is_behind(raw: Raw) -> bool:
-        return f"{raw.name} does not read its answers" in said.read_text()
+    def is_behind(raw: RawClient) -> bool:
+        return f"{raw.name} does not read its answers" in log_file.read_text()
 
-    is_served()
-    before, grown = descriptors(fat), peak(fat.pid)
-    with crowd(fat.address, count) as clients:
+    check_root_is_served()
+    before, grown = descriptors(service_with_large_pages), peak_memory(service_with_large_pages.pid)
+    with connect_many(service_with_large_pages.address, count) as clients:
         for raw in clients:
-            raw.call("List", "asa{sv}", [], {}, times=MOST)
-        eventually(lambda: waiting(fat.address) > ROOM * count // (count + 1) - 2 * PAGE)
+            raw.call("List", "asa{sv}", [], {}, times=MAX_OPEN_CALLS)
+        wait_until(
+            lambda: (
+                queued_at_bus(service_with_large_pages.address)
+                > ROOM * count // (count + 1) - 2 * PAGE
+            )
+        )
         # The clients have requested more than a hundred pages.
         for _ in range(20):
-            is_served()
-            assert waiting(fat.address) < ROOM + OWN_IN_ALL
+            check_root_is_served()
+            assert queued_at_bus(service_with_large_pages.address) < ROOM + OWN_IN_ALL
         # Calls of the first two clients are refused because these do not read. Some calls of later
         # clients are refused because there are too many at once.
-        eventually(lambda: all(map(is_behind, clients[:2])), said.read_text)
-        assert peak(fat.pid) - grown < 160 * MEBIBYTE
+        wait_until(lambda: all(map(is_behind, clients[:2])), log_file.read_text)
+        assert peak_memory(service_with_large_pages.pid) - grown < 160 * MEBIBYTE
         for raw in clients:
-            names = names_of(raw.replies(MOST).values())
-            assert names <= REFUSED
+            names = error_names(raw.replies(MAX_OPEN_CALLS).values())
+            assert names <= DONE_OR_REFUSED
             assert "ResourceExhausted" in names
-    is_served()
-    wait_until_closed(fat, before)
+    check_root_is_served()
+    wait_until_closed(service_with_large_pages, before)
 
 
 @pytest.mark.long
-def test_other_users_that_stop_reading_do_not_delay_root(stocked: Service) -> None:
+def test_other_users_that_stop_reading_do_not_delay_root(populated_service: Service) -> None:
     """A reply that every user may request is small, but many replies need much memory."""
-    is_served()
-    grown = peak(stocked.pid)
-    rounds = 2 * ROOM // len(document(OBJECT_PATH, []) or "") // (100 * MOST) + 1
-    with crowd(stocked.address, 100, NOBODY) as strangers:
+    check_root_is_served()
+    grown = peak_memory(populated_service.pid)
+    rounds = 2 * ROOM // len(document(OBJECT_PATH, []) or "") // (100 * MAX_OPEN_CALLS) + 1
+    with connect_many(populated_service.address, 100, NOBODY) as denied:
         for _ in range(rounds):
-            for number, raw in enumerate(strangers):
-                for _ in range(MOST):
-                    raw.socket.sendall(raw.packed("Introspect", interface=INTROSPECTABLE))
+            for number, raw in enumerate(denied):
+                for _ in range(MAX_OPEN_CALLS):
+                    raw.socket.sendall(raw.pack_call("Introspect", interface=INTROSPECTABLE))
                 if number % 10 == 0:
-                    is_served()
-        eventually(lambda: waiting(stocked.address) > ROOM * 0.9)
-        assert waiting(stocked.address) < ROOM + OWN_IN_ALL
-    assert peak(stocked.pid) - grown < 64 * MEBIBYTE
+                    check_root_is_served()
+        wait_until(lambda: queued_at_bus(populated_service.address) > ROOM * 0.9)
+        assert queued_at_bus(populated_service.address) < ROOM + OWN_IN_ALL
+    assert peak_memory(populated_service.pid) - grown < 64 * MEBIBYTE
 
 
-def test_clients_that_stop_reading_cannot_exhaust_the_descriptors(stocked: Service) -> None:
-    is_served()
-    before = descriptors(stocked)
-    with crowd(stocked.address, 60) as clients:
+def test_clients_that_stop_reading_cannot_exhaust_the_descriptors(
+    populated_service: Service,
+) -> None:
+    check_root_is_served()
+    before = descriptors(populated_service)
+    with connect_many(populated_service.address, 60) as clients:
         for _ in range(8):
             # These are too few calls at once to be refused for their number.
             for raw in clients:
                 raw.call("OpenTree", OPEN_TREE, "work", {}, times=4)
-            is_served()
-            assert waiting(stocked.address, "FDs") <= ROOM // DESCRIPTOR
+            check_root_is_served()
+            assert queued_at_bus(populated_service.address, "FDs") <= ROOM // DESCRIPTOR
         for raw in clients:
-            assert names_of(raw.replies(32).values()) <= REFUSED
-        wait_until_closed(stocked, before)
-    is_served()
+            assert error_names(raw.replies(32).values()) <= DONE_OR_REFUSED
+        wait_until_closed(populated_service, before)
+    check_root_is_served()
 
 
 @pytest.mark.long
-def test_a_stopping_daemon_does_not_wait_for_clients_that_stop_reading(fat: Service) -> None:
-    with crowd(fat.address, 3) as clients:
+def test_a_stopping_daemon_does_not_wait_for_clients_that_stop_reading(
+    service_with_large_pages: Service,
+) -> None:
+    with connect_many(service_with_large_pages.address, 3) as clients:
         for raw in clients:
-            raw.call("List", "asa{sv}", [], {}, times=MOST)
-        eventually(lambda: waiting(fat.address) > ROOM // 2)
-        fat.daemon.process.terminate()
-        assert fat.daemon.process.wait(PATIENCE) == 0
+            raw.call("List", "asa{sv}", [], {}, times=MAX_OPEN_CALLS)
+        wait_until(lambda: queued_at_bus(service_with_large_pages.address) > ROOM // 2)
+        service_with_large_pages.daemon.process.terminate()
+        assert service_with_large_pages.daemon.process.wait(HANG_TIMEOUT) == 0
 
 
 @pytest.mark.long
-def test_a_bus_that_stops_reading_does_not_fill_the_memory(fat: Service) -> None:
-    is_served()
-    grown, bus = peak(fat.pid), pid_of_bus(fat.address)
-    with crowd(fat.address, 3) as clients:
+def test_a_bus_that_stops_reading_does_not_fill_the_memory(
+    service_with_large_pages: Service,
+) -> None:
+    check_root_is_served()
+    grown, bus = (
+        peak_memory(service_with_large_pages.pid),
+        bus_pid(service_with_large_pages.address),
+    )
+    with connect_many(service_with_large_pages.address, 3) as clients:
         for raw in clients:
-            raw.call("List", "asa{sv}", [], {}, times=MOST)
-        eventually(lambda: waiting(fat.address) > 0)
-        os.kill(bus, signal.SIGSTOP)
-        try:
+            raw.call("List", "asa{sv}", [], {}, times=MAX_OPEN_CALLS)
+        wait_until(lambda: queued_at_bus(service_with_large_pages.address) > 0)
+        with stop_processes(bus):
             # Wait until the daemon can send no more before the bus continues.
-            wait_until_asleep(fat.pid)
-            assert peak(fat.pid) - grown < 160 * MEBIBYTE
-        finally:
-            os.kill(bus, signal.SIGCONT)
-    is_served()
+            wait_until_asleep(service_with_large_pages.pid)
+            assert peak_memory(service_with_large_pages.pid) - grown < 160 * MEBIBYTE
+    check_root_is_served()
 
 
-def test_clients_that_leave_after_their_calls_leave_a_consistent_state(stocked: Service) -> None:
-    is_served()
-    before = descriptors(stocked)
+def test_clients_that_leave_after_their_calls_leave_a_consistent_state(
+    populated_service: Service,
+) -> None:
+    check_root_is_served()
+    before = descriptors(populated_service)
     for number in range(100):
-        with crowd(stocked.address, 1) as (raw,):
+        with connect_many(populated_service.address, 1) as (raw,):
             raw.call("Prepare", "ssa{sv}", f"new {number}", "base", {})
             raw.call("View", "ssa{sv}", f"view {number}", "base", {})
             raw.call("OpenTree", OPEN_TREE, "work", {})
             raw.call("Usage", "s", "work")
             raw.call("Remove", "sa{sv}", f"view {number}", {})
-    is_served()
-    wait_until_closed(stocked, before)
+    check_root_is_served()
+    wait_until_closed(populated_service, before)
     with BlockingClient() as client:
         assert client.check() == []
         for info in client.walk():
@@ -347,22 +363,27 @@ def test_clients_that_leave_after_their_calls_leave_a_consistent_state(stocked: 
                 client.remove(info.name)
 
 
-def test_incomplete_messages_do_not_delay_other_clients(stocked: Service) -> None:
-    is_served()
-    before = descriptors(stocked)
-    with crowd(stocked.address, 50, NOBODY) as strangers, crowd(stocked.address, 50) as roots:
-        for number, raw in enumerate((*strangers, *roots)):
-            call = raw.packed("Update", "sa{ss}as", "work", {"half": "x" * 1000}, [])
+def test_incomplete_messages_do_not_delay_other_clients(populated_service: Service) -> None:
+    check_root_is_served()
+    before = descriptors(populated_service)
+    with (
+        connect_many(populated_service.address, 50, NOBODY) as denied,
+        connect_many(populated_service.address, 50) as roots,
+    ):
+        for number, raw in enumerate((*denied, *roots)):
+            call = raw.pack_call("Update", "sa{ss}as", "work", {"half": "x" * 1000}, [])
             raw.socket.sendall(call[: 1 + number * 10])
-        is_served()
-        assert "half" not in run(lambda client: client.stat("work")).labels
-    is_served()
-    wait_until_closed(stocked, before)
+        check_root_is_served()
+        assert "half" not in run_with_client(lambda client: client.stat("work")).labels
+    check_root_is_served()
+    wait_until_closed(populated_service, before)
 
 
-def test_clients_that_do_not_read_signals_do_not_delay_other_clients(stocked: Service) -> None:
-    is_served()
-    before, grown = descriptors(stocked), peak(stocked.pid)
+def test_clients_that_do_not_read_signals_do_not_delay_other_clients(
+    populated_service: Service,
+) -> None:
+    check_root_is_served()
+    before, grown = descriptors(populated_service), peak_memory(populated_service.pid)
 
     async def scenario(client: Client) -> None:
         async with client.changes() as changes:
@@ -370,35 +391,35 @@ def test_clients_that_do_not_read_signals_do_not_delay_other_clients(stocked: Se
                 await client.update("work", {"a": str(number)})
                 await anext(changes)
 
-    with crowd(stocked.address, 20, NOBODY) as strangers:
-        for raw in strangers:
+    with connect_many(populated_service.address, 20, NOBODY) as denied:
+        for raw in denied:
             raw.ask_driver("AddMatch", "s", "type='signal'")
             raw.replies(1)
-        run(scenario)
-        is_served()
-    assert peak(stocked.pid) - grown < 16 * MEBIBYTE
-    wait_until_closed(stocked, before)
+        run_with_client(scenario)
+        check_root_is_served()
+    assert peak_memory(populated_service.pid) - grown < 16 * MEBIBYTE
+    wait_until_closed(populated_service, before)
 
 
 def test_calls_of_other_users_leave_threads_for_root(
     scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The most calls of theirs run that may, and none ends."""
+    """As many calls of other users run as may run at once, and none ends."""
     tmp_path.chmod(0o755)
-    with private_bus([POLICY]) as address, polkitd(address, RULES, tmp_path):
+    with private_bus([POLICY]) as address, run_polkitd(address, RULES, tmp_path):
         monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
-        with serving(address, scratch / "state"), BlockingClient() as client:
-            stock(client)
+        with run_daemon(address, scratch / "state"), BlockingClient() as client:
+            populate_service(client)
             inside = Path(client.mounts("work").source) / "inside"
             inside.mkdir()
-            with crowd(address, 1, NOBODY) as (stranger,), held(inside):
+            with connect_many(address, 1, NOBODY) as (denied,), hold_at_files(inside):
 
                 def fill() -> bool:
                     # More calls at once would be too many questions to polkit.
-                    stranger.call("Usage", "s", "work", times=4)
+                    denied.call("Usage", "s", "work", times=4)
                     return [job.uid for job in client.jobs()] == [NOBODY] * Lane.SURVEY.threads
 
-                eventually(fill)
+                wait_until(fill)
                 client.prepare("new")
                 assert client.usage("base").inodes == 2
                 client.remove("new")

@@ -14,12 +14,12 @@ from snapd_native.errors import FailedPrecondition
 from snapd_native.model import Trouble
 from snapd_native.mounts import bounded
 from snapd_native.snapshotter import Snapshotter
-from tests.support.engine import fill, opened
+from tests.support.engine import open_engine, populate
 from tests.support.file_systems import on_ext4
-from tests.support.kernel_mounts import place, targets, writable
+from tests.support.kernel_mounts import is_writable, make_target, mount_targets
 from tests.support.service import NOBODY, check_sentence
 from tests.support.silent_file_system import SilentFileSystem, silent_file_system
-from tests.support.waiting import WAIT, becomes
+from tests.support.waiting import WAIT_TIMEOUT, wait_until_equal
 
 pytestmark = on_ext4
 
@@ -28,26 +28,26 @@ Call = Callable[[Snapshotter, SilentFileSystem], object]
 
 @pytest.fixture
 def silent(scratch: Path) -> Iterator[SilentFileSystem]:
-    with silent_file_system(scratch / "silent") as lent:
-        yield lent
+    with silent_file_system(scratch / "silent") as file_system:
+        yield file_system
 
 
 @pytest.fixture
-def mounted(
-    full: Snapshotter, state: Path, places: Path, silent: SilentFileSystem
+def engine_with_mount(
+    populated: Snapshotter, state: Path, places: Path, silent: SilentFileSystem
 ) -> Iterator[Snapshotter]:
     """Mount `work` on the file system while that answers, and make a defect for Repair."""
     # The fixture `places` unmounts everything after this fixture ends. Then the file system
     # answers.
     assert places.is_dir()
     (state / "metadata.db").chmod(0o644)
-    full.mounter.mount("work", str(silent.root / "here"))
+    populated.mounter.mount("work", str(silent.root / "here"))
     subprocess.run(["mount", "--make-shared", str(silent.root / "here")], check=True)
-    yield full
+    yield populated
     silent.answer()
-    becomes(waiting, 0)
-    for target in targets(full):
-        full.mounter.unmount(target)
+    wait_until_equal(bounded_threads, 0)
+    for target in mount_targets(populated):
+        populated.mounter.unmount(target)
 
 
 def commit(engine: Snapshotter, _: SilentFileSystem) -> None:
@@ -70,62 +70,65 @@ def repair(engine: Snapshotter, _: SilentFileSystem) -> None:
     engine.upkeep.repair()
 
 
-def waiting() -> int:
+def bounded_threads() -> int:
     """Return the number of threads that work on file systems of others."""
     return sum(thread.name == "bounded" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("call", [commit, unmount, unmount_lazily, mount, repair])
 def test_other_calls_are_answered_while_one_waits_for_a_silent_file_system(
-    mounted: Snapshotter,
+    engine_with_mount: Snapshotter,
     silent: SilentFileSystem,
     places: Path,
     monkeypatch: pytest.MonkeyPatch,
     call: Call,
 ) -> None:
-    monkeypatch.setattr(bounded, "SECONDS", WAIT)
+    monkeypatch.setattr(bounded, "SECONDS", WAIT_TIMEOUT)
     silent.stop_answering()
     with ThreadPoolExecutor() as pool:
-        held_up = pool.submit(call, mounted, silent)
+        blocked_call = pool.submit(call, engine_with_mount, silent)
         try:
-            silent.wait_until_asked(WAIT)
-            mounted.mounter.mount("lone", str(place(places)))
-            assert len(mounted.mounter.list_mounts()) == 2
-            mounted.commit("another", "lone")
-            mounted.mounter.unmount(str(places / "here"))
-            mounted.remove("another")
-            mounted.upkeep.check()
-            assert not held_up.done()
+            silent.wait_until_asked(WAIT_TIMEOUT)
+            engine_with_mount.mounter.mount("lone", str(make_target(places)))
+            assert len(engine_with_mount.mounter.list_mounts()) == 2
+            engine_with_mount.commit("another", "lone")
+            engine_with_mount.mounter.unmount(str(places / "here"))
+            engine_with_mount.remove("another")
+            engine_with_mount.upkeep.check()
+            assert not blocked_call.done()
         finally:
             silent.answer()
-        held_up.result(WAIT)
+        blocked_call.result(WAIT_TIMEOUT)
 
 
 @pytest.mark.parametrize("call", [commit, unmount, unmount_lazily, mount])
 def test_a_call_on_a_file_system_that_stays_silent_raises_failed_precondition(
-    mounted: Snapshotter, silent: SilentFileSystem, monkeypatch: pytest.MonkeyPatch, call: Call
+    engine_with_mount: Snapshotter,
+    silent: SilentFileSystem,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Call,
 ) -> None:
-    before = mounted.mounter.list_mounts(), mounted.stat("work")
+    before = engine_with_mount.mounter.list_mounts(), engine_with_mount.stat("work")
     silent.stop_answering()
     with monkeypatch.context() as patch:
         patch.setattr(bounded, "SECONDS", 0.1)
         with pytest.raises(FailedPrecondition, match="answer") as caught:
-            call(mounted, silent)
+            call(engine_with_mount, silent)
     check_sentence(caught.value.message, str(silent.root))
-    assert (mounted.mounter.list_mounts(), mounted.stat("work")) == before
+    assert (engine_with_mount.mounter.list_mounts(), engine_with_mount.stat("work")) == before
     silent.answer()
-    assert writable(silent.root / "here")
-    call(mounted, silent)
+    assert is_writable(silent.root / "here")
+    call(engine_with_mount, silent)
 
 
 def test_repair_does_not_change_a_mount_on_a_silent_file_system(
-    mounted: Snapshotter, silent: SilentFileSystem, monkeypatch: pytest.MonkeyPatch
+    engine_with_mount: Snapshotter, silent: SilentFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     silent.stop_answering()
     monkeypatch.setattr(bounded, "SECONDS", 0.1)
-    assert [finding.kind for finding in mounted.upkeep.repair()] == [Trouble.MODE]
+    assert [finding.kind for finding in engine_with_mount.upkeep.repair()] == [Trouble.MODE]
     silent.answer()
-    assert writable(silent.root / "here")
+    assert is_writable(silent.root / "here")
 
 
 def test_a_start_does_not_ask_the_file_system_of_an_intact_mount(
@@ -134,19 +137,19 @@ def test_a_start_does_not_ask_the_file_system_of_an_intact_mount(
     """Otherwise each such mount delays the start, and systemd ends a start that takes too long."""
     assert places.is_dir()
     here = str(silent.root / "here")
-    with opened(state) as engine:
-        fill(engine)
+    with open_engine(state) as engine:
+        populate(engine)
         engine.mounter.mount("work", here)
     silent.stop_answering()
-    with opened(state) as engine:
+    with open_engine(state) as engine:
         assert not silent.was_asked()
         silent.answer()
-        assert targets(engine) == [here]
+        assert mount_targets(engine) == [here]
         engine.mounter.unmount(here)
 
 
 def test_commit_does_not_ask_a_file_system_that_a_process_holds_after_a_lazy_unmount(
-    full: Snapshotter, silent: SilentFileSystem
+    populated: Snapshotter, silent: SilentFileSystem
 ) -> None:
     """No mount namespace contains it, and each user may make one with fusermount."""
     # subprocess would change the directory while it holds the GIL, which the file system needs.
@@ -161,33 +164,36 @@ def test_commit_does_not_ask_a_file_system_that_a_process_holds_after_a_lazy_unm
         subprocess.run(["umount", "--lazy", str(silent.root)], check=True)
         silent.stop_answering()
         try:
-            pool.submit(full.commit, "done", "work").result(WAIT)
+            pool.submit(populated.commit, "done", "work").result(WAIT_TIMEOUT)
         finally:
             silent.answer()
 
 
 def test_repeated_calls_on_a_silent_mount_leave_one_thread(
-    mounted: Snapshotter, silent: SilentFileSystem, monkeypatch: pytest.MonkeyPatch
+    engine_with_mount: Snapshotter, silent: SilentFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     silent.stop_answering()
     monkeypatch.setattr(bounded, "SECONDS", 0.01)
     for _ in range(3):
         for call in (unmount, unmount_lazily, commit):
             with pytest.raises(FailedPrecondition, match="does not answer"):
-                call(mounted, silent)
-    assert waiting() == 1
+                call(engine_with_mount, silent)
+    assert bounded_threads() == 1
 
 
 def test_silent_targets_of_a_user_use_a_bounded_number_of_threads_and_do_not_delay_root(
-    mounted: Snapshotter, silent: SilentFileSystem, places: Path, monkeypatch: pytest.MonkeyPatch
+    engine_with_mount: Snapshotter,
+    silent: SilentFileSystem,
+    places: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     silent.stop_answering()
     with monkeypatch.context() as patch:
         patch.setattr(bounded, "SECONDS", 0.01)
         for _ in range(bounded.MOST + 1):
             with pytest.raises(FailedPrecondition, match="does not answer"):
-                mounted.mounter.mount("look", str(silent.root / "there"), uid=NOBODY)
-    assert waiting() == bounded.MOST
-    mounted.mounter.mount("lone", str(place(places)))
-    mounted.commit("another", "lone")
-    mounted.mounter.unmount(str(places / "here"))
+                engine_with_mount.mounter.mount("look", str(silent.root / "there"), uid=NOBODY)
+    assert bounded_threads() == bounded.MOST
+    engine_with_mount.mounter.mount("lone", str(make_target(places)))
+    engine_with_mount.commit("another", "lone")
+    engine_with_mount.mounter.unmount(str(places / "here"))

@@ -19,13 +19,14 @@ from snapd_native.errors import DataLoss, FailedPrecondition, SnapdError
 from snapd_native.model import DIGEST_LABEL
 from snapd_native.snapshotter import Snapshotter
 from tests.support import PROJECT
-from tests.support.canary import canary, holds_secret
-from tests.support.descriptors import workers
-from tests.support.engine import directories, opened
-from tests.support.file_systems import FileSystem, long_on_xfs, mounted, scratch_on
-from tests.support.raw_client import peak
-from tests.support.sample_trees import directory, make_deep, run
-from tests.support.service import serving
+from tests.support.canary import canary, contains_secret
+from tests.support.commands import run_command
+from tests.support.descriptors import worker_pids
+from tests.support.engine import directories, open_engine
+from tests.support.file_systems import FileSystem, long_on_xfs, new_file_system, scratch_on
+from tests.support.raw_client import peak_memory
+from tests.support.sample_trees import make_deep_tree, open_directory
+from tests.support.service import run_daemon
 
 Build = Callable[[Path, Path], object]
 """Fills the tree that is its first argument; the second is a directory outside of the tree."""
@@ -37,7 +38,7 @@ def outside(scratch: Path) -> Iterator[Path]:
         yield path
 
 
-def links(root: Path, outside: Path) -> None:
+def make_links(root: Path, outside: Path) -> None:
     targets = ["/", "..", "../..", ".", "nowhere", "/proc/self/root", "/dev/zero", "l" * 1000]
     targets += [str(outside / name) for name in ("", "secret", "fifo", "directory")]
     targets += [os.path.relpath(outside / "secret", root), "to itself"]
@@ -46,7 +47,7 @@ def links(root: Path, outside: Path) -> None:
     (root / "to itself").symlink_to("to itself")
 
 
-def specials(root: Path, _: Path) -> None:
+def make_special_files(root: Path, _: Path) -> None:
     """Make special files; to open one can block or have an effect."""
     os.mkfifo(root / "fifo")
     os.mknod(root / "socket", stat.S_IFSOCK | 0o600)
@@ -58,7 +59,7 @@ def specials(root: Path, _: Path) -> None:
         os.mknod(root / f"block {minor}", stat.S_IFBLK | 0o600, os.makedev(7, minor))
 
 
-def names(root: Path, _: Path) -> None:
+def make_odd_names(root: Path, _: Path) -> None:
     for name in (b"\xff" * 255, b"\n" * 255, "ü".encode() * 127, b"-", b"~", b"\\", b"a\x80\xfe"):
         path = root / os.fsdecode(name)
         path.mkdir()
@@ -66,23 +67,23 @@ def names(root: Path, _: Path) -> None:
         os.link(path / os.fsdecode(name), path / os.fsdecode(name[:-1] or b"x"))
 
 
-def deep(root: Path, _: Path) -> None:
-    with directory(root) as fd:
-        make_deep(fd, 3000, "d" * 255)
+def make_deep(root: Path, _: Path) -> None:
+    with open_directory(root) as fd:
+        make_deep_tree(fd, 3000, "d" * 255)
 
 
-def protected(root: Path, _: Path) -> None:
+def make_protected(root: Path, _: Path) -> None:
     for flag in "ia":
         (root / flag / "below").mkdir(parents=True)
         for name in ("file", "below/file"):
             (root / flag / name).write_text(name)
-            run("chattr", f"+{flag}", root / flag / name)
+            run_command("chattr", f"+{flag}", root / flag / name)
         for path in (root / flag / "below", root / flag):
-            run("chattr", f"+{flag}", path)
-    run("chattr", "+i", root)
+            run_command("chattr", f"+{flag}", path)
+    run_command("chattr", "+i", root)
 
 
-def huge(root: Path, _: Path) -> None:
+def make_huge_file(root: Path, _: Path) -> None:
     """Make a sparse file of the largest size, with a byte at both ends and in the middle."""
     size = {"xfs": (1 << 63) - 1, "ext4": (1 << 44) - 4096}[type_of(root)]
     with (root / "file").open("wb") as file:
@@ -91,7 +92,7 @@ def huge(root: Path, _: Path) -> None:
             os.pwrite(file.fileno(), b"x", position)
 
 
-def attributes(root: Path, _: Path) -> None:
+def make_large_attributes(root: Path, _: Path) -> None:
     """Give a file and a directory many extended attributes, and a large one."""
     large, many = {"xfs": (65536, 200), "ext4": (1000, 10)}[type_of(root)]
     (root / "file").touch()
@@ -102,24 +103,32 @@ def attributes(root: Path, _: Path) -> None:
             os.setxattr(path, f"user.{number:03}{'n' * 200}", str(number).encode())
 
 
-def linked(root: Path, _: Path) -> None:
+def make_hard_links(root: Path, _: Path) -> None:
     """Give a file the most hard links that ext4 allows, or more than 16 bits count on xfs."""
     (root / "0").write_text("0")
-    with directory(root) as fd:
+    with open_directory(root) as fd:
         for number in range(1, {"xfs": 66_000, "ext4": 65_000}[type_of(root)]):
             os.link("0", str(number), src_dir_fd=fd, dst_dir_fd=fd)
 
 
 def type_of(path: Path) -> str:
-    with directory(path) as fd:
+    with open_directory(path) as fd:
         return linux.filesystem_type(fd)
 
 
 @pytest.mark.parametrize(
     "build",
     [
-        *(links, specials, names, deep, protected, huge, attributes),
-        pytest.param(linked, marks=pytest.mark.long),
+        *(
+            make_links,
+            make_special_files,
+            make_odd_names,
+            make_deep,
+            make_protected,
+            make_huge_file,
+            make_large_attributes,
+        ),
+        pytest.param(make_hard_links, marks=pytest.mark.long),
     ],
 )
 def test_hostile_trees_can_be_committed_copied_verified_and_removed(
@@ -149,7 +158,7 @@ def digest_of(engine: Snapshotter) -> str:
 
 
 @contextmanager
-def mutated(top: Path, outside: Path, seed: int) -> Iterator[None]:
+def run_mutator(top: Path, outside: Path, seed: int) -> Iterator[None]:
     """Run a process that changes the trees in ``top`` during the block."""
     command = [
         sys.executable,
@@ -166,7 +175,7 @@ def mutated(top: Path, outside: Path, seed: int) -> Iterator[None]:
             process.kill()
 
 
-def make_restless(root: Path) -> None:
+def make_changing_files(root: Path) -> None:
     """Make the files that the mutator changes."""
     for outer in range(4):
         for inner in range(4):
@@ -177,7 +186,7 @@ def make_restless(root: Path) -> None:
 
 
 @contextmanager
-def honest() -> Iterator[None]:
+def accept_documented_errors() -> Iterator[None]:
     """Accept the errors that a call on a changing tree may raise."""
     with suppress(FailedPrecondition, DataLoss):
         yield
@@ -189,27 +198,27 @@ def test_calls_on_changing_trees_never_copy_files_from_outside(
     engine: Snapshotter, outside: Path, seed: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The trees of active snapshots, of committed ones and of deletions change."""
-    make_restless(Path(engine.prepare("making").source))
+    make_changing_files(Path(engine.prepare("making").source))
     engine.commit("base", "making", digest=True)
-    with mutated(engine.state_directory / "snapshots", outside, seed):
+    with run_mutator(engine.state_directory / "snapshots", outside, seed):
         for number in range(6):
-            with honest():
+            with accept_documented_errors():
                 engine.upkeep.verify("base")
             key = f"work {number}"
-            with honest():
+            with accept_documented_errors():
                 engine.prepare(key, "base")
                 for _ in range(3):
-                    with honest():
+                    with accept_documented_errors():
                         engine.usage(key)
-                with honest():
+                with accept_documented_errors():
                     engine.commit(f"done {number}", key, digest=bool(number % 2))
             for name in (key, f"done {number}"):
                 with suppress(SnapdError):
                     engine.stat(name)
                     engine.remove(name)
-            with honest():
+            with accept_documented_errors():
                 engine.upkeep.cleanup()
-    assert not holds_secret(engine.state_directory / "snapshots")
+    assert not contains_secret(engine.state_directory / "snapshots")
     engine.remove("base")
     engine.upkeep.cleanup()
     assert directories(engine) == set()
@@ -218,9 +227,9 @@ def test_calls_on_changing_trees_never_copy_files_from_outside(
 
 
 ENTRIES = int(os.environ.get("SNAPD_NATIVE_WIDE", "100000"))
-"""Entries in one directory. Try a million now and then."""
+"""The number of entries in one directory. It is an environment variable to try a million."""
 
-MOST_MEMORY = 48 << 20
+MAX_WORKER_MEMORY = 48 << 20
 """Maximum memory of a worker, in bytes."""
 
 
@@ -240,51 +249,51 @@ def test_a_wide_directory_does_not_grow_the_memory_of_daemon_and_workers(
         seconds[what] = time.monotonic() - begun
 
     with (
-        mounted(name, (2 << 30) + ENTRIES * (24 << 10), loop_directory) as disk,
-        serving(on_bus, disk.root / "state") as service,
+        new_file_system(name, (2 << 30) + ENTRIES * (24 << 10), loop_directory) as disk,
+        run_daemon(on_bus, disk.root / "state") as service,
         BlockingClient() as client,
     ):
         wide = Path(client.prepare("making").source) / "wide"
         wide.mkdir()
-        with directory(wide) as fd:
+        with open_directory(wide) as fd:
             for number in range(ENTRIES):
                 os.mknod(str(number), dir_fd=fd)
-        before = peak(service.pid)
+        before = peak_memory(service.pid)
         with timed("commit"):
             client.commit("base", "making")
         with timed("prepare"):
             client.prepare("copy", "base")
         assert client.usage("copy").inodes == client.usage("base").inodes == ENTRIES + 2
-        hands = workers(service)
-        assert len(hands) <= len(os.sched_getaffinity(0))
-        memory = max(map(peak, hands))
-        assert memory < MOST_MEMORY
+        workers = worker_pids(service)
+        assert len(workers) <= len(os.sched_getaffinity(0))
+        memory = max(map(peak_memory, workers))
+        assert memory < MAX_WORKER_MEMORY
         with timed("commit with digest"):
             client.commit("done", "copy", digest=True)
         with timed("verify"):
             client.verify("done")
-        digesting = max(map(peak, workers(service)))
-        assert digesting < MOST_MEMORY + 300 * ENTRIES
+        digesting = max(map(peak_memory, worker_pids(service)))
+        assert digesting < MAX_WORKER_MEMORY + 300 * ENTRIES
         with timed("remove and cleanup"):
             client.remove("done")
             client.cleanup()
         client.remove("base")
         client.cleanup()
-        assert peak(service.pid) - before < 16 << 20
+        assert peak_memory(service.pid) - before < 16 << 20
         assert service.directories() == []
         figures = ", ".join(f"{what} {taken:.1f} s" for what, taken in seconds.items())
         if "SNAPD_NATIVE_WIDE" in os.environ:
             with capsys.disabled():
                 print(
                     f"\n{name}, {ENTRIES} entries: {figures};"
-                    f" daemon {peak(service.pid) >> 20} MiB, worker {memory >> 20} MiB,"
+                    f" daemon {peak_memory(service.pid) >> 20} MiB, worker {memory >> 20} MiB,"
                     f" with digest {digesting >> 20} MiB"
                 )
 
 
 def test_too_many_extended_attributes_raise_failed_precondition(xfs: FileSystem) -> None:
     """A file on xfs can have them, but they cannot be copied. The user must remove some."""
-    with scratch_on(xfs) as scratch, opened(scratch / "state") as engine:
+    with scratch_on(xfs) as scratch, open_engine(scratch / "state") as engine:
         path = Path(engine.prepare("making").source) / "file"
         path.touch()
         for number in range(300):

@@ -19,9 +19,9 @@ import pytest
 from snapd_native.client import BlockingClient
 from snapd_native.errors import DataLoss, ResourceExhausted
 from tests.support.failing_disk import KINDS, FailingDisk, failing_disk
-from tests.support.oracle import Book, Ledger
-from tests.support.service import serving
-from tests.support.storm import found, rage
+from tests.support.oracle import InstanceOracle, Oracle
+from tests.support.service import run_daemon
+from tests.support.storm import inspect_service, interrupt_load
 
 FAILURES = int(os.environ.get("FAILURES", "2"))
 CLIENTS = 4
@@ -40,33 +40,33 @@ def test_acknowledged_commits_survive_random_disk_failures(
 ) -> None:
     chance = random.Random(run_seed)
     state = disk.root / "state"
-    book = Book(("",))
-    (ledger,) = book.ledgers.values()
+    oracle = Oracle(("",))
+    (expected,) = oracle.instances.values()
     for number in range(FAILURES):
         is_killed = chance.random() < 0.5
-        with serving(on_bus, state, status=-signal.SIGKILL if is_killed else 0) as service:
-            assert ledger.compare(found()) == [], f"after failure {number}"
+        with run_daemon(on_bus, state, status=-signal.SIGKILL if is_killed else 0) as service:
+            assert expected.compare(inspect_service()) == [], f"after failure {number}"
             disk.trim()
-            order = book.order(number, CLIENTS)
+            order = oracle.load_input(number, CLIENTS)
             commits, seconds = chance.randrange(3, 15), chance.uniform(0, 0.05)
-            rage(book, service, order, commits, seconds, disk.fail)
-            check_errors(ledger, number)
+            interrupt_load(oracle, service, order, commits, seconds, disk.fail)
+            check_errors(expected, number)
             if is_killed:
                 service.daemon.process.kill()
         disk.mount_again(heal=True)
         end_boot(state)
-    with serving(on_bus, state):
-        assert ledger.compare(found()) == []
+    with run_daemon(on_bus, state):
+        assert expected.compare(inspect_service()) == []
         with BlockingClient() as client:
             assert client.check() == []
             client.prepare("afterwards")
             client.commit("all is well", "afterwards")
-    print(f"{FAILURES} failures, {ledger.acknowledged} commits acknowledged")
+    print(f"{FAILURES} failures, {expected.acknowledged} commits acknowledged")
     # With fewer commits the failures could lose nothing.
-    assert ledger.acknowledged >= FAILURES
+    assert expected.acknowledged >= FAILURES
 
 
-def check_errors(ledger: Ledger, number: int) -> None:
+def check_errors(expected: InstanceOracle, number: int) -> None:
     """Check that reads succeed, and that changes fail only with errors of the contract."""
     with BlockingClient() as client:
         for info in list(client.walk()):
@@ -74,12 +74,12 @@ def check_errors(ledger: Ledger, number: int) -> None:
         for attempt in range(3):
             key, name = f"doomed {number} {attempt}", f"unheard of {number} {attempt}"
             with suppress(DataLoss, ResourceExhausted):
-                ledger.begin({"operation": "prepare", "key": key, "parent": ""})
+                expected.begin({"operation": "prepare", "key": key, "parent": ""})
                 client.prepare(key)
                 call = {"operation": "commit", "key": key, "name": name, "files": {}}
-                ledger.begin(call)
+                expected.begin(call)
                 client.commit(name, key)
-                ledger.done(call)
+                expected.done(call)
 
 
 def end_boot(state: Path) -> None:

@@ -30,7 +30,7 @@ from snapd_native.mounts import Table
 from snapd_native.wire.names import BUS_NAME, MANAGER, PEER
 from tests.support import PROJECT
 from tests.support.raw_client import wait_until_asleep
-from tests.support.service import AS_INSTALLED, PATIENCE, Service, connection, serving
+from tests.support.service import HANG_TIMEOUT, UNIT_ENVIRONMENT, Service, connection, run_daemon
 from tests.support.soak.clients import Order
 from tests.support.soak.gauges import MIB, Gauge, growth, table, too_large
 from tests.support.soak.tenants import Signal
@@ -39,24 +39,24 @@ MINUTES = float(os.environ.get("SOAK_MINUTES", "0.3"))
 
 FILE_SYSTEMS = 2
 ROUNDS = min(12, 4 + int(MINUTES))
-WARM = ROUNDS // 4
+WARM_UP_ROUNDS = ROUNDS // 4
 """Rounds of warm-up. After them, every thread, worker and connection exists."""
 
-JUDGED_ROUNDS = ROUNDS - WARM
+CHECKED_ROUNDS = ROUNDS - WARM_UP_ROUNDS
 """Rounds in which nothing may grow. If something grows, as many rounds follow: a leak goes on."""
 
 TENANTS = 28
 PROCESSES = 4
-ONLOOKERS = 4
+STAT_CLIENTS = 4
 """Clients that call nothing but Stat, in a process of their own."""
 
-TREES = (10, 100, 1000, 10_000)
+TREE_SIZES = (10, 100, 1000, 10_000)
 """Numbers of files in the snapshots that all clients copy."""
 
 STAT_P99 = 0.05
 """Maximum 99th percentile of Stat in seconds, on a machine that does nothing else."""
 
-JUDGED = 10
+STAT_CHECK_MINUTES = 10
 """Minutes of a run from which `STAT_P99` is checked.
 
 A shorter run runs beside other tests, and measures the machine more than Stat.
@@ -69,23 +69,26 @@ def test_many_clients_over_a_long_time_lose_nothing_and_leak_nothing(
     on_bus: str, scratch: Path, run_seed: int
 ) -> None:
     with (
-        serving(on_bus, scratch / "state", AS_INSTALLED) as service,
+        run_daemon(on_bus, scratch / "state", UNIT_ENVIRONMENT) as service,
         stopped_and_unmounted(service),
     ):
         with BlockingClient() as client:
-            bases = {f"/base/{files}": grow(client, f"/base/{files}", files) for files in TREES}
+            bases = {
+                f"/base/{files}": commit_many_files(client, f"/base/{files}", files)
+                for files in TREE_SIZES
+            }
         soak = Soak(service)
         asyncio.run(soak.run(run_seed, bases, MINUTES * 60 / FILE_SYSTEMS / ROUNDS))
         assert service.directories() == []
-    print_figures(soak)
-    assert growth(soak.rests[WARM - 1 :], JUDGED_ROUNDS) == []
+    print_tables(soak)
+    assert growth(soak.rests[WARM_UP_ROUNDS - 1 :], CHECKED_ROUNDS) == []
     assert too_large([*soak.rests, *chain(*soak.rounds)]) == []
-    if MINUTES >= JUDGED:
+    if MINUTES >= STAT_CHECK_MINUTES:
         p99 = percentile(soak.seconds["Stat"], 99)
         assert p99 <= STAT_P99
 
 
-def grow(client: BlockingClient, name: str, files: int) -> int:
+def commit_many_files(client: BlockingClient, name: str, files: int) -> int:
     """Commit a snapshot of ``files`` files, a hundred in each directory; return its inodes."""
     root = Path(client.prepare(f"{name} in the making").source)
     for number in range(files):
@@ -126,56 +129,56 @@ class History:
 
     def __init__(self, there: dict[str, tuple[str, str]]) -> None:
         """Begin with the existing snapshots: their kinds and parents by name."""
-        self.there = there
+        self.snapshots = there
         self.total = 0
         self._impossible: list[Signal] = []
         self._acknowledged: defaultdict[str, list[Signal]] = defaultdict(list)
-        self._heard: defaultdict[str, list[Signal]] = defaultdict(list)
+        self._signals: defaultdict[str, list[Signal]] = defaultdict(list)
 
     def acknowledge(self, tenant: int, change: Signal) -> None:
         """Record a change that a reply to the tenant has acknowledged."""
         self._acknowledged[f"{tenant}"].append(change)
 
-    def hear(self, message: Message) -> None:
+    def record_signal(self, message: Message) -> None:
         """Record a signal, and whether it is possible after the signals before it."""
         change = (message.member, *message.body)
         if message.message_type is MessageType.SIGNAL and message.member.startswith("Snapshot"):
             self.total += 1
-            self._heard[message.body[0].split("/")[1]].append(change)
-            if not self._happens(change):
+            self._signals[message.body[0].split("/")[1]].append(change)
+            if not self._apply(change):
                 self._impossible.append(change)
 
-    def _happens(self, change: Signal) -> bool:
+    def _apply(self, change: Signal) -> bool:
         match change:
             case "SnapshotAdded", str(key), str(kind), str(parent):
-                free = key not in self.there
-                possible = not parent or self.there.get(parent, ("", ""))[0] == "committed"
-                self.there[key] = (kind, parent)
+                free = key not in self.snapshots
+                possible = not parent or self.snapshots.get(parent, ("", ""))[0] == "committed"
+                self.snapshots[key] = (kind, parent)
                 return free and possible
             case "SnapshotCommitted", str(name), str(key):
-                kind, parent = self.there.pop(key, ("", ""))
-                free = name not in self.there
-                self.there[name] = ("committed", parent)
+                kind, parent = self.snapshots.pop(key, ("", ""))
+                free = name not in self.snapshots
+                self.snapshots[name] = ("committed", parent)
                 return free and kind == "active"
             case "SnapshotUpdated", str(name):
-                return name in self.there
+                return name in self.snapshots
             case "SnapshotRemoved", str(key):
-                return self.there.pop(key, None) is not None
+                return self.snapshots.pop(key, None) is not None
         return False
 
     def compare(self, infos: Sequence[Info]) -> None:
         """Compare the signals with the replies and the snapshots, while no call runs."""
         assert self._impossible == []
-        assert {info.name: (info.kind.value, info.parent) for info in infos} == self.there
-        for owner in {*self._acknowledged, *self._heard} - {"base"}:
-            told, heard = self._acknowledged[owner], self._heard[owner]
-            for number, (one, other) in enumerate(zip_longest(told, heard)):
+        assert {info.name: (info.kind.value, info.parent) for info in infos} == self.snapshots
+        for owner in {*self._acknowledged, *self._signals} - {"base"}:
+            acknowledged, signals = self._acknowledged[owner], self._signals[owner]
+            for number, (one, other) in enumerate(zip_longest(acknowledged, signals)):
                 assert one == other, (
-                    f"change {number} of tenant {owner} was answered as {one}, heard as {other},"
-                    f" after {told[max(0, number - 3) : number]}"
+                    f"change {number} of tenant {owner}: reply to {one}, signal {other},"
+                    f" after {acknowledged[max(0, number - 3) : number]}"
                 )
         self._acknowledged.clear()
-        self._heard.clear()
+        self._signals.clear()
 
 
 class Process:
@@ -192,28 +195,28 @@ class Process:
         """Pass the reports of the clients to ``note``, until all clients have reached ``place``."""
         assert self._process.stdout is not None
         async for line in self._process.stdout:
-            told = json.loads(line)
-            if "failed" in told:
-                raise AssertionError(told["failed"])
-            if told.get("at") == place:
+            report = json.loads(line)
+            if "failed" in report:
+                raise AssertionError(report["failed"])
+            if report.get("at") == place:
                 return
-            note(told)
+            note(report)
         raise AssertionError("a process of clients has ended")
 
 
 @asynccontextmanager
-async def crowd(seed: int, bases: Mapping[str, int]) -> AsyncIterator[list[Process]]:
+async def run_clients(seed: int, bases: Mapping[str, int]) -> AsyncIterator[list[Process]]:
     """Run the processes of all clients during the block."""
     orders: list[Order] = [
         {
             "seed": seed,
             "bases": {**bases},
             "tenants": [*range(number, TENANTS, PROCESSES)],
-            "onlookers": 0,
+            "stat_clients": 0,
         }
         for number in range(PROCESSES)
     ]
-    orders.append({"seed": seed, "bases": {**bases}, "tenants": [], "onlookers": ONLOOKERS})
+    orders.append({"seed": seed, "bases": {**bases}, "tenants": [], "stat_clients": STAT_CLIENTS})
     started: list[asyncio.subprocess.Process] = []
     try:
         for _ in orders:
@@ -260,18 +263,18 @@ class Soak:
             await bus.ask_driver("AddMatch", "s", [match])
             infos = [info async for info in client.walk()]
             self.history = History({info.name: (info.kind.value, info.parent) for info in infos})
-            bus.add_message_handler(self.history.hear)
-            async with crowd(seed, bases) as processes:
+            bus.add_message_handler(self.history.record_signal)
+            async with run_clients(seed, bases) as processes:
                 for _ in range(ROUNDS):
                     await self._round(processes, seconds, client, bus)
-                if growth(self.rests[WARM - 1 :], JUDGED_ROUNDS):
-                    for _ in range(JUDGED_ROUNDS):
+                if growth(self.rests[WARM_UP_ROUNDS - 1 :], CHECKED_ROUNDS):
+                    for _ in range(CHECKED_ROUNDS):
                         await self._round(processes, seconds, client, bus)
-                await self._tell(processes, "leave", "end")
+                await self._command(processes, "leave", "end")
             for name in bases:
                 await client.remove(name)
             await self._compare(client, bus)
-            assert self.history.there == {}
+            assert self.history.snapshots == {}
 
     async def _round(
         self, processes: Sequence[Process], seconds: float, client: Client, bus: connection
@@ -286,7 +289,7 @@ class Soak:
         self.rounds.append(samples)
         end = time.monotonic() + seconds
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._tell(processes, "work", "rest"))
+            group.create_task(self._command(processes, "work", "rest"))
             while (left := end - time.monotonic()) > 0:
                 await asyncio.sleep(min(1, left))
                 samples.append(Gauge.read(self._service))
@@ -301,7 +304,7 @@ class Soak:
         assert await client.check() == []
         await client.cleanup()
         infos = [info async for info in client.walk()]
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(HANG_TIMEOUT):
             for info in infos:
                 wanted = int(info.labels.get(STANDBY_LABEL, "0"))
                 while (await client.standby(info.name)).ready != wanted:
@@ -323,18 +326,18 @@ class Soak:
         await asyncio.to_thread(wait_until_asleep, self._service.pid)
         self.rests.append(Gauge.read(self._service))
 
-    async def _tell(self, processes: Sequence[Process], command: str, place: str) -> None:
+    async def _command(self, processes: Sequence[Process], command: str, place: str) -> None:
         """Send a command to all processes, and wait until all clients have reached ``place``."""
         async with asyncio.TaskGroup() as group:
             for process in processes:
                 process.tell(command)
-                group.create_task(process.until(place, self._note))
+                group.create_task(process.until(place, self._record))
 
-    def _note(self, told: dict[str, Any]) -> None:
-        self.refused += told["refused"]
-        for what, seconds in told["seconds"].items():
+    def _record(self, report: dict[str, Any]) -> None:
+        self.refused += report["refused"]
+        for what, seconds in report["seconds"].items():
             self.seconds[what] += seconds
-        for tenant, change in told["changes"]:
+        for tenant, change in report["changes"]:
             self.history.acknowledge(tenant, tuple(change))
 
     def _progress(self) -> str:
@@ -351,7 +354,7 @@ def percentile(values: Sequence[float], percent: int) -> float:
     return sorted(values)[len(values) * percent // 100] if values else 0
 
 
-def print_figures(soak: Soak) -> None:
+def print_tables(soak: Soak) -> None:
     """Print tables for a document."""
     print(f"\n{soak.calls} calls, {soak.refused} of them refused as the contract says,")
     print(f"{soak.history.total} changes\n")

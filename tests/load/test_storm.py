@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from snapd_native.client import BlockingClient
-from tests.support.oracle import Book
-from tests.support.service import serving
-from tests.support.storm import found, rage
+from tests.support.oracle import Oracle
+from tests.support.service import run_daemon
+from tests.support.storm import inspect_service, interrupt_load
 
 KILLS = int(os.environ.get("STORM_KILLS", "20"))
 CLIENTS = 8
@@ -32,26 +32,28 @@ def test_acknowledged_changes_survive_kills_at_random_instants(
     on_bus: str, scratch: Path, run_seed: int
 ) -> None:
     chance = random.Random(run_seed)
-    book = Book(("",))
-    (ledger,) = book.ledgers.values()
+    oracle = Oracle(("",))
+    (expected,) = oracle.instances.values()
     total = 0
     for number in range(KILLS):
         if chance.random() < 0.1:
             kill_while_it_starts(on_bus, scratch / "state", chance.uniform(0, 0.8))
-        with serving(on_bus, scratch / "state", status=-signal.SIGKILL) as service:
-            troubles = ledger.compare(found())
-            assert troubles == [], f"after kill {number}\n{book.story(troubles)}"
-            order = book.order(number, CLIENTS)
+        with run_daemon(on_bus, scratch / "state", status=-signal.SIGKILL) as service:
+            differences = expected.compare(inspect_service())
+            assert differences == [], f"after kill {number}\n{oracle.lines_about(differences)}"
+            order = oracle.load_input(number, CLIENTS)
             commits, seconds = chance.randrange(1, 12), chance.uniform(0, 0.05)
-            total += rage(book, service, order, commits, seconds, service.daemon.process.kill)
-    with serving(on_bus, scratch / "state"):
-        troubles = ledger.compare(found())
-        assert troubles == [], book.story(troubles)
+            total += interrupt_load(
+                oracle, service, order, commits, seconds, service.daemon.process.kill
+            )
+    with run_daemon(on_bus, scratch / "state"):
+        differences = expected.compare(inspect_service())
+        assert differences == [], oracle.lines_about(differences)
         with BlockingClient() as client:
             assert client.check() == []
-    print(f"{KILLS} kills, {total} calls acknowledged, {ledger.acknowledged} of them commits")
+    print(f"{KILLS} kills, {total} calls acknowledged, {expected.acknowledged} of them commits")
     # With fewer commits the kills could lose nothing.
-    assert ledger.acknowledged >= KILLS
+    assert expected.acknowledged >= KILLS
 
 
 def kill_while_it_starts(address: str, state: Path, seconds: float) -> None:

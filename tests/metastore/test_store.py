@@ -32,7 +32,8 @@ from snapd_native.metastore import Metastore, connections
 from snapd_native.metastore.connections import Connections
 from snapd_native.metastore.schema import VERSION, ensure_schema
 from snapd_native.model import Added, Change, Committed, Kind, Removed, Updated, Usage
-from tests.support.file_systems import mounted
+from tests.support.file_systems import new_file_system
+from tests.support.full_disk import free_space, use_all_space
 
 USAGE = Usage(4096, 1)
 
@@ -44,13 +45,15 @@ def database() -> Iterator[Path]:
 
 
 @contextmanager
-def opened(path: Path, announce: Callable[[Change], None] = lambda *_: None) -> Iterator[Metastore]:
+def open_store(
+    path: Path, announce: Callable[[Change], None] = lambda *_: None
+) -> Iterator[Metastore]:
     with closing(Metastore(path, announce)) as store:
         yield store
 
 
 @contextmanager
-def raw(path: Path) -> Iterator[sqlite3.Connection]:
+def open_database(path: Path) -> Iterator[sqlite3.Connection]:
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("PRAGMA foreign_keys = ON")
         yield db
@@ -82,7 +85,7 @@ def names(store: Metastore, *filters: str, after: str = "", limit: int = 1000) -
 @pytest.fixture
 def store(database: Path) -> Iterator[Metastore]:
     """Yield a metastore with `base`, its children `work` and `look`, and `lone`."""
-    with opened(database) as made:
+    with open_store(database) as made:
         add(made, "preparing base")
         commit(made, "base", "preparing base")
         add(made, "work", "base")
@@ -111,13 +114,13 @@ def test_a_reading_connection_cannot_write(store: Metastore) -> None:
     assert len(names(store)) == 4
 
 
-def run_apart(script: str, *arguments: object) -> subprocess.Popen[str]:
+def start_process(script: str, *arguments: object) -> subprocess.Popen[str]:
     """Run a script in another process; its input and output are pipes."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-TRYING = """
+TRY_TO_USE = """
 import sqlite3, sys
 db = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)
 for statement in ("SELECT count(*) FROM snapshots", "BEGIN IMMEDIATE"):
@@ -131,12 +134,12 @@ for statement in ("SELECT count(*) FROM snapshots", "BEGIN IMMEDIATE"):
 def test_no_other_process_can_use_the_database_of_an_open_store(
     store: Metastore, database: Path
 ) -> None:
-    with run_apart(TRYING, database) as process:
+    with start_process(TRY_TO_USE, database) as process:
         assert process.communicate()[0] == "database is locked\n" * 2
     assert len(names(store)) == 4
 
 
-HOLDING = """
+KEEP_OPEN = """
 import sqlite3, sys
 db = sqlite3.connect(sys.argv[1], isolation_level=None)
 db.execute("SELECT count(*) FROM snapshots").fetchone()
@@ -148,16 +151,16 @@ sys.stdin.read()
 def test_a_database_that_another_process_has_open_raises_unavailable(
     database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with opened(database) as store:
+    with open_store(database) as store:
         add(store, "key")
     monkeypatch.setattr(connections, "BUSY_SECONDS", 0)
-    with run_apart(HOLDING, database) as process:
+    with start_process(KEEP_OPEN, database) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "open\n"
         with pytest.raises(Unavailable, match="is open in another program"):
             Metastore(database, lambda _: None)
         process.communicate()
-    with opened(database) as store:
+    with open_store(database) as store:
         assert names(store) == ["key"]
 
 
@@ -172,7 +175,7 @@ def test_no_file_of_the_database_is_mapped_into_memory(store: Metastore) -> None
 def test_the_database_files_get_mode_0600(database: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
-        with opened(database) as store:
+        with open_store(database) as store:
             add(store, "key")
             modes = {path.name: path.stat().st_mode for path in database.parent.iterdir()}
     finally:
@@ -190,7 +193,9 @@ def test_a_database_that_is_a_symlink_is_refused(database: Path) -> None:
     assert not (database.parent / "elsewhere").exists()
 
 
-REFUSED = "constraint|cannot store|malformed JSON|the parent is not committed|only Commit changes"
+SCHEMA_ERRORS = (
+    "constraint|cannot store|malformed JSON|the parent is not committed|only Commit changes"
+)
 INSERT = "INSERT INTO snapshots (name, kind, parent, created, updated, labels, size, inodes) VALUES"
 
 
@@ -239,7 +244,7 @@ def test_the_schema_refuses_invalid_rows_and_changes(
     store: Metastore, database: Path, statement: str
 ) -> None:
     before = store.list(parse([]), "", 100)
-    with raw(database) as db, pytest.raises(sqlite3.Error, match=REFUSED):
+    with open_database(database) as db, pytest.raises(sqlite3.Error, match=SCHEMA_ERRORS):
         db.execute(statement)
     assert store.list(parse([]), "", 100) == before
 
@@ -251,50 +256,50 @@ def test_a_name_of_4096_bytes_can_be_stored(store: Metastore) -> None:
 
 
 def test_a_database_gets_the_schema_of_the_program_once(database: Path) -> None:
-    with opened(database) as store:
+    with open_store(database) as store:
         add(store, "key")
-    with raw(database) as db:
+    with open_database(database) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (VERSION,)
         before = list(db.execute("SELECT * FROM sqlite_schema"))
         ensure_schema(db)
         assert list(db.execute("SELECT * FROM sqlite_schema")) == before
-    with opened(database) as store:
+    with open_store(database) as store:
         assert names(store) == ["key"]
 
 
 def test_a_database_of_a_newer_version_is_refused_and_unchanged(database: Path) -> None:
-    with opened(database) as store:
+    with open_store(database) as store:
         add(store, "key")
-    with raw(database) as db:
+    with open_database(database) as db:
         db.execute(f"PRAGMA user_version = {VERSION + 1}")
     with pytest.raises(DataLoss, match="newer version"):
         Metastore(database, lambda *_: None)
-    with raw(database) as db:
+    with open_database(database) as db:
         assert db.execute("SELECT name FROM snapshots").fetchall() == [("key",)]
         db.execute(f"PRAGMA user_version = {VERSION}")
-    with opened(database) as store:
+    with open_store(database) as store:
         assert names(store) == ["key"]
 
 
 @pytest.mark.parametrize("kept", [0, 24, 100], ids="{} bytes kept".format)
 def test_a_damaged_database_file_raises_data_loss(database: Path, kept: int) -> None:
-    with opened(database) as store:
+    with open_store(database) as store:
         add(store, "key")
     content = database.read_bytes()
     database.write_bytes(content[:kept] + b"garbage!" * 2000)
-    with pytest.raises(DataLoss, match=r"metadata\.db"), opened(database) as store:
+    with pytest.raises(DataLoss, match=r"metadata\.db"), open_store(database) as store:
         store.get("key")
 
 
 def test_damaged_database_pages_raise_data_loss(database: Path) -> None:
-    with opened(database) as store:
+    with open_store(database) as store:
         for number in range(500):
             add(store, f"key {number:03}", labels={"label": "x" * 200})
     size = database.stat().st_size
     with database.open("r+b") as file:
         file.seek(size // 4)
         file.write(b"garbage!" * (size // 16))
-    with opened(database) as store, pytest.raises(DataLoss):
+    with open_store(database) as store, pytest.raises(DataLoss):
         names(store)
 
 
@@ -305,7 +310,7 @@ def test_readers_do_not_wait_for_a_writer(store: Metastore, database: Path) -> N
         assert set(store.directories()) == {1, 2, 4}
         return names(store)
 
-    with raw(database) as other, ThreadPoolExecutor(1) as pool:
+    with open_database(database) as other, ThreadPoolExecutor(1) as pool:
         other.execute("BEGIN IMMEDIATE")
         other.execute("DELETE FROM snapshots WHERE name = 'lone'")
         assert read_everything() == ["base", "lone", "look", "work"]
@@ -318,16 +323,16 @@ def test_readers_do_not_wait_for_a_writer(store: Metastore, database: Path) -> N
     assert seen == ["base", "lone", "look", "work"]
 
 
-def test_changes_fail_on_a_full_disk_until_there_is_room(loop_directory: Path) -> None:
-    told: list[Change] = []
-    with mounted("ext4", 16 << 20, loop_directory) as disk:
-        with opened(disk.root / "metadata.db", told.append) as store:
+def test_changes_fail_on_a_full_disk_until_space_is_free(loop_directory: Path) -> None:
+    announced: list[Change] = []
+    with new_file_system("ext4", 16 << 20, loop_directory) as disk:
+        with open_store(disk.root / "metadata.db", announced.append) as store:
             add(store, "before")
-            fill(disk.root / "ballast")
+            use_all_space(disk.root)
             with pytest.raises(ResourceExhausted, match="no room"):
-                grow(store)
+                add_large_snapshots(store)
             full = names(store)
-            assert told == [Added(name, Kind.ACTIVE, "") for name in ["before", *full[1:]]]
+            assert announced == [Added(name, Kind.ACTIVE, "") for name in ["before", *full[1:]]]
             for change in (
                 lambda: store.update("before", lambda _: {"label": "x" * 400_000}),
                 lambda: add(store, "large", labels={"label": "x" * 400_000}),
@@ -339,38 +344,27 @@ def test_changes_fail_on_a_full_disk_until_there_is_room(loop_directory: Path) -
                     change()
             assert names(store) == full
             assert store.get("before").info.labels == {}
-            (disk.root / "ballast").unlink()
+            free_space(disk.root)
             store.release(store._reservations._held["large"])
             add(store, "later", labels={"label": "x" * 400_000})
             assert names(store) == [*full, "later"]
-        with opened(disk.root / "metadata.db") as store:
+        with open_store(disk.root / "metadata.db") as store:
             assert names(store) == [*full, "later"]
 
 
 def test_a_metastore_on_a_full_disk_raises_resource_exhausted(loop_directory: Path) -> None:
-    with mounted("ext4", 16 << 20, loop_directory) as disk:
-        with opened(disk.root / "metadata.db") as store:
+    with new_file_system("ext4", 16 << 20, loop_directory) as disk:
+        with open_store(disk.root / "metadata.db") as store:
             add(store, "before")
-        fill(disk.root / "ballast")
-        with pytest.raises(ResourceExhausted), opened(disk.root / "metadata.db") as store:
-            grow(store)
-        (disk.root / "ballast").unlink()
-        with opened(disk.root / "metadata.db") as store:
+        use_all_space(disk.root)
+        with pytest.raises(ResourceExhausted), open_store(disk.root / "metadata.db") as store:
+            add_large_snapshots(store)
+        free_space(disk.root)
+        with open_store(disk.root / "metadata.db") as store:
             assert names(store)[0] == "before"
 
 
-def fill(path: Path) -> None:
-    """Use the last free block of a file system."""
-    with path.open("wb", buffering=0) as file:
-        for size in (1 << 20, 4096):
-            try:
-                while True:
-                    file.write(bytes(size))
-            except OSError:
-                continue
-
-
-def grow(store: Metastore) -> None:
+def add_large_snapshots(store: Metastore) -> None:
     for number in range(1000):
         add(store, f"filling {number:04}", labels={"label": "x" * 4000})
 
@@ -435,12 +429,12 @@ def test_a_reservation_blocks_its_name_and_its_parent(store: Metastore) -> None:
 
 
 def test_a_new_start_forgets_reservations_and_reuses_no_id(database: Path) -> None:
-    with opened(database) as store:
+    with open_store(database) as store:
         last = max(add(store, str(number)) for number in range(5))
         store.reserve("held", "")
         for number in range(5):
             store.remove(str(number))
-    with opened(database) as store:
+    with open_store(database) as store:
         assert add(store, "held") > last
     with closing(Metastore(database, lambda *_: None, first_id=1000)) as store:
         assert add(store, "new") == 1000
@@ -495,10 +489,10 @@ def test_a_page_larger_than_a_message_raises_resource_exhausted(store: Metastore
 
 
 def test_announcements_are_in_the_order_of_the_changes(database: Path) -> None:
-    with opened(database) as store:
+    with open_store(database) as store:
         add(store, "preparing base")
         commit(store, "base", "preparing base")
-    with raw(database) as db:
+    with open_database(database) as db:
         db.executescript("""
             CREATE TABLE log (number INTEGER PRIMARY KEY AUTOINCREMENT, change TEXT);
             CREATE TRIGGER added AFTER INSERT ON snapshots
@@ -511,7 +505,7 @@ def test_announcements_are_in_the_order_of_the_changes(database: Path) -> None:
             CREATE TRIGGER removed AFTER DELETE ON snapshots
                 BEGIN INSERT INTO log (change) VALUES ('Removed ' || old.name); END;
         """)
-    told: list[Change] = []
+    announced: list[Change] = []
     start = threading.Barrier(8)
 
     def work(number: int) -> None:
@@ -523,15 +517,15 @@ def test_announcements_are_in_the_order_of_the_changes(database: Path) -> None:
             commit(store, name, key)
             store.remove(name)
 
-    with opened(database, told.append) as store, ThreadPoolExecutor(8) as pool:
+    with open_store(database, announced.append) as store, ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
-    with raw(database) as db:
+    with open_database(database) as db:
         logged = [change for (change,) in db.execute("SELECT change FROM log ORDER BY number")]
-    assert [described(change) for change in told] == logged
+    assert [describe(change) for change in announced] == logged
     assert len(logged) == 320
 
 
-def described(change: Change) -> str:
+def describe(change: Change) -> str:
     match change:
         case Added(key):
             return f"Added {key}"
@@ -547,7 +541,7 @@ def described(change: Change) -> str:
 
 
 @contextmanager
-def traced(store: Metastore) -> Iterator[list[str]]:
+def trace_statements(store: Metastore) -> Iterator[list[str]]:
     """Collect the statements that the store executes."""
     statements: list[str] = []
     for lend in (store._connections.writing, store._connections.reading):
@@ -580,10 +574,10 @@ def traced(store: Metastore) -> Iterator[list[str]]:
 def test_queries_use_the_indexes(
     store: Metastore, database: Path, call: Callable[[Metastore], object], indices: list[str]
 ) -> None:
-    with traced(store) as statements:
+    with trace_statements(store) as statements:
         call(store)
     plans = []
-    with raw(database) as db:
+    with open_database(database) as db:
         for statement in statements:
             if re.match("SELECT|INSERT|UPDATE|DELETE", statement.lstrip()):
                 plans += [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {statement}")]

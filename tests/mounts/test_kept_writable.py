@@ -14,7 +14,7 @@ import pytest
 from snapd_native.errors import FailedPrecondition
 from snapd_native.snapshotter import Snapshotter
 from tests.support.file_systems import on_ext4
-from tests.support.kernel_mounts import place
+from tests.support.kernel_mounts import make_target
 
 pytestmark = [on_ext4, pytest.mark.usefixtures("places")]
 
@@ -136,28 +136,28 @@ def commit_and_write(engine: Snapshotter, process: subprocess.Popen[str]) -> Non
     ],
 )
 def test_a_lazily_unmounted_file_cannot_be_written_after_commit(
-    full: Snapshotter, places: Path, script: str
+    populated: Snapshotter, places: Path, script: str
 ) -> None:
-    here = place(places)
-    full.mounter.mount("work", str(here))
+    here = make_target(places)
+    populated.mounter.mount("work", str(here))
     with holder(script, here) as process:
-        full.mounter.unmount(str(here), lazy=True)
-        commit_and_write(full, process)
+        populated.mounter.unmount(str(here), lazy=True)
+        commit_and_write(populated, process)
 
 
 @known_hole("the path of the file begins at the mounted directory")
 def test_a_lazily_unmounted_part_of_a_tree_cannot_be_written_after_commit(
-    full: Snapshotter, places: Path
+    populated: Snapshotter, places: Path
 ) -> None:
-    here, there = place(places), place(places, "there")
-    full.mounter.mount("work", str(here))
+    here, there = make_target(places), make_target(places, "there")
+    populated.mounter.mount("work", str(here))
     (here / "part").mkdir()
     (here / "part" / "file").write_text("kept")
     subprocess.run(["mount", "--bind", here / "part", there], check=True)
     script = 'fd = os.open(here + "/file", os.O_RDWR)\nproceed()\nos.write(fd, b"gone")'
     with holder(script, there) as process:
         subprocess.run(["umount", "--lazy", there], check=True)
-        commit_and_write(full, process)
+        commit_and_write(populated, process)
 
 
 @pytest.mark.parametrize(
@@ -173,16 +173,18 @@ def test_a_lazily_unmounted_part_of_a_tree_cannot_be_written_after_commit(
         ),
     ],
 )
-def test_a_tree_of_open_tree_cannot_be_written_after_commit(full: Snapshotter, script: str) -> None:
-    tree = full.mounter.open_tree("work")
+def test_a_tree_of_open_tree_cannot_be_written_after_commit(
+    populated: Snapshotter, script: str
+) -> None:
+    tree = populated.mounter.open_tree("work")
     with holder(script, "", tree, fd=tree) as process:
         os.close(tree)
-        commit_and_write(full, process)
+        commit_and_write(populated, process)
 
 
 @known_hole("a user namespace can make a detached mount writable")
-def test_a_view_of_open_tree_cannot_be_written(full: Snapshotter) -> None:
-    tree = full.mounter.open_tree("look")
+def test_a_view_of_open_tree_cannot_be_written(populated: Snapshotter) -> None:
+    tree = populated.mounter.open_tree("look")
     with holder(_TREE_IN_USER_NAMESPACE, "", tree, fd=tree) as process:
         written, _ = process.communicate("\n")
     os.close(tree)
@@ -197,10 +199,12 @@ def test_a_view_of_open_tree_cannot_be_written(full: Snapshotter) -> None:
         pytest.param("linked", marks=known_hole("the path leads over a symbolic link")),
     ],
 )
-def test_an_overlay_cannot_write_after_commit(full: Snapshotter, places: Path, how: str) -> None:
-    here, shown, lower = (place(places, name) for name in ("here", "shown", "lower"))
+def test_an_overlay_cannot_write_after_commit(
+    populated: Snapshotter, places: Path, how: str
+) -> None:
+    here, shown, lower = (make_target(places, name) for name in ("here", "shown", "lower"))
     (places / "link").symlink_to(here)
-    full.mounter.mount("work", str(here))
+    populated.mounter.mount("work", str(here))
     for name in ("upper", "work"):
         (here / name).mkdir()
     base = places / "link" if how == "linked" else here
@@ -208,12 +212,12 @@ def test_an_overlay_cannot_write_after_commit(full: Snapshotter, places: Path, h
     subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", shown], check=True)
     try:
         if how == "unmounted":
-            full.mounter.unmount(str(here))
+            populated.mounter.unmount(str(here))
         try:
-            full.commit("done", "work", digest=True)
+            populated.commit("done", "work", digest=True)
         except FailedPrecondition:
             return
         (shown / "new").write_text("new")
-        full.upkeep.verify("done")
+        populated.upkeep.verify("done")
     finally:
         subprocess.run(["umount", shown], check=True)

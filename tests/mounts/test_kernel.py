@@ -15,39 +15,39 @@ from pathlib import Path
 import pytest
 
 from snapd_native import linux, mounts
-from snapd_native.mounts import Entry, Place, Table
+from snapd_native.mounts import Place, Table
 from tests.support import PROJECT
-from tests.support.engine import fill, opened
+from tests.support.engine import open_engine, populate
 from tests.support.file_systems import long_on_xfs, on_ext4
-from tests.support.kernel_mounts import by_hand, mounted_on, place, targets, tmpfs
-from tests.support.waiting import becomes
+from tests.support.kernel_mounts import (
+    entry_on,
+    make_target,
+    mount_by_hand,
+    mount_targets,
+    mount_tmpfs,
+)
+from tests.support.waiting import wait_until_equal
 
 pytestmark = [long_on_xfs, pytest.mark.usefixtures("places")]
-
-
-def entry_on(path: Path) -> Entry:
-    found = mounted_on(path)
-    assert found is not None
-    return found
 
 
 @pytest.mark.parametrize(
     "name", ["plain", "a space", "a\ttab", "a\nline", "back\\slash", "#", "ü", "\\040"]
 )
 def test_the_mount_table_decodes_escaped_names(places: Path, name: str) -> None:
-    here = place(places, name)
+    here = make_target(places, name)
     (here / name).mkdir()
-    with tmpfs(here):
+    with mount_tmpfs(here):
         (here / name).mkdir()
-        with by_hand("--bind", here / name, here / name):
+        with mount_by_hand("--bind", here / name, here / name):
             assert entry_on(here / name).root.path == f"/{name}"
             assert [entry.target for entry in Table.read().on(entry_on(here))] == [str(here / name)]
 
 
 def test_a_directory_has_the_same_place_through_every_mount(places: Path) -> None:
-    here, there = place(places), place(places, "there")
+    here, there = make_target(places), make_target(places, "there")
     (here / "deep").mkdir()
-    with by_hand("--bind", here, there):
+    with mount_by_hand("--bind", here, there):
         table = Table.read()
         found = []
         for path in (here / "deep", there / "deep", there):
@@ -66,7 +66,7 @@ def test_a_directory_has_the_same_place_through_every_mount(places: Path) -> Non
         assert not root.holds(Place("0:0", root.path))
 
 
-def bind(path: Path) -> None:
+def mount_on_itself(path: Path) -> None:
     """Mount a directory on itself, without the time that mount(8) takes to start."""
     here = os.open(path, os.O_PATH)
     tree = linux.open_tree(linux.AT_FDCWD, str(path), linux.OPEN_TREE_CLONE)
@@ -79,19 +79,19 @@ def bind(path: Path) -> None:
 
 def test_the_mount_table_is_complete_while_mounts_change(places: Path) -> None:
     """Another thread mounts and unmounts a tmpfs all the time."""
-    here, there = place(places), place(places, "there")
+    here, there = make_target(places), make_target(places, "there")
     ended = threading.Event()
 
     def busy() -> None:
         while not ended.is_set():
-            with tmpfs(there):
+            with mount_tmpfs(there):
                 pass
 
-    with tmpfs(here):
+    with mount_tmpfs(here):
         made = [here / str(number) for number in range(1000)]
         for path in made:
             path.mkdir()
-            bind(path)
+            mount_on_itself(path)
         thread = threading.Thread(target=busy)
         thread.start()
         try:
@@ -114,7 +114,7 @@ USES = {
 
 
 @contextmanager
-def user(path: Path, use: str) -> Iterator[int]:
+def run_user(path: Path, use: str) -> Iterator[int]:
     program = (
         f"import mmap, os; path = {str(path)!r}; {USES[use]}; print(flush=True); os.read(0, 1)"
     )
@@ -131,37 +131,37 @@ def user(path: Path, use: str) -> Iterator[int]:
 
 @pytest.mark.parametrize("use", USES)
 def test_users_returns_the_processes_that_use_a_mount(places: Path, use: str) -> None:
-    here, there = place(places), place(places, "there")
-    with tmpfs(here), tmpfs(there):
+    here, there = make_target(places), make_target(places, "there")
+    with mount_tmpfs(here), mount_tmpfs(there):
         (here / "file").write_text("text")
-        with user(here, use) as pid:
+        with run_user(here, use) as pid:
             expected = [(pid, Path(f"/proc/{pid}/comm").read_text().strip())]
             # A service of a parallel test also searches for users, and is a user for a moment.
-            becomes(lambda: mounts.users(entry_on(here)), expected)
+            wait_until_equal(lambda: mounts.users(entry_on(here)), expected)
             writes = use in ("writes", "mapped")
             writers = expected if writes else []
-            becomes(lambda: mounts.users(entry_on(here), writing=True), writers)
-            becomes(lambda: mounts.users(entry_on(there)), [])
-        becomes(lambda: mounts.users(entry_on(here)), [])
+            wait_until_equal(lambda: mounts.users(entry_on(here), writing=True), writers)
+            wait_until_equal(lambda: mounts.users(entry_on(there)), [])
+        wait_until_equal(lambda: mounts.users(entry_on(here)), [])
 
 
 def test_users_returns_a_process_whose_program_is_on_the_mount(places: Path) -> None:
-    here = place(places)
-    with tmpfs(here):
+    here = make_target(places)
+    with mount_tmpfs(here):
         subprocess.run(["mount", "-o", "remount,size=64m", str(here)], check=True)
         program = here / "cat"
         program.write_bytes(Path("/bin/cat").read_bytes())
         program.chmod(0o755)
         with subprocess.Popen([program], stdin=subprocess.PIPE) as process:
             # The process gets its name a moment after its start.
-            becomes(lambda: mounts.users(entry_on(here)), [(process.pid, "cat")])
+            wait_until_equal(lambda: mounts.users(entry_on(here)), [(process.pid, "cat")])
             process.communicate()
 
 
 _SYS_MOUNT_SETATTR, _ENOSYS = 442, 38
 
 
-def forget_mount_setattr() -> None:
+def disable_mount_setattr() -> None:
     """Make mount_setattr(2) fail with ENOSYS in this process and its children, by seccomp(2)."""
     load, equal, give = 0x20, 0x15, 0x06
     errno_, allow = 0x00050000, 0x7FFF0000
@@ -187,7 +187,7 @@ def test_the_daemon_refuses_to_start_without_mount_setattr(on_bus: str, state: P
     outcome = subprocess.run(
         [sys.executable, "-m", "snapd_native", "daemon", "--state-directory", str(state)],
         env={**os.environ, "DBUS_SYSTEM_BUS_ADDRESS": on_bus},
-        preexec_fn=forget_mount_setattr,
+        preexec_fn=disable_mount_setattr,
         capture_output=True,
         text=True,
         check=False,
@@ -199,7 +199,7 @@ def test_the_daemon_refuses_to_start_without_mount_setattr(on_bus: str, state: P
     assert not state.exists()
 
 
-HIDDEN = """
+IN_SLAVE_NAMESPACE = """
 set -eu
 mount -t tmpfs tmpfs /run
 mkdir -p /run/systemd/system
@@ -226,11 +226,11 @@ def test_mount_in_a_slave_mount_namespace_raises_failed_precondition(
     state: Path, places: Path, second: str
 ) -> None:
     """Process 1 of a new PID namespace plays the role of systemd."""
-    with opened(state) as engine:
-        fill(engine)
-        engine.mounter.mount("look", str(place(places)))
+    with open_engine(state) as engine:
+        populate(engine)
+        engine.mounter.mount("look", str(make_target(places)))
         lines = engine._store.ledger.lines()
-    script = HIDDEN.format(second=second, python=sys.executable, state=state)
+    script = IN_SLAVE_NAMESPACE.format(second=second, python=sys.executable, state=state)
     outcome = subprocess.run(
         ["unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", script],
         capture_output=True,
@@ -241,8 +241,8 @@ def test_mount_in_a_slave_mount_namespace_raises_failed_precondition(
     if second:
         assert "ProtectSystem=" in outcome.stdout
         assert "ProtectSystem=" in outcome.stderr
-        with opened(state) as engine:
+        with open_engine(state) as engine:
             assert engine._store.ledger.lines() == lines
-            assert targets(engine) == [str(places / "here")]
+            assert mount_targets(engine) == [str(places / "here")]
     else:
         assert Path(outcome.stdout.strip()).parent == state.parent / "run" / "mounts"

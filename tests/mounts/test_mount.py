@@ -26,127 +26,124 @@ from snapd_native.errors import (
 from snapd_native.model import Lifetime, Mounted
 from snapd_native.mounts import Entry, Table
 from snapd_native.snapshotter import Snapshotter
-from tests.support.engine import fill, ignore, read
+from tests.support.engine import ignore_change, populate, read_files
 from tests.support.file_systems import long_on_xfs
 from tests.support.kernel_mounts import (
-    below,
-    by_hand,
+    is_writable,
+    make_target,
+    mount_by_hand,
+    mount_targets,
+    mount_tmpfs,
     mounted_on,
-    place,
-    propagation,
-    targets,
-    tmpfs,
+    mounts_below,
+    propagation_of,
 )
-from tests.support.waiting import WAIT
+from tests.support.waiting import WAIT_TIMEOUT
 
 pytestmark = [long_on_xfs, pytest.mark.usefixtures("places")]
 
 
-def refused_to_write(path: Path) -> bool:
-    try:
-        (path / "new").write_text("text")
-    except OSError as error:
-        return error.errno == errno.EROFS
-    return False
-
-
-def test_an_active_snapshot_is_mounted_writable(full: Snapshotter, places: Path) -> None:
-    here = place(places)
-    assert full.mounter.mount("work", str(here)) == str(here)
+def test_an_active_snapshot_is_mounted_writable(populated: Snapshotter, places: Path) -> None:
+    here = make_target(places)
+    assert populated.mounter.mount("work", str(here)) == str(here)
     assert (here / "file").read_text() == "base"
     (here / "new").write_text("text")
-    assert (Path(full.mounts("work").source) / "new").read_text() == "text"
-    assert full.mounter.list_mounts() == [Mounted(str(here), "work", False, Lifetime.PERSISTENT, 0)]
-    assert propagation(here) == []
-    full.mounter.unmount(str(here))
+    assert (Path(populated.mounts("work").source) / "new").read_text() == "text"
+    assert populated.mounter.list_mounts() == [
+        Mounted(str(here), "work", False, Lifetime.PERSISTENT, 0)
+    ]
+    assert propagation_of(here) == []
+    populated.mounter.unmount(str(here))
     assert mounted_on(here) is None
     assert list(here.iterdir()) == []
-    assert full.mounter.list_mounts() == []
+    assert populated.mounter.list_mounts() == []
 
 
-def test_a_view_is_mounted_read_only(full: Snapshotter, places: Path) -> None:
-    here = place(places)
-    full.mounter.mount("look", str(here))
+def test_a_view_is_mounted_read_only(populated: Snapshotter, places: Path) -> None:
+    here = make_target(places)
+    populated.mounter.mount("look", str(here))
     assert (here / "file").read_text() == "base"
-    assert refused_to_write(here)
-    assert full.mounter.list_mounts("look") == [
+    assert not is_writable(here)
+    assert populated.mounter.list_mounts("look") == [
         Mounted(str(here), "look", True, Lifetime.PERSISTENT, 0)
     ]
     with pytest.raises(InvalidArgument, match='"look" is a view'):
-        full.mounter.mount("look", str(place(places, "there")), read_only=False)
+        populated.mounter.mount("look", str(make_target(places, "there")), read_only=False)
 
 
-def test_an_active_snapshot_may_be_mounted_read_only(full: Snapshotter, places: Path) -> None:
-    here, there = place(places), place(places, "there")
-    full.mounter.mount("work", str(here), read_only=True)
-    full.mounter.mount("work", str(there))
-    assert refused_to_write(here)
-    assert not refused_to_write(there)
+def test_an_active_snapshot_may_be_mounted_read_only(populated: Snapshotter, places: Path) -> None:
+    here, there = make_target(places), make_target(places, "there")
+    populated.mounter.mount("work", str(here), read_only=True)
+    populated.mounter.mount("work", str(there))
+    assert not is_writable(here)
+    assert is_writable(there)
     assert (here / "new").read_text() == "text"
-    assert [mounted.read_only for mounted in full.mounter.list_mounts("work")] == [True, False]
+    assert [mounted.read_only for mounted in populated.mounter.list_mounts("work")] == [True, False]
 
 
 def test_mount_without_a_target_makes_a_directory_for_the_mount(
-    full: Snapshotter, scratch: Path
+    populated: Snapshotter, scratch: Path
 ) -> None:
-    target = full.mounter.mount("look")
+    target = populated.mounter.mount("look")
     assert Path(target).parent == scratch / "run" / "mounts"
     assert Path(target).parent.stat().st_mode & 0o777 == 0o700
     assert (Path(target) / "file").read_text() == "base"
     with pytest.raises(AlreadyExists, match="unmount it first"):
-        full.mounter.mount("look")
-    full.mounter.unmount(target)
+        populated.mounter.mount("look")
+    populated.mounter.unmount(target)
     assert not Path(target).exists()
 
 
-def test_mount_includes_the_mounts_inside_the_snapshot(full: Snapshotter, places: Path) -> None:
-    here, there = place(places), place(places, "there")
-    inside = Path(full.mounts("work").source) / "inside"
+def test_mount_includes_the_mounts_inside_the_snapshot(
+    populated: Snapshotter, places: Path
+) -> None:
+    here, there = make_target(places), make_target(places, "there")
+    inside = Path(populated.mounts("work").source) / "inside"
     inside.mkdir()
-    with tmpfs(inside):
+    with mount_tmpfs(inside):
         (inside / "deep").mkdir()
-        with tmpfs(inside / "deep"):
-            full.mounter.mount("work", str(here))
-            full.mounter.mount("work", str(there), read_only=True)
+        with mount_tmpfs(inside / "deep"):
+            populated.mounter.mount("work", str(here))
+            populated.mounter.mount("work", str(there), read_only=True)
             for path in ("inside", "inside/deep"):
-                assert not refused_to_write(here / path)
-                assert refused_to_write(there / path)
-                assert propagation(here / path) == propagation(there / path) == []
+                assert is_writable(here / path)
+                assert not is_writable(there / path)
+                assert propagation_of(here / path) == propagation_of(there / path) == []
             assert (inside / "new").exists()
-            for target in targets(full):
+            for target in mount_targets(populated):
                 with pytest.raises(FailedPrecondition, match=f'unmount "{target}/inside" first'):
-                    full.mounter.unmount(target)
-                full.mounter.unmount(target, lazy=True)
-    assert below(places) == []
+                    populated.mounter.unmount(target)
+                populated.mounter.unmount(target, lazy=True)
+    assert mounts_below(places) == []
 
 
 def test_commit_and_prepare_do_not_copy_mounts_inside_the_snapshot(
-    full: Snapshotter, places: Path
+    populated: Snapshotter, places: Path
 ) -> None:
-    before = full.usage("work")
-    inside = Path(full.mounts("work").source) / "inside"
+    before = populated.usage("work")
+    inside = Path(populated.mounts("work").source) / "inside"
     inside.mkdir()
-    with tmpfs(inside):
+    with mount_tmpfs(inside):
         (inside / "file").write_text("elsewhere")
-        assert full.usage("work").inodes == before.inodes + 1
-        full.commit("v2", "work")
-    copy = Path(full.prepare("copy", "v2").source)
+        assert populated.usage("work").inodes == before.inodes + 1
+        populated.commit("v2", "work")
+    copy = Path(populated.prepare("copy", "v2").source)
     assert list((copy / "inside").iterdir()) == []
-    assert full.usage("v2").inodes == before.inodes + 1
+    assert populated.usage("v2").inodes == before.inodes + 1
 
 
-def test_mounts_are_private_on_a_shared_mount(full: Snapshotter, places: Path) -> None:
+def test_mounts_are_private_on_a_shared_mount(populated: Snapshotter, places: Path) -> None:
     """The mount propagates to the peers of its parent mount; mounts inside it do not propagate."""
-    first, second = place(places, "first"), place(places, "second")
-    with by_hand("--bind", first, first):
+    first, second = make_target(places, "first"), make_target(places, "second")
+    with mount_by_hand("--bind", first, first):
         subprocess.run(["mount", "--make-shared", str(first)], check=True)
-        with by_hand("--bind", first, second):
-            here = place(first)
-            full.mounter.mount("look", str(here))
-            assert propagation(here) == []
-            assert refused_to_write(here)
-            assert refused_to_write(second / "here")
-            full.mounter.unmount(str(here))
+        with mount_by_hand("--bind", first, second):
+            here = make_target(first)
+            populated.mounter.mount("look", str(here))
+            assert propagation_of(here) == []
+            assert not is_writable(here)
+            assert not is_writable(second / "here")
+            populated.mounter.unmount(str(here))
             assert mounted_on(second / "here") is None
 
 
@@ -155,7 +152,7 @@ STEPS = ("openat2", "open_tree", "mount_id", "mount_setattr", "move_mount", "umo
 
 
 @contextmanager
-def stepping(before: Callable[[], object], after: Callable[[], object]) -> Iterator[None]:
+def call_around_steps(before: Callable[[], object], after: Callable[[], object]) -> Iterator[None]:
     """Call ``before`` and ``after`` around each step."""
     with pytest.MonkeyPatch.context() as patch:
         for name in STEPS:
@@ -176,32 +173,32 @@ def _stepped(
     return step
 
 
-def test_the_mount_of_a_view_is_never_writable(full: Snapshotter, places: Path) -> None:
-    here = place(places)
+def test_the_mount_of_a_view_is_never_writable(populated: Snapshotter, places: Path) -> None:
+    here = make_target(places)
     seen: list[bool] = []
 
     def look() -> None:
         seen.extend(entry.read_only for entry in Table.read() if entry.target == str(here))
 
-    with stepping(look, look):
-        full.mounter.mount("look", str(here))
-        full.mounter.unmount(str(here))
+    with call_around_steps(look, look):
+        populated.mounter.mount("look", str(here))
+        populated.mounter.unmount(str(here))
     assert set(seen) == {True}
     assert mounted_on(here) is None
-    assert sorted(read(full.mounts("look"))) == ["file", "other"]
+    assert sorted(read_files(populated.mounts("look"))) == ["file", "other"]
 
 
-def relative(places: Path, _: Snapshotter) -> str:
-    return os.path.relpath(place(places))
+def relative_path(places: Path, _: Snapshotter) -> str:
+    return os.path.relpath(make_target(places))
 
 
 def symlink(places: Path, _: Snapshotter) -> str:
-    (places / "link").symlink_to(place(places))
+    (places / "link").symlink_to(make_target(places))
     return str(places / "link")
 
 
 def over_a_symlink(places: Path, _: Snapshotter) -> str:
-    place(place(places))
+    make_target(make_target(places))
     (places / "link").symlink_to(places / "here")
     return str(places / "link" / "here")
 
@@ -210,16 +207,16 @@ def magic_link(places: Path, _: Snapshotter) -> str:
     return f"/proc/{os.getpid()}/cwd"
 
 
-def file(places: Path, _: Snapshotter) -> str:
+def regular_file(places: Path, _: Snapshotter) -> str:
     (places / "file").touch()
     return str(places / "file")
 
 
-def missing(places: Path, _: Snapshotter) -> str:
+def missing_directory(places: Path, _: Snapshotter) -> str:
     return str(places / "none")
 
 
-def too_long(places: Path, _: Snapshotter) -> str:
+def too_long_path(places: Path, _: Snapshotter) -> str:
     return "/" + "x/" * 3000
 
 
@@ -235,120 +232,126 @@ def above_the_state(places: Path, _: Snapshotter) -> str:
     return str(places.parent)
 
 
-def root(_: Path, __: Snapshotter) -> str:
+def root_directory(_: Path, __: Snapshotter) -> str:
     return "/"
 
 
 @pytest.mark.parametrize(
     "target",
     [
-        relative,
+        relative_path,
         symlink,
         over_a_symlink,
         magic_link,
-        file,
-        missing,
-        too_long,
+        regular_file,
+        missing_directory,
+        too_long_path,
         state_directory,
         inside_the_state,
         above_the_state,
-        root,
+        root_directory,
     ],
 )
 def test_mount_on_a_bad_target_raises_invalid_argument(
-    full: Snapshotter, places: Path, target: Callable[[Path, Snapshotter], str]
+    populated: Snapshotter, places: Path, target: Callable[[Path, Snapshotter], str]
 ) -> None:
-    before = below(places.parent)
-    path = target(places, full)
+    before = mounts_below(places.parent)
+    path = target(places, populated)
     with pytest.raises(InvalidArgument) as caught:
-        full.mounter.mount("look", path)
+        populated.mounter.mount("look", path)
     assert ": " in caught.value.message
-    assert below(places.parent) == before
-    assert full.mounter.list_mounts() == []
+    assert mounts_below(places.parent) == before
+    assert populated.mounter.list_mounts() == []
 
 
-def test_mount_returns_the_canonical_path_of_its_target(full: Snapshotter, places: Path) -> None:
-    here = place(places, "with space\nand\\more")
-    there = place(places, "there")
-    assert full.mounter.mount("look", f"{there}/../{here.name}//") == str(here)
-    assert targets(full) == [str(here)]
-    full.mounter.unmount(f"{there}/../{here.name}/")
+def test_mount_returns_the_canonical_path_of_its_target(
+    populated: Snapshotter, places: Path
+) -> None:
+    here = make_target(places, "with space\nand\\more")
+    there = make_target(places, "there")
+    assert populated.mounter.mount("look", f"{there}/../{here.name}//") == str(here)
+    assert mount_targets(populated) == [str(here)]
+    populated.mounter.unmount(f"{there}/../{here.name}/")
     assert mounted_on(here) is None
 
 
-def test_a_second_mount_on_a_target_raises_already_exists(full: Snapshotter, places: Path) -> None:
-    here = place(places)
-    full.mounter.mount("look", str(here))
+def test_a_second_mount_on_a_target_raises_already_exists(
+    populated: Snapshotter, places: Path
+) -> None:
+    here = make_target(places)
+    populated.mounter.mount("look", str(here))
     with pytest.raises(AlreadyExists, match=f'"{here}" already'):
-        full.mounter.mount("work", str(here))
-    assert targets(full) == [str(here)]
+        populated.mounter.mount("work", str(here))
+    assert mount_targets(populated) == [str(here)]
     # After an unmount by hand, the target can be used again.
     subprocess.run(["umount", str(here)], check=True)
-    full.mounter.mount("work", str(here))
-    assert [mounted.key for mounted in full.mounter.list_mounts()] == ["work"]
+    populated.mounter.mount("work", str(here))
+    assert [mounted.key for mounted in populated.mounter.list_mounts()] == ["work"]
 
 
-def test_mount_of_a_committed_or_unknown_key_is_refused(full: Snapshotter, places: Path) -> None:
-    here = str(place(places))
+def test_mount_of_a_committed_or_unknown_key_is_refused(
+    populated: Snapshotter, places: Path
+) -> None:
+    here = str(make_target(places))
     with pytest.raises(FailedPrecondition, match='"base" is committed'):
-        full.mounter.mount("base", here)
+        populated.mounter.mount("base", here)
     with pytest.raises(NotFound, match='"none"'):
-        full.mounter.mount("none", here)
+        populated.mounter.mount("none", here)
     with pytest.raises(NotFound, match='"none"'):
-        full.mounter.list_mounts("none")
+        populated.mounter.list_mounts("none")
     with pytest.raises(InvalidArgument, match="key is empty"):
-        full.mounter.mount("", here)
-    assert below(places) == []
+        populated.mounter.mount("", here)
+    assert mounts_below(places) == []
 
 
-def test_unmount_of_a_foreign_mount_raises_not_found(full: Snapshotter, places: Path) -> None:
-    here, there = place(places), place(places, "there")
-    with by_hand("--bind", full.mounts("work").source, here):
+def test_unmount_of_a_foreign_mount_raises_not_found(populated: Snapshotter, places: Path) -> None:
+    here, there = make_target(places), make_target(places, "there")
+    with mount_by_hand("--bind", populated.mounts("work").source, here):
         for path in (here, there, places / "none"):
             with pytest.raises(NotFound, match="no snapshot is mounted"):
-                full.mounter.unmount(str(path))
+                populated.mounter.unmount(str(path))
         with pytest.raises(InvalidArgument, match="relative"):
-            full.mounter.unmount("here")
+            populated.mounter.unmount("here")
         assert mounted_on(here)
 
 
 def test_unmount_of_a_covered_mount_raises_failed_precondition(
-    full: Snapshotter, places: Path
+    populated: Snapshotter, places: Path
 ) -> None:
-    here = place(places)
-    full.mounter.mount("look", str(here))
-    with tmpfs(here):
+    here = make_target(places)
+    populated.mounter.mount("look", str(here))
+    with mount_tmpfs(here):
         for lazy in (False, True):
             with pytest.raises(FailedPrecondition, match=f'"{here}" is mounted over it'):
-                full.mounter.unmount(str(here), lazy)
+                populated.mounter.unmount(str(here), lazy)
         assert len([entry for entry in Table.read() if entry.target == str(here)]) == 2
-    full.mounter.unmount(str(here))
+    populated.mounter.unmount(str(here))
 
 
 def test_unmount_and_commit_name_the_mount_that_covers_a_parent_of_the_target(
-    full: Snapshotter, places: Path
+    populated: Snapshotter, places: Path
 ) -> None:
     above = places / "above"
     above.mkdir()
-    here = place(above)
-    full.mounter.mount("work", str(here))
-    with tmpfs(above):
+    here = make_target(above)
+    populated.mounter.mount("work", str(here))
+    with mount_tmpfs(above):
         for call in (
-            lambda: full.mounter.unmount(str(here)),
-            lambda: full.mounter.unmount(str(here), lazy=True),
-            lambda: full.commit("done", "work"),
+            lambda: populated.mounter.unmount(str(here)),
+            lambda: populated.mounter.unmount(str(here), lazy=True),
+            lambda: populated.commit("done", "work"),
         ):
             with pytest.raises(FailedPrecondition, match=f'"{above}" is mounted over it'):
                 call()
-    full.mounter.unmount(str(here))
+    populated.mounter.unmount(str(here))
 
 
 @pytest.mark.parametrize("how", ["cwd", "open", "mapped"])
 def test_unmount_of_a_busy_mount_names_the_process_that_uses_it(
-    full: Snapshotter, places: Path, how: str
+    populated: Snapshotter, places: Path, how: str
 ) -> None:
-    here = place(places)
-    full.mounter.mount("work", str(here))
+    here = make_target(places)
+    populated.mounter.mount("work", str(here))
     (here / "big").write_bytes(bytes(8192))
     program = {
         "cwd": "import os; os.chdir(path)",
@@ -362,20 +365,20 @@ def test_unmount_of_a_busy_mount_names_the_process_that_uses_it(
         assert process.stdout is not None
         assert process.stdout.readline() == b"\n"
         with pytest.raises(FailedPrecondition, match=rf"python3 \(pid {process.pid}\)"):
-            full.mounter.unmount(str(here))
-        assert targets(full) == [str(here)]
-        full.mounter.unmount(str(here), lazy=True)
+            populated.mounter.unmount(str(here))
+        assert mount_targets(populated) == [str(here)]
+        populated.mounter.unmount(str(here), lazy=True)
         assert mounted_on(here) is None
         process.communicate(b"\n")
-    assert full.mounter.list_mounts() == []
+    assert populated.mounter.list_mounts() == []
 
 
 @pytest.mark.parametrize("linked", [False, True], ids=["becomes a link", "was a link"])
 def test_mount_never_follows_a_target_that_becomes_a_symlink(
-    full: Snapshotter, places: Path, linked: bool
+    populated: Snapshotter, places: Path, linked: bool
 ) -> None:
     """Each round replaces the target before another step of Mount or Unmount."""
-    here, elsewhere = places / "here", place(places, "elsewhere")
+    here, elsewhere = places / "here", make_target(places, "elsewhere")
     aside = places / "aside"
     left = 0
 
@@ -383,7 +386,7 @@ def test_mount_never_follows_a_target_that_becomes_a_symlink(
         nonlocal left
         left -= 1
         if left == 0:
-            toggle(here, aside, elsewhere)
+            swap_directory_and_link(here, aside, elsewhere)
 
     def look() -> None:
         assert mounted_on(elsewhere) is None
@@ -392,21 +395,21 @@ def test_mount_never_follows_a_target_that_becomes_a_symlink(
     for step in count(1):
         here.mkdir()
         if linked:
-            toggle(here, aside, elsewhere)
+            swap_directory_and_link(here, aside, elsewhere)
         left = step
-        with stepping(swap, look):
+        with call_around_steps(swap, look):
             try:
-                full.mounter.mount("look", str(here))
+                populated.mounter.mount("look", str(here))
             except SnapdError as error:
                 outcomes.add(type(error))
             else:
                 outcomes.add(Mounted)
-            for target in targets(full):
+            for target in mount_targets(populated):
                 assert target in (str(here), str(aside))
                 with suppress(FailedPrecondition):
-                    full.mounter.unmount(target)
-        for target in targets(full):
-            full.mounter.unmount(target)
+                    populated.mounter.unmount(target)
+        for target in mount_targets(populated):
+            populated.mounter.unmount(target)
         for path in (here, aside):
             if path.is_symlink():
                 path.unlink()
@@ -415,10 +418,10 @@ def test_mount_never_follows_a_target_that_becomes_a_symlink(
         if left > 0:
             break
     assert outcomes == {InvalidArgument, Mounted}
-    assert below(places) == []
+    assert mounts_below(places) == []
 
 
-def toggle(here: Path, aside: Path, elsewhere: Path) -> None:
+def swap_directory_and_link(here: Path, aside: Path, elsewhere: Path) -> None:
     """Replace the directory ``here`` by a link to ``elsewhere``, or the link by the directory."""
     # A mount point cannot be renamed.
     with suppress(OSError):
@@ -431,51 +434,55 @@ def toggle(here: Path, aside: Path, elsewhere: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_view_can_be_mounted_500_times(full: Snapshotter, places: Path) -> None:
-    made = [str(place(places, str(number))) for number in range(500)]
+def test_a_view_can_be_mounted_500_times(populated: Snapshotter, places: Path) -> None:
+    made = [str(make_target(places, str(number))) for number in range(500)]
     for target in made:
-        full.mounter.mount("look", target)
-    assert targets(full) == targets(full, "look") == below(places) == made
-    assert full.mounter.list_mounts("work") == []
+        populated.mounter.mount("look", target)
+    assert (
+        mount_targets(populated) == mount_targets(populated, "look") == mounts_below(places) == made
+    )
+    assert populated.mounter.list_mounts("work") == []
     for target in made:
-        full.mounter.unmount(target)
-    assert targets(full) == below(places) == []
+        populated.mounter.unmount(target)
+    assert mount_targets(populated) == mounts_below(places) == []
 
 
-def test_sixty_four_concurrent_mounts_and_unmounts_succeed(full: Snapshotter, places: Path) -> None:
-    made = [str(place(places, str(number))) for number in range(64)]
+def test_sixty_four_concurrent_mounts_and_unmounts_succeed(
+    populated: Snapshotter, places: Path
+) -> None:
+    made = [str(make_target(places, str(number))) for number in range(64)]
     with ThreadPoolExecutor(64) as pool:
-        assert list(pool.map(lambda target: full.mounter.mount("work", target), made)) == made
-        assert sorted(targets(full)) == sorted(below(places)) == sorted(made)
+        assert list(pool.map(lambda target: populated.mounter.mount("work", target), made)) == made
+        assert sorted(mount_targets(populated)) == sorted(mounts_below(places)) == sorted(made)
 
         def again(target: str) -> None:
-            full.mounter.unmount(target)
-            full.mounter.mount("look", target)
-            full.mounter.unmount(target)
+            populated.mounter.unmount(target)
+            populated.mounter.mount("look", target)
+            populated.mounter.unmount(target)
 
         list(pool.map(again, made))
-    assert targets(full) == below(places) == []
+    assert mount_targets(populated) == mounts_below(places) == []
 
 
 def test_only_one_of_sixteen_concurrent_mounts_gets_a_target(
-    full: Snapshotter, places: Path
+    populated: Snapshotter, places: Path
 ) -> None:
-    here = place(places)
+    here = make_target(places)
 
     def mount(_: int) -> bool:
         try:
-            full.mounter.mount("look", str(here))
+            populated.mounter.mount("look", str(here))
         except AlreadyExists:
             return False
         return True
 
     with ThreadPoolExecutor(16) as pool:
         assert sum(pool.map(mount, range(16))) == 1
-    assert below(places) == [str(here)]
+    assert mounts_below(places) == [str(here)]
 
 
 def test_a_failed_mount_leaves_no_record_and_no_directory(
-    full: Snapshotter, places: Path, monkeypatch: pytest.MonkeyPatch
+    populated: Snapshotter, places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def too_many(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "move_mount")
@@ -483,118 +490,118 @@ def test_a_failed_mount_leaves_no_record_and_no_directory(
     with monkeypatch.context() as patch:
         patch.setattr(linux, "move_mount", too_many)
         with pytest.raises(SnapdError, match=r"fs\.mount-max"):
-            full.mounter.mount("look", str(place(places)))
+            populated.mounter.mount("look", str(make_target(places)))
         with pytest.raises(SnapdError, match=r"fs\.mount-max"):
-            full.mounter.mount("look")
-    assert full.mounter.list_mounts() == []
-    assert full._store.ledger.lines() == []
-    assert below(places.parent) == []
+            populated.mounter.mount("look")
+    assert populated.mounter.list_mounts() == []
+    assert populated._store.ledger.lines() == []
+    assert mounts_below(places.parent) == []
     assert list((places.parent / "run" / "mounts").iterdir()) == []
 
 
 def test_a_snapshotter_does_not_unmount_the_mounts_of_another(places: Path, scratch: Path) -> None:
     with (
-        closing(Snapshotter(scratch / "a", ignore, runtime=scratch / "run-a")) as one,
-        closing(Snapshotter(scratch / "b", ignore, runtime=scratch / "run-b")) as other,
+        closing(Snapshotter(scratch / "a", ignore_change, runtime=scratch / "run-a")) as one,
+        closing(Snapshotter(scratch / "b", ignore_change, runtime=scratch / "run-b")) as other,
     ):
         for engine in (one, other):
-            fill(engine)
-            engine.mounter.mount("look", str(place(places, engine.state_directory.name)))
-        assert targets(one) == [str(places / "a")]
+            populate(engine)
+            engine.mounter.mount("look", str(make_target(places, engine.state_directory.name)))
+        assert mount_targets(one) == [str(places / "a")]
         with pytest.raises(NotFound):
             one.mounter.unmount(str(places / "b"))
         other.mounter.unmount(str(places / "b"))
 
 
 def test_commit_is_refused_while_a_lazily_unmounted_file_is_open_for_writing(
-    full: Snapshotter, places: Path
+    populated: Snapshotter, places: Path
 ) -> None:
-    here, there = place(places), place(places, "there")
+    here, there = make_target(places), make_target(places, "there")
     for target in (here, there):
-        full.mounter.mount("work", str(target))
+        populated.mounter.mount("work", str(target))
     directory = os.open(there, os.O_RDONLY)
     try:
-        full.mounter.unmount(str(there), lazy=True)
+        populated.mounter.unmount(str(there), lazy=True)
         with pytest.raises(OSError, match="Read-only"):
             os.mkdir("new", dir_fd=directory)
     finally:
         os.close(directory)
     with (here / "file").open("w") as file:
-        full.mounter.unmount(str(here), lazy=True)
-        assert below(places) == []
+        populated.mounter.unmount(str(here), lazy=True)
+        assert mounts_below(places) == []
         with pytest.raises(FailedPrecondition, match=rf"\(pid {os.getpid()}\).* can still write"):
-            full.commit("v2", "work")
+            populated.commit("v2", "work")
         file.write("the last word")
-        full.mounter.unmount(full.mounter.mount("work"))
-    full.commit("v2", "work")
-    assert (Path(full.view("new", "v2").source) / "file").read_text() == "the last word"
+        populated.mounter.unmount(populated.mounter.mount("work"))
+    populated.commit("v2", "work")
+    assert (Path(populated.view("new", "v2").source) / "file").read_text() == "the last word"
 
 
 def test_mount_and_unmount_ignore_extra_slashes_in_a_target(
-    full: Snapshotter, places: Path
+    populated: Snapshotter, places: Path
 ) -> None:
-    here = place(places)
-    full.mounter.mount("look", f"//{here}//")
-    full.mounter.unmount(f"//{here}/.")
-    assert below(places) == []
+    here = make_target(places)
+    populated.mounter.mount("look", f"//{here}//")
+    populated.mounter.unmount(f"//{here}/.")
+    assert mounts_below(places) == []
 
 
 def test_unmount_waits_while_another_call_has_the_mount_open(
-    full: Snapshotter, places: Path, monkeypatch: pytest.MonkeyPatch
+    populated: Snapshotter, places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the wait, Unmount would find that the service itself uses the mount."""
-    here = place(places)
-    full.mounter.mount("work", str(here))
+    here = make_target(places)
+    populated.mounter.mount("work", str(here))
     subprocess.run(["mount", "--make-shared", str(here)], check=True)
     opened, go_on = threading.Event(), threading.Event()
 
     def restore(entry: Entry, *, read_only: bool) -> None:
         fd = os.open(entry.target, os.O_PATH)
         opened.set()
-        assert go_on.wait(WAIT)
+        assert go_on.wait(WAIT_TIMEOUT)
         os.close(fd)
 
     monkeypatch.setattr(mounts, "restore", restore)
     with ThreadPoolExecutor() as pool:
-        repairing = pool.submit(full.mounter.repair)
+        repairing = pool.submit(populated.mounter.repair)
         try:
-            assert opened.wait(WAIT)
-            unmounting = pool.submit(full.mounter.unmount, str(here))
+            assert opened.wait(WAIT_TIMEOUT)
+            unmounting = pool.submit(populated.mounter.unmount, str(here))
             # A refusal would come in less than this time.
             assert not wait([unmounting], timeout=0.5).done
         finally:
             go_on.set()
-        repairing.result(WAIT)
-        unmounting.result(WAIT)
+        repairing.result(WAIT_TIMEOUT)
+        unmounting.result(WAIT_TIMEOUT)
     assert mounted_on(here) is None
 
 
 def test_check_and_repair_ignore_a_mount_that_is_being_unmounted(
-    full: Snapshotter, places: Path, monkeypatch: pytest.MonkeyPatch
+    populated: Snapshotter, places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unmount detaches the mount before it deletes the record; a Mount can run between the two."""
-    here, there = place(places), place(places, "there")
-    full.prepare("other")
-    full.mounter.mount("work", str(here))
+    here, there = make_target(places), make_target(places, "there")
+    populated.prepare("other")
+    populated.mounter.mount("work", str(here))
     detached, go_on = threading.Event(), threading.Event()
     detach = mounts.detach
 
     def wait_after(entry: Entry, *, lazy: bool) -> None:
         detach(entry, lazy=lazy)
         detached.set()
-        assert go_on.wait(WAIT)
+        assert go_on.wait(WAIT_TIMEOUT)
 
     monkeypatch.setattr(mounts, "detach", wait_after)
     with ThreadPoolExecutor() as pool:
-        unmounting = pool.submit(full.mounter.unmount, str(here))
+        unmounting = pool.submit(populated.mounter.unmount, str(here))
         try:
-            assert detached.wait(WAIT)
-            assert full.upkeep.check() == []
-            full.mounter.mount("other", str(there))
-            assert full.upkeep.check() == []
-            full.mounter.repair()
+            assert detached.wait(WAIT_TIMEOUT)
+            assert populated.upkeep.check() == []
+            populated.mounter.mount("other", str(there))
+            assert populated.upkeep.check() == []
+            populated.mounter.repair()
             assert mounted_on(here) is None
         finally:
             go_on.set()
-        unmounting.result(WAIT)
-    assert [mounted.key for mounted in full.mounter.list_mounts()] == ["other"]
+        unmounting.result(WAIT_TIMEOUT)
+    assert [mounted.key for mounted in populated.mounter.list_mounts()] == ["other"]

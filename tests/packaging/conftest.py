@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.package import build
+from tests.support.package import build_package
 
 
 @pytest.fixture(scope="session")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the package once."""
-    return build(tmp_path_factory.mktemp("package"))
+    return build_package(tmp_path_factory.mktemp("package"))

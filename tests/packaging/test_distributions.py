@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import PROJECT
-from tests.support.debian import SUITES, Machine, dependencies, make, started
-from tests.support.package import said
+from tests.support.commands import run_command
+from tests.support.debian import SUITES, Machine, dependencies, install_release, start_machine
 
 pytestmark = pytest.mark.long
 
@@ -42,9 +42,9 @@ warnings.filterwarnings("error", category=DeprecationWarning, module=r"snapd_nat
 def debian(request: pytest.FixtureRequest, package: Path, tmp_path: Path) -> Iterator[Machine]:
     """Start a Debian with the package's dependencies, the package, and the tests without it."""
     root, files = tmp_path / "debian", tmp_path / "files"
-    make(request.param, root, [*TOOLS, *dependencies(package)])
+    install_release(request.param, root, [*TOOLS, *dependencies(package)])
     source = files / "source"
-    listed = said("git", "-c", f"safe.directory={PROJECT}", "-C", PROJECT, "ls-files", "-z")
+    listed = run_command("git", "-c", f"safe.directory={PROJECT}", "-C", PROJECT, "ls-files", "-z")
     for name in filter(None, listed.split("\0")):
         if not name.startswith("snapd_native/"):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def debian(request: pytest.FixtureRequest, package: Path, tmp_path: Path) -> Ite
     (files / "strict" / "sitecustomize.py").write_text(STRICT)
     shutil.copy(package, files / "new.deb")
     try:
-        with started(root, files) as machine:
+        with start_machine(root, files) as machine:
             machine("dpkg --install /root/new.deb")
             yield machine
     finally:

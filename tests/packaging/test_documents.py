@@ -18,7 +18,7 @@ from snapd_native.cli.main import cli
 from snapd_native.private import private_bus, private_daemon
 from snapd_native.wire.names import JOB, MANAGER
 from tests.support import PROJECT
-from tests.support.readme import HERE, ON_A_MACHINE, block, blocks
+from tests.support.readme import IN_MACHINE_TESTS, IN_PACKAGING_TESTS, code_blocks, shell_block
 
 
 @pytest.fixture
@@ -47,11 +47,13 @@ def run(script: str, environment: dict[str, str]) -> str:
 
 
 def test_every_shell_block_of_the_documents_belongs_to_a_test() -> None:
-    assert {block(name) for name in HERE | ON_A_MACHINE} == set(blocks("sh"))
+    assert {shell_block(name) for name in IN_PACKAGING_TESTS | IN_MACHINE_TESTS} == set(
+        code_blocks("sh")
+    )
 
 
 def test_the_documented_snapshot_commands_work(environment: dict[str, str]) -> None:
-    out = run(block("commands"), environment)
+    out = run(shell_block("commands"), environment)
     assert re.search(r"^v2 +committed +v1 ", out, re.MULTILINE)
     assert '"app": "web"' in out
     assert run("snapd-native ls", environment).splitlines()[1:] == []
@@ -59,7 +61,7 @@ def test_the_documented_snapshot_commands_work(environment: dict[str, str]) -> N
 
 @pytest.mark.alone  # The README mounts on /mnt.
 def test_the_documented_mount_commands_work(environment: dict[str, str]) -> None:
-    out = run(block("mounting"), environment)
+    out = run(shell_block("mounting"), environment)
     assert re.search(r"^/mnt +site +rw +persistent +0$", out, re.MULTILINE)
     assert re.search(r"^mount -o rbind,rw /.*/snapshots/\d+ /mnt$", out, re.MULTILINE)
     assert run("snapd-native mounts", environment).splitlines()[1:] == []
@@ -67,7 +69,7 @@ def test_the_documented_mount_commands_work(environment: dict[str, str]) -> None
 
 @pytest.mark.alone  # The README mounts on /mnt.
 def test_the_documented_busctl_commands_work(environment: dict[str, str]) -> None:
-    out = run(block("calls"), environment)
+    out = run(shell_block("calls"), environment)
     assert 'a(ssstta{ss}) 1 "look" "view" "v1"' in out
     assert 'a(ssbsu) 1 "/mnt" "look" true "persistent" 0' in out
 
@@ -78,7 +80,7 @@ def test_the_documented_commands_for_a_full_disk_work(environment: dict[str, str
         snapd-native prepare work v1; snapd-native commit -l snapd-native.standby=1 v2 work
     """
     # The state directory of this test has another path.
-    commands = block("full disk").replace("/var/lib/snapd-native", "/var/lib")
+    commands = shell_block("full disk").replace("/var/lib/snapd-native", "/var/lib")
     out = run(filled + commands, environment)
     assert "Filesystem" in out
     assert "v1" in run("snapd-native ls", environment)
@@ -86,16 +88,16 @@ def test_the_documented_commands_for_a_full_disk_work(environment: dict[str, str
 
 
 def test_the_documented_c_program_works(environment: dict[str, str], tmp_path: Path) -> None:
-    (program,) = blocks("c")
+    (program,) = code_blocks("c")
     (tmp_path / "build.c").write_text(program)
     installed, xml = "/usr/share/dbus-1/interfaces/", PROJECT / "dbus" / "org.snapdnative1.xml"
-    commands = block("in C").replace(f"{installed}{xml.name}", str(xml))
+    commands = shell_block("in C").replace(f"{installed}{xml.name}", str(xml))
     out = run(f"cd {tmp_path}\n{commands}", environment)
     assert out == run("snapd-native mounts build | cut -f 2", environment)
 
 
 def test_the_documented_python_program_works(environment: dict[str, str]) -> None:
-    (program,) = blocks("python")
+    (program,) = code_blocks("python")
     outcome = subprocess.run(
         [sys.executable, "-c", program],
         env=environment,

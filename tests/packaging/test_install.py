@@ -14,11 +14,11 @@ import pytest
 from snapd_native import __version__
 from snapd_native.private import private_bus
 from tests.support import PROJECT
-from tests.support.package import said
-from tests.support.readme import block
-from tests.support.waiting import eventually
+from tests.support.commands import run_command
+from tests.support.readme import shell_block
+from tests.support.waiting import wait_until
 
-DEBIAN = {
+DEBIAN_DIRECTORIES = {
     "PREFIX": "/usr",
     "PYTHONDIR": "/usr/lib/python3/dist-packages",
     "UNITDIR": "/usr/lib/systemd/system",
@@ -26,7 +26,7 @@ DEBIAN = {
 }
 """The directories of Debian's package."""
 
-DATA = ("/systemd/", "/dbus-1/", "/polkit-1/", "/man/", "/tmpfiles.d/")
+DATA_PATHS = ("/systemd/", "/dbus-1/", "/polkit-1/", "/man/", "/tmpfiles.d/")
 """Parts of the paths of the files that are not the program."""
 
 TOOLS = "basename cat chmod command dirname find install mkdir mv rm sed sh"
@@ -36,11 +36,11 @@ TOOLS = "basename cat chmod command dirname find install mkdir mv rm sed sh"
 def make(goal: str, **variables: str | Path) -> str:
     settings = {"PYTHON": sys.executable, **variables}
     given = (f"{name}={value}" for name, value in settings.items())
-    return said("make", "--no-print-directory", "-C", PROJECT, goal, *given)
+    return run_command("make", "--no-print-directory", "-C", PROJECT, goal, *given)
 
 
 def is_data(path: str) -> bool:
-    return any(part in path for part in DATA)
+    return any(part in path for part in DATA_PATHS)
 
 
 def files(top: Path) -> set[str]:
@@ -50,8 +50,8 @@ def files(top: Path) -> set[str]:
 
 
 def test_make_install_has_the_files_of_the_debian_package(package: Path, tmp_path: Path) -> None:
-    make("install", DESTDIR=tmp_path / "made", **DEBIAN)
-    said("dpkg-deb", "--extract", package, tmp_path / "debian")
+    make("install", DESTDIR=tmp_path / "made", **DEBIAN_DIRECTORIES)
+    run_command("dpkg-deb", "--extract", package, tmp_path / "debian")
     only_there = ("/usr/share/doc/", "/usr/share/lintian/", ".dist-info/")
     packaged = files(tmp_path / "debian")
     assert files(tmp_path / "made") == {
@@ -66,8 +66,8 @@ def test_make_install_has_the_files_of_the_debian_package(package: Path, tmp_pat
 
 
 def test_make_uninstall_removes_every_file(tmp_path: Path) -> None:
-    make("install", DESTDIR=tmp_path, **DEBIAN)
-    make("uninstall", DESTDIR=tmp_path, **DEBIAN)
+    make("install", DESTDIR=tmp_path, **DEBIAN_DIRECTORIES)
+    make("uninstall", DESTDIR=tmp_path, **DEBIAN_DIRECTORIES)
     assert files(tmp_path) == set()
 
 
@@ -113,7 +113,7 @@ def test_the_installed_program_serves_on_a_system_without_debians_tools(tmp_path
             )
 
         with subprocess.Popen([program, "daemon"], env=environment, cwd="/") as daemon:
-            eventually(lambda: call("ls").returncode == 0)
+            wait_until(lambda: call("ls").returncode == 0)
             assert call("prepare", "build").returncode == 0
             assert call("commit", "v1", "build").returncode == 0
             where = Path(f"/proc/{daemon.pid}/cmdline").read_bytes().split(b"\0")
@@ -145,34 +145,39 @@ def test_make_install_names_the_python_that_does_not_search_the_prefix(tmp_path:
 
 @pytest.mark.long
 def test_wheel_source_archive_and_rpm_carry_the_same_data(package: Path, tmp_path: Path) -> None:
-    assert block("archives") == "make dist\nmake rpm\n"
+    assert shell_block("archives") == "make dist\nmake rpm\n"
     source = tmp_path / "source"
-    listed = said("git", "-c", f"safe.directory={PROJECT}", "-C", PROJECT, "ls-files", "-z")
+    listed = run_command("git", "-c", f"safe.directory={PROJECT}", "-C", PROJECT, "ls-files", "-z")
     for name in filter(None, listed.split("\0")):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(PROJECT / name, source / name, follow_symlinks=False)
     # The environment of this tree serves the copy too.
     own = ("-o", "development", f"bin={Path(sys.executable).parent}")
     for goal in ("dist", "rpm"):
-        said("make", "--no-print-directory", "-C", source, *own, goal)
+        run_command("make", "--no-print-directory", "-C", source, *own, goal)
 
-    said("dpkg-deb", "--extract", package, tmp_path / "debian")
+    run_command("dpkg-deb", "--extract", package, tmp_path / "debian")
     data = set(filter(is_data, files(tmp_path / "debian")))
     dist = source / "dist"
     with zipfile.ZipFile(dist / f"snapd_native-{__version__}-py3-none-any.whl") as wheel:
         prefix = f"snapd_native-{__version__}.data/data"
         inside = {name.removeprefix(prefix) for name in wheel.namelist() if name.startswith(prefix)}
     assert {f"/usr{name}" for name in inside} == data
-    said("tar", "-xf", dist / f"snapd-native-{__version__}.tar.gz", "-C", tmp_path)
+    run_command("tar", "-xf", dist / f"snapd-native-{__version__}.tar.gz", "-C", tmp_path)
     unpacked = tmp_path / f"snapd-native-{__version__}"
     subprocess.run(
         [unpacked / "tools/install", "data"],
-        env={**os.environ, **DEBIAN, "PYTHON": sys.executable, "DESTDIR": str(tmp_path / "made")},
+        env={
+            **os.environ,
+            **DEBIAN_DIRECTORIES,
+            "PYTHON": sys.executable,
+            "DESTDIR": str(tmp_path / "made"),
+        },
         check=True,
     )
     assert data <= files(tmp_path / "made")
     (rpm,) = dist.glob("*.rpm")
-    packaged = said("rpm", "--query", "--list", "--package", rpm).splitlines()
+    packaged = run_command("rpm", "--query", "--list", "--package", rpm).splitlines()
     assert data <= {path.removesuffix(".gz") for path in packaged}
 
 

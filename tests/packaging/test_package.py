@@ -9,7 +9,7 @@ import pytest
 
 from snapd_native import __version__
 from tests.support import PROJECT
-from tests.support.package import said
+from tests.support.commands import run_command
 
 FILES = {
     "/usr/bin/snapd-native": "-rwxr-xr-x",
@@ -31,12 +31,12 @@ FILES = {
 
 
 def test_the_package_has_the_version_of_the_program(package: Path) -> None:
-    assert said("dpkg-deb", "--field", package, "Version").strip() == __version__
+    assert run_command("dpkg-deb", "--field", package, "Version").strip() == __version__
     assert package.name == f"snapd-native_{__version__}_all.deb"
 
 
 def test_the_package_contains_its_files_with_the_right_modes(package: Path) -> None:
-    lines = [line.split() for line in said("dpkg-deb", "--contents", package).splitlines()]
+    lines = [line.split() for line in run_command("dpkg-deb", "--contents", package).splitlines()]
     modes = {line[5].removeprefix("."): line[0] for line in lines}
     assert {path: modes.get(path) for path in FILES} == FILES
     assert {line[1] for line in lines} == {"root/root"}
@@ -80,7 +80,7 @@ def test_the_package_builds_without_a_git_repository(package: Path, tmp_path: Pa
     copied = 'git -C "$1" ls-files -z | (cd "$1" && xargs -0 cp -P --parents -t "$2")'
     subprocess.run(["bash", "-euc", copied, "bash", PROJECT, tmp_path], check=True)
     before = {*tmp_path.rglob("*")}
-    said(tmp_path / "tools" / "build-deb")
+    run_command(tmp_path / "tools" / "build-deb")
     (built,) = (tmp_path / "dist").iterdir()
     assert {*tmp_path.rglob("*")} - before == {built.parent, built}
     assert built.read_bytes() == package.read_bytes()

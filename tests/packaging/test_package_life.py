@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from snapd_native import __version__
-from tests.support.debian import SUITES, Machine, dependencies, shared, started
+from tests.support.debian import SUITES, Machine, dependencies, lend_release, start_machine
 
 pytestmark = pytest.mark.long
 
@@ -25,7 +25,7 @@ def debian(
     own = tmp_path_factory.getbasetemp()
     place = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     wanted = ["e2fsprogs", *dependencies(package)]
-    with shared(request.param, place / "debian", wanted) as root:
+    with lend_release(request.param, place / "debian", wanted) as root:
         yield root
 
 
@@ -59,7 +59,7 @@ def machine(debian: Path, packages: Path, tmp_path: Path) -> Iterator[Machine]:
         options = f"lowerdir={debian},upperdir={tmp_path}/upper/upper,workdir={tmp_path}/upper/work"
         subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", root], check=True)
         try:
-            with started(root, packages) as machine:
+            with start_machine(root, packages) as machine:
                 yield machine
         finally:
             subprocess.run(["umount", root], check=True)
@@ -80,17 +80,17 @@ cat /root/log >&2
 exit 1
 """
 
-END = "kill $(cat {0}); while kill -0 $(cat {0}) 2>/dev/null; do sleep 0.05; done"
-STOP = END.format("/root/pid")
+KILL_AND_WAIT = "kill $(cat {0}); while kill -0 $(cat {0}) 2>/dev/null; do sleep 0.05; done"
+STOP = KILL_AND_WAIT.format("/root/pid")
 
-USE = """
+USE_MOUNT = """
 mkfifo /root/there
 (cd '/mnt/a place' && echo >/root/there && exec sleep 1000 >/dev/null 2>&1) & echo $! >/root/user
 cat /root/there
 """
 
 
-def stocked(machine: Machine) -> None:
+def install_and_mount(machine: Machine) -> None:
     """Install the older version, and make a snapshot, two mounts of it and a mount inside it."""
     # The bus starts before the installation, and reloads its policy by itself.
     machine(BUS)
@@ -111,22 +111,22 @@ def stocked(machine: Machine) -> None:
     )
 
 
-def targets(machine: Machine) -> list[str]:
+def mounted_targets(machine: Machine) -> list[str]:
     return machine(
         "cut -d ' ' -f 5 /proc/self/mountinfo | grep -E '^/(mnt|run/snapd-native|var)/' || true"
     ).splitlines()
 
 
 def test_upgrade_and_removal_keep_mounts_and_purge_deletes_everything(machine: Machine) -> None:
-    stocked(machine)
-    before = targets(machine)
+    install_and_mount(machine)
+    before = mounted_targets(machine)
     assert len(before) == 5
     machine("dpkg --install /root/new.deb")
     assert machine("snapd-native --version").split()[-1] == __version__
-    assert targets(machine) == before
+    assert mounted_targets(machine) == before
     machine(STOP)
     machine(SERVE)
-    assert targets(machine) == before
+    assert mounted_targets(machine) == before
     assert "/mnt/a place" in machine("snapd-native mounts")
     machine(STOP)
     # As systemctl enable does; there is no systemd here.
@@ -138,10 +138,10 @@ def test_upgrade_and_removal_keep_mounts_and_purge_deletes_everything(machine: M
         """
     )
     machine("dpkg --remove snapd-native")
-    assert targets(machine) == before
+    assert mounted_targets(machine) == before
     assert machine("cat '/mnt/a place/file' /var/lib/snapd-native/snapshots/*/file") == "data\n" * 2
     machine("dpkg --purge snapd-native")
-    assert targets(machine) == []
+    assert mounted_targets(machine) == []
     assert machine("ls -A /var/lib/snapd-native /run/snapd-native 2>/dev/null || true") == ""
     assert machine("cat /root/disk/file") == "foreign\n"
     left = "find / -xdev -name '*snapd*native*' -not -path '/root/*' -not -path '/proc/*'"
@@ -149,22 +149,22 @@ def test_upgrade_and_removal_keep_mounts_and_purge_deletes_everything(machine: M
 
 
 def test_purge_fails_while_a_process_uses_a_mount(machine: Machine) -> None:
-    stocked(machine)
+    install_and_mount(machine)
     machine(STOP)
-    machine(USE)
-    stderr = machine.fails("dpkg --purge snapd-native")
-    assert "/mnt/a place cannot be unmounted" in complaint(stderr)
+    machine(USE_MOUNT)
+    stderr = machine.expect_failure("dpkg --purge snapd-native")
+    assert "/mnt/a place cannot be unmounted" in error_line(stderr)
     assert machine("cat '/mnt/a place/file'") == "data\n"
-    machine(END.format("/root/user"))
+    machine(KILL_AND_WAIT.format("/root/user"))
     machine("dpkg --purge snapd-native")
-    assert targets(machine) == []
+    assert mounted_targets(machine) == []
     assert machine("ls -A /var/lib") == machine("ls -A /var/lib | grep -v snapd")
     assert machine("cat /root/disk/file") == "foreign\n"
 
 
 def test_purge_empties_a_state_directory_that_is_a_mount_point(machine: Machine) -> None:
     machine("mkdir /var/lib/snapd-native && mount -t tmpfs tmpfs /var/lib/snapd-native")
-    stocked(machine)
+    install_and_mount(machine)
     machine(STOP)
     machine("dpkg --purge snapd-native")
     assert machine("mountpoint /var/lib/snapd-native && ls -A /var/lib/snapd-native") == (
@@ -174,14 +174,14 @@ def test_purge_empties_a_state_directory_that_is_a_mount_point(machine: Machine)
 
 
 def test_purge_deletes_immutable_files(machine: Machine) -> None:
-    stocked(machine)
+    install_and_mount(machine)
     machine(STOP)
     machine("chattr +i /var/lib/snapd-native/snapshots/1/file")
     machine("dpkg --purge snapd-native")
     machine("! [ -e /var/lib/snapd-native ]")
 
 
-def complaint(stderr: str) -> str:
+def error_line(stderr: str) -> str:
     (line,) = [line for line in stderr.splitlines() if line.startswith("snapd-native: ")]
     return line
 
@@ -190,8 +190,8 @@ def test_purge_names_the_directory_it_cannot_delete(machine: Machine) -> None:
     machine("mkdir /var/lib/snapd-native && mount -t tmpfs tmpfs /var/lib/snapd-native")
     machine("dpkg --install /root/new.deb; touch /var/lib/snapd-native/file")
     machine("mount -o remount,ro /var/lib/snapd-native")
-    stderr = machine.fails("dpkg --purge snapd-native")
-    assert "/var/lib/snapd-native cannot be deleted" in complaint(stderr)
+    stderr = machine.expect_failure("dpkg --purge snapd-native")
+    assert "/var/lib/snapd-native cannot be deleted" in error_line(stderr)
     machine("mount -o remount,rw /var/lib/snapd-native && dpkg --purge snapd-native")
     assert machine("ls -A /var/lib/snapd-native") == ""
 
@@ -207,11 +207,11 @@ def test_purge_does_not_unmount_a_mount_that_covers_another(machine: Machine) ->
         echo foreign >/mnt/a/file
         """
     )
-    stderr = machine.fails("dpkg --purge snapd-native")
-    assert "/mnt/a cannot be unmounted" in complaint(stderr)
+    stderr = machine.expect_failure("dpkg --purge snapd-native")
+    assert "/mnt/a cannot be unmounted" in error_line(stderr)
     assert machine("cat /mnt/a/file") == "foreign\n"
     machine("umount /mnt/a /mnt && dpkg --purge snapd-native")
-    assert targets(machine) == []
+    assert mounted_targets(machine) == []
 
 
 def test_purge_unmounts_targets_with_odd_names(machine: Machine) -> None:
@@ -224,9 +224,9 @@ def test_purge_unmounts_targets_with_odd_names(machine: Machine) -> None:
         mount --bind /var/lib/snapd-native/snapshots/1 "$target"
         """
     )
-    assert len(targets(machine)) == 1
+    assert len(mounted_targets(machine)) == 1
     machine("dpkg --purge snapd-native")
-    assert targets(machine) == []
+    assert mounted_targets(machine) == []
 
 
 def test_purge_keeps_data_and_mounts_outside_the_state_directory(machine: Machine) -> None:

@@ -17,9 +17,9 @@ from snapd_native.errors import (
 from snapd_native.snapshotter import Snapshotter
 from tests.support.engine import (
     directories,
-    names,
-    read,
-    write,
+    read_files,
+    snapshot_names,
+    write_files,
 )
 from tests.support.file_systems import long_on_xfs
 
@@ -46,7 +46,7 @@ TOO_LONG = "x" * 4097
     ],
 )
 def test_prepare_and_view_check_their_arguments_in_order(
-    full: Snapshotter,
+    populated: Snapshotter,
     kind: str,
     key: str,
     parent: str,
@@ -54,10 +54,10 @@ def test_prepare_and_view_check_their_arguments_in_order(
     error: type[SnapdError],
     about: str,
 ) -> None:
-    before = full.list(), directories(full)
+    before = populated.list(), directories(populated)
     with pytest.raises(error, match=about):
-        getattr(full, kind)(key, parent, labels)
-    assert (full.list(), directories(full)) == before
+        getattr(populated, kind)(key, parent, labels)
+    assert (populated.list(), directories(populated)) == before
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_prepare_and_view_check_their_arguments_in_order(
     ],
 )
 def test_commit_checks_its_arguments_in_order(
-    full: Snapshotter,
+    populated: Snapshotter,
     name: str,
     key: str,
     parent: str,
@@ -88,10 +88,10 @@ def test_commit_checks_its_arguments_in_order(
     error: type[SnapdError],
     about: str,
 ) -> None:
-    before = full.list(), directories(full)
+    before = populated.list(), directories(populated)
     with pytest.raises(error, match=about):
-        full.commit(name, key, labels, parent)
-    assert (full.list(), directories(full)) == before
+        populated.commit(name, key, labels, parent)
+    assert (populated.list(), directories(populated)) == before
 
 
 @pytest.mark.parametrize(
@@ -106,13 +106,13 @@ def test_commit_checks_its_arguments_in_order(
     ids=["mounts", "stat", "update", "usage", "remove"],
 )
 def test_an_unknown_key_raises_not_found_and_a_bad_one_invalid_argument(
-    full: Snapshotter, call: Callable[[Snapshotter, str], object]
+    populated: Snapshotter, call: Callable[[Snapshotter, str], object]
 ) -> None:
     with pytest.raises(NotFound, match='"nothing"'):
-        call(full, "nothing")
+        call(populated, "nothing")
     for key in ("", TOO_LONG, "\ud800", "a\0b"):
         with pytest.raises(InvalidArgument):
-            call(full, key)
+            call(populated, key)
 
 
 @pytest.mark.parametrize(
@@ -127,14 +127,14 @@ def test_an_unknown_key_raises_not_found_and_a_bad_one_invalid_argument(
 def test_any_text_can_be_a_name(engine: Snapshotter, name: str) -> None:
     source = Path(engine.prepare(name).source)
     assert source.parent == engine.state_directory / "snapshots"
-    write(engine.mounts(name), file="here")
+    write_files(engine.mounts(name), file="here")
     assert engine.stat(name).name == name
     engine.update(name, {"a": "b"})
-    assert names(engine) == [name]
+    assert snapshot_names(engine) == [name]
     engine.remove(name)
     engine.prepare("other")
     engine.commit(name, "other")
-    assert read(engine.prepare("child", name)) == {}
+    assert read_files(engine.prepare("child", name)) == {}
     assert engine.stat("child").parent == name
 
 
@@ -156,11 +156,11 @@ def test_a_bad_name_raises_invalid_argument(engine: Snapshotter, name: str) -> N
             call()
         assert "\0" not in str(caught.value)
         str(caught.value).encode()
-    assert names(engine) == ["key"]
+    assert snapshot_names(engine) == ["key"]
     assert len(directories(engine)) == 1
 
 
-MOST = {f"{number:03}": "x" * 4093 for number in range(256)}
+MAX_LABELS = {f"{number:03}": "x" * 4093 for number in range(256)}
 """Labels of 4096 bytes each, and of 1 MiB in all."""
 
 
@@ -177,8 +177,8 @@ MOST = {f"{number:03}": "x" * 4093 for number in range(256)}
         ({"kk": "ä" * 2047 + "x"}, False),
         ({"k": "\ud800"}, False),
         ({"\ud800": "x"}, False),
-        (MOST, True),
-        (MOST | {"k": "x"}, False),
+        (MAX_LABELS, True),
+        (MAX_LABELS | {"k": "x"}, False),
     ],
     ids=[
         *("4096 bytes", "long key", "no value", "multi-byte", "no key", "4097 bytes"),
@@ -202,14 +202,14 @@ def test_labels_are_accepted_up_to_their_limits(
         else:
             with pytest.raises(InvalidArgument):
                 call()
-            assert names(engine) == ["key"]
+            assert snapshot_names(engine) == ["key"]
             assert engine.stat("key").labels == {}
 
 
 def test_update_cannot_exceed_the_limit_of_all_labels_together(engine: Snapshotter) -> None:
-    engine.prepare("key", labels=MOST)
+    engine.prepare("key", labels=MAX_LABELS)
     with pytest.raises(InvalidArgument):
         engine.update("key", {"k": "x"}, ["labels.k"])
-    assert engine.stat("key").labels == MOST
+    assert engine.stat("key").labels == MAX_LABELS
     assert "000" not in engine.update("key", {}, ["labels.000"]).labels
     assert engine.update("key", {"k": "x"}, ["labels.k"]).labels["k"] == "x"

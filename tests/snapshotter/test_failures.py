@@ -23,18 +23,24 @@ from snapd_native.snapshotter import Snapshotter
 from snapd_native.snapshotter.state import StateDirectory
 from tests.support import PROJECT, torture_tree
 from tests.support.engine import (
-    BEFORE,
+    POPULATED_NAMES,
     directories,
-    fail,
-    identity,
-    kill_where_it_stands,
-    names,
-    opened,
-    read,
+    failing_function,
+    id_of,
+    open_engine,
+    read_files,
+    run_until_reached_and_kill,
+    snapshot_names,
 )
-from tests.support.file_systems import long_on_xfs, mounted, on_ext4, unmount_when_free
+from tests.support.file_systems import (
+    is_free,
+    long_on_xfs,
+    new_file_system,
+    on_ext4,
+    unmount_when_free,
+)
 from tests.support.service import check_sentence
-from tests.support.waiting import WAIT, eventually
+from tests.support.waiting import WAIT_TIMEOUT, wait_until
 
 pytestmark = long_on_xfs
 
@@ -51,14 +57,14 @@ DOCUMENTED = (
 @on_ext4
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_prepare_says_what_to_do_about_each_documented_system_error(
-    full: Snapshotter, name: str, caplog: pytest.LogCaptureFixture
+    populated: Snapshotter, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     for owner, function in ((StateDirectory, "create"), (trees.Crew, "clone")):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(owner, function, fail(getattr(errno, name)))
+            patch.setattr(owner, function, failing_function(getattr(errno, name)))
             kinds = (FailedPrecondition, ResourceExhausted, DataLoss)
             with pytest.raises(kinds) as caught:
-                full.prepare("new", "base")
+                populated.prepare("new", "base")
         check_sentence(caught.value.message, 'cannot prepare "new" from "base": ')
     assert caplog.text == ""
 
@@ -84,67 +90,70 @@ def test_prepare_says_what_to_do_about_each_documented_system_error(
     ],
 )
 def test_a_failed_system_call_undoes_prepare_and_commit(
-    full: Snapshotter, owner: object, function: str, code: int, error: type[SnapdError]
+    populated: Snapshotter, owner: object, function: str, code: int, error: type[SnapdError]
 ) -> None:
-    before = directories(full), full.list()
+    before = directories(populated), populated.list()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, function, fail(code))
+        patch.setattr(owner, function, failing_function(code))
         committing = function in ("measure", "sync")
-        call = full.commit if committing else full.prepare
+        call = populated.commit if committing else populated.prepare
         with pytest.raises(error) as caught:
             call("new", "work" if committing else "base")
         # Wait for the background syncs, so that none of them fails later.
-        full._syncer.submit(lambda: None).result(WAIT)
+        populated._syncer.submit(lambda: None).result(WAIT_TIMEOUT)
     assert "/a/path" not in str(caught.value)
-    assert (directories(full), full.list()) == before
-    full.prepare("new", "base")
-    full.commit("done", "new" if function == "sync" else "work")
+    assert (directories(populated), populated.list()) == before
+    populated.prepare("new", "base")
+    populated.commit("done", "new" if function == "sync" else "work")
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
 def test_a_snapshot_active_at_a_failed_sync_can_never_be_committed(
-    full: Snapshotter, code: int
+    populated: Snapshotter, code: int
 ) -> None:
     """The kernel reports the error once, to the first Commit, and then drops the data."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StateDirectory, "sync", fail(code))
+        patch.setattr(StateDirectory, "sync", failing_function(code))
         with pytest.raises(SnapdError):
-            full.commit("done", "work")
-        full._syncer.submit(lambda: None).result(WAIT)
+            populated.commit("done", "work")
+        populated._syncer.submit(lambda: None).result(WAIT_TIMEOUT)
     for key in ("work", "lone"):
         with pytest.raises(DataLoss, match="prepare it anew"):
-            full.commit("done", key)
-        full.remove(key)
-    full.prepare("work", "base")
-    full.commit("done", "work")
-    assert names(full) == ["base", "done", "look"]
+            populated.commit("done", key)
+        populated.remove(key)
+    populated.prepare("work", "base")
+    populated.commit("done", "work")
+    assert snapshot_names(populated) == ["base", "done", "look"]
 
 
 @pytest.mark.parametrize("function", ["publish", "publish_commit"])
-def test_a_failed_metastore_write_undoes_the_call(full: Snapshotter, function: str) -> None:
-    before = directories(full), full.list()
+def test_a_failed_metastore_write_undoes_the_call(populated: Snapshotter, function: str) -> None:
+    before = directories(populated), populated.list()
 
     def failing(*_: object) -> None:
         raise ResourceExhausted("no room is left for the metadata")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Metastore, function, failing)
-        calls: list[Callable[[], object]] = [lambda: full.commit("new", "work")]
+        calls: list[Callable[[], object]] = [lambda: populated.commit("new", "work")]
         if function == "publish":
-            calls = [lambda: full.prepare("new", "base"), lambda: full.view("new", "base")]
+            calls = [
+                lambda: populated.prepare("new", "base"),
+                lambda: populated.view("new", "base"),
+            ]
         for call in calls:
             with pytest.raises(ResourceExhausted):
                 call()
-    assert (directories(full), full.list()) == before
-    full.prepare("new", "base")
-    full.commit("done", "work")
+    assert (directories(populated), populated.list()) == before
+    populated.prepare("new", "base")
+    populated.commit("done", "work")
 
 
 @pytest.mark.parametrize("scarce", ["blocks", "inodes"])
 def test_prepare_on_a_full_disk_is_undone(loop_directory: Path, scarce: str) -> None:
     with (
-        mounted("ext4", 17 << 20, loop_directory) as disk,
-        opened(disk.root / "state") as engine,
+        new_file_system("ext4", 17 << 20, loop_directory) as disk,
+        open_engine(disk.root / "state") as engine,
     ):
         tree = Path(engine.prepare("preparing").source)
         if scarce == "blocks":
@@ -156,7 +165,7 @@ def test_prepare_on_a_full_disk_is_undone(loop_directory: Path, scarce: str) -> 
         for _ in range(2):
             with pytest.raises(ResourceExhausted, match="try again"):
                 engine.prepare("another", "base")
-            assert names(engine) == ["base", "one"]
+            assert snapshot_names(engine) == ["base", "one"]
             assert len(directories(engine)) == 2
         engine.remove("one")
         engine.upkeep.cleanup()
@@ -172,26 +181,26 @@ from snapd_native.metastore import Metastore
 from snapd_native.snapshotter import Snapshotter
 from snapd_native.snapshotter.state import StateDirectory
 
-def stand(*_, **__):
-    print("there", flush=True)
+def wait_for_kill(*_, **__):
+    print("reached", flush=True)
     sys.stdin.read()
 
-def halfway(crew, source, target, step, *, reflink):
+def hold_after_copy(crew, source, target, step, *, reflink):
     real(crew, source, target, step, reflink=reflink)
-    stand()
+    wait_for_kill()
 
 engine = Snapshotter(Path(sys.argv[1]), lambda *_: None)
 engine._syncer.submit(lambda: None).result()
 real = trees.Crew.clone
 if sys.argv[2] == "clone":
-    trees.Crew.clone = halfway
+    trees.Crew.clone = hold_after_copy
 else:
     owner = next(o for o in (StateDirectory, Metastore, Snapshotter) if hasattr(o, sys.argv[2]))
-    setattr(owner, sys.argv[2], stand)
+    setattr(owner, sys.argv[2], wait_for_kill)
 eval(sys.argv[3])
 engine._reaper._background.submit(lambda: None).result()
 engine._syncer.submit(lambda: None).result()
-print("not there")
+print("not reached")
 """
 
 PREPARE, COMMIT = "engine.prepare('new', 'base')", "engine.commit('done', 'work')"
@@ -201,35 +210,35 @@ EMPTY, VIEW, REMOVE = "engine.prepare('new')", "engine.view('new', 'base')", "en
 @pytest.mark.parametrize(
     ("where", "call", "after"),
     [
-        ("clone", PREPARE, BEFORE),
-        ("complete", PREPARE, BEFORE),
-        ("publish", PREPARE, BEFORE),
+        ("clone", PREPARE, POPULATED_NAMES),
+        ("complete", PREPARE, POPULATED_NAMES),
+        ("publish", PREPARE, POPULATED_NAMES),
         ("_mount", PREPARE, ["base", "lone", "look", "new", "work"]),
         ("sync", PREPARE, ["base", "lone", "look", "new", "work"]),
         ("settle", PREPARE, ["base", "lone", "look", "new", "work"]),
-        ("complete", EMPTY, BEFORE),
-        ("publish", EMPTY, BEFORE),
-        ("publish", VIEW, BEFORE),
-        ("sync", COMMIT, BEFORE),
-        ("publish_commit", COMMIT, BEFORE),
+        ("complete", EMPTY, POPULATED_NAMES),
+        ("publish", EMPTY, POPULATED_NAMES),
+        ("publish", VIEW, POPULATED_NAMES),
+        ("sync", COMMIT, POPULATED_NAMES),
+        ("publish_commit", COMMIT, POPULATED_NAMES),
         ("release", COMMIT, ["base", "done", "lone", "look"]),
-        ("remove", REMOVE, BEFORE),
+        ("remove", REMOVE, POPULATED_NAMES),
         ("retire", REMOVE, ["base", "lone", "look"]),
         ("delete", REMOVE, ["base", "lone", "look"]),
     ],
 )
 def test_after_a_crash_each_call_is_complete_or_undone(
-    left: Path, where: str, call: str, after: list[str]
+    populated_state: Path, where: str, call: str, after: list[str]
 ) -> None:
-    kill_where_it_stands(CRASH, left, where, call)
-    with opened(left) as engine:
-        assert names(engine) == after
+    run_until_reached_and_kill(CRASH, populated_state, where, call)
+    with open_engine(populated_state) as engine:
+        assert snapshot_names(engine) == after
         owners = {name for name in after if name != "look"}
-        assert directories(engine) == {identity(engine, name) for name in owners}
+        assert directories(engine) == {id_of(engine, name) for name in owners}
         for name in {"work", "new"} & set(after):
-            assert read(engine.mounts(name)) == {"file": "base", "other": "more"}
+            assert read_files(engine.mounts(name)) == {"file": "base", "other": "more"}
         if "new" not in after:
-            assert read(engine.prepare("new", "base")) == {"file": "base", "other": "more"}
+            assert read_files(engine.prepare("new", "base")) == {"file": "base", "other": "more"}
         if "done" not in after:
             engine.prepare("done")
 
@@ -272,28 +281,28 @@ def test_completed_calls_survive_a_power_cut(
     loop_directory: Path, name: str, reboot: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Prepare that was not synced before the cut is lost, and leaves nothing."""
-    with mounted(name, 512 << 20, loop_directory) as disk:
+    with new_file_system(name, 512 << 20, loop_directory) as disk:
         command = [sys.executable, "-c", POWER_CUT, str(disk.root)]
         done = subprocess.run(command, check=True, capture_output=True, cwd=PROJECT)
         mount_again(disk.root)
         if reboot:
             monkeypatch.setattr(linux, "boot_id", lambda: "the next boot")
-        with opened(disk.root / "state") as engine:
-            assert names(engine) == ["base", "empty", "look", "work"]
+        with open_engine(disk.root / "state") as engine:
+            assert snapshot_names(engine) == ["base", "empty", "look", "work"]
             assert engine.stat("look").labels == engine.stat("base").labels == {"a": "b"}
-            assert read(engine.mounts("empty")) == {}
+            assert read_files(engine.mounts("empty")) == {}
             for key in ("look", "work"):
                 tree = Path(engine.mounts(key).source)
                 content = b"".join((tree / str(number)).read_bytes() for number in range(20))
                 assert content == done.stdout
                 for number in range(20):
                     assert (tree / f"directory {number}" / "file").read_text() == str(number)
-            owners = {identity(engine, key) for key in ("base", "empty", "work")}
+            owners = {id_of(engine, key) for key in ("base", "empty", "work")}
             assert directories(engine) == owners
 
 
 def mount_again(root: Path) -> None:
-    """Unmount a loop device's file system and mount it anew, as after a reboot."""
+    """Unmount a loop device's file system and mount it again, as after a reboot."""
     device = subprocess.run(
         ["findmnt", "--noheadings", "--output", "SOURCE", str(root)],
         check=True,
@@ -305,18 +314,7 @@ def mount_again(root: Path) -> None:
     try:
         unmount_when_free(root)
         # Workers that have not ended yet hold clones of the mount.
-        eventually(lambda: not _is_held(device))
+        wait_until(lambda: is_free(device))
         subprocess.run(["mount", device, str(root)], check=True)
     finally:
         os.close(fd)
-
-
-def _is_held(device: str) -> bool:
-    """Return whether a file system on a block device is mounted, in any mount namespace."""
-    try:
-        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-    except OSError as error:
-        if error.errno != errno.EBUSY:
-            raise
-        return True
-    return False

@@ -23,9 +23,9 @@ from snapd_native.model import Usage
 from snapd_native.snapshotter import Snapshotter
 from tests.support import torture_tree
 from tests.support.engine import state_of
-from tests.support.holding import held
-from tests.support.service import refused
-from tests.support.waiting import WAIT, eventually
+from tests.support.holding import hold_at_files
+from tests.support.service import expect_error
+from tests.support.waiting import WAIT_TIMEOUT, wait_until
 
 Call = Callable[[Snapshotter, Job], object]
 
@@ -57,12 +57,12 @@ def test_a_job_adds_up_the_reported_progress() -> None:
     assert job.done == Usage(size=8192, inodes=4)
 
 
-def test_the_begin_callback_sees_operation_key_and_total() -> None:
-    told: list[tuple[Operation | None, str, Usage]] = []
-    job = Job(lambda: told.append((job.operation, job.key, job.total)))
-    assert told == []
+def test_the_begin_callback_gets_operation_key_and_total() -> None:
+    begun: list[tuple[Operation | None, str, Usage]] = []
+    job = Job(lambda: begun.append((job.operation, job.key, job.total)))
+    assert begun == []
     job.begin(Operation.COMMIT, "key")
-    assert told == [(Operation.COMMIT, "key", Usage(0, 0))]
+    assert begun == [(Operation.COMMIT, "key", Usage(0, 0))]
 
 
 def test_a_cancelled_job_raises_cancelled_at_report_and_at_conclude() -> None:
@@ -74,7 +74,7 @@ def test_a_cancelled_job_raises_cancelled_at_report_and_at_conclude() -> None:
             assert job.cancel()
             assert job.cancel(), "it is still cancelled"
             for _ in range(2):
-                with refused(Cancelled, operation, "was cancelled"):
+                with expect_error(Cancelled, operation, "was cancelled"):
                     step(job)
 
 
@@ -91,7 +91,7 @@ def test_a_job_is_either_concluded_or_cancelled() -> None:
     start = threading.Barrier(3)
 
     def conclude(job: Job) -> bool:
-        start.wait(WAIT)
+        start.wait(WAIT_TIMEOUT)
         try:
             job.conclude()
         except Cancelled:
@@ -99,14 +99,16 @@ def test_a_job_is_either_concluded_or_cancelled() -> None:
         return True
 
     def cancel(job: Job) -> bool:
-        start.wait(WAIT)
+        start.wait(WAIT_TIMEOUT)
         return job.cancel()
 
     with ThreadPoolExecutor(3) as pool:
         for _ in range(1000):
             job = Job()
             concluded, *others = (pool.submit(what, job) for what in (conclude, cancel, cancel))
-            assert {other.result(WAIT) for other in others} == {not concluded.result(WAIT)}
+            assert {other.result(WAIT_TIMEOUT) for other in others} == {
+                not concluded.result(WAIT_TIMEOUT)
+            }
 
 
 def test_the_progress_of_prepare_ends_at_the_usage_of_the_parent(engine: Snapshotter) -> None:
@@ -127,7 +129,7 @@ def test_the_progress_of_prepare_ends_at_the_usage_of_the_parent(engine: Snapsho
 
 
 def test_prepare_reports_progress_while_it_copies(engine: Snapshotter) -> None:
-    class Seen(Job):
+    class RecordedJob(Job):
         def report(self, inodes: int, size: int) -> None:
             super().report(inodes, size)
             seen.append(self.done.inodes)
@@ -136,20 +138,20 @@ def test_prepare_reports_progress_while_it_copies(engine: Snapshotter) -> None:
     for number in range(20):
         (tree / str(number)).touch()
     engine.commit("base", "making")
-    job = Seen()
+    job = RecordedJob()
     seen: list[int] = []
 
     def has_gone_on(since: int) -> bool:
         return job.done.inodes > since
 
     with ThreadPoolExecutor(1) as pool:
-        with held(tree) as copy:
+        with hold_at_files(tree) as copy:
             preparing = pool.submit(engine.prepare, "key", "base", job=job)
             for _ in range(3):
                 before = job.done.inodes
-                copy.let_pass()
-                eventually(partial(has_gone_on, before))
-        preparing.result(WAIT)
+                copy.release()
+                wait_until(partial(has_gone_on, before))
+        preparing.result(WAIT_TIMEOUT)
     assert seen == sorted(seen)
     assert job.done == job.total
 
@@ -175,32 +177,32 @@ def test_usage_and_commit_report_the_entries_they_measure(engine: Snapshotter) -
         assert job.done.size > 0
 
 
-def test_cleanup_reports_the_entries_it_deletes(full: Snapshotter) -> None:
+def test_cleanup_reports_the_entries_it_deletes(populated: Snapshotter) -> None:
     for number in range(100):
-        (full.state_directory / "snapshots" / "rm-99" / str(number)).mkdir(parents=True)
+        (populated.state_directory / "snapshots" / "rm-99" / str(number)).mkdir(parents=True)
     job = Job()
-    full.upkeep.cleanup(job)
+    populated.upkeep.cleanup(job)
     assert (job.operation, job.key) == (Operation.CLEANUP, "")
     assert (job.done.inodes, job.total) == (100, Usage(0, 0))
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["", "cancelled before"])
-def test_a_refused_call_does_not_begin_its_job(full: Snapshotter, early: bool) -> None:
-    before = state_of(full)
+def test_a_refused_call_does_not_begin_its_job(populated: Snapshotter, early: bool) -> None:
+    before = state_of(populated)
     begun: list[None] = []
     for error, call in REFUSALS:
         job = Job(lambda: begun.append(None))
         if early:
             job.cancel()
         with pytest.raises(error):
-            call(full, job)
+            call(populated, job)
         assert job.operation is None
     assert begun == []
-    assert state_of(full) == before
+    assert state_of(populated) == before
 
 
-def test_usage_of_a_committed_snapshot_or_a_view_begins_no_job(full: Snapshotter) -> None:
+def test_usage_of_a_committed_snapshot_or_a_view_begins_no_job(populated: Snapshotter) -> None:
     for key in ("base", "look"):
         job = Job()
-        full.usage(key, job)
+        populated.usage(key, job)
         assert job.operation is None

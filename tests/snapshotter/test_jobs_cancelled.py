@@ -10,25 +10,25 @@ from pathlib import Path
 
 import pytest
 
+from snapd_native import trees
 from snapd_native.errors import Cancelled
 from snapd_native.jobs import Job, Operation
 from snapd_native.model import Added, Change, Committed, Kind, Usage
 from snapd_native.snapshotter import Snapshotter
 from tests.support.engine import (
+    commit_many_files,
     directories,
-    gated,
-    grow,
-    identity,
-    names,
-    opened,
-    read,
+    id_of,
+    open_engine,
+    read_files,
+    snapshot_names,
     state_of,
-    write,
+    write_files,
 )
 from tests.support.file_systems import on_ext4
-from tests.support.holding import held
-from tests.support.service import refused
-from tests.support.waiting import WAIT
+from tests.support.holding import hold_at_files, hold_function
+from tests.support.service import expect_error
+from tests.support.waiting import WAIT_TIMEOUT
 
 pytestmark = on_ext4
 
@@ -43,65 +43,67 @@ CALLS: dict[str, Call] = {
 }
 """Each call that takes a job, on a full engine."""
 
-HELD: dict[str, tuple[str, Call]] = {
+LONG_CALLS: dict[str, tuple[str, Call]] = {
     "prepare": ("clone", CALLS["prepare"]),
     "commit": ("measure", CALLS["commit"]),
     "usage": ("measure", CALLS["usage"]),
 }
-"""Calls that a gate can stop, and the function at which it stops them."""
+"""Calls that copy or measure, and the method of `trees.Crew` at which they can be held up."""
 
 
 @pytest.mark.parametrize("member", CALLS)
 @pytest.mark.parametrize("when", ["before", "as it begins"])
-def test_a_call_cancelled_before_or_at_its_begin_changes_nothing(
-    full: Snapshotter, member: str, when: str
+def test_a_call_cancelled_before_or_at_its_start_changes_nothing(
+    populated: Snapshotter, member: str, when: str
 ) -> None:
-    before = state_of(full)
+    before = state_of(populated)
     job = Job() if when == "before" else Job(lambda: job.cancel())
     if when == "before":
         assert job.cancel()
-    with refused(Cancelled, "was cancelled"):
-        CALLS[member](full, job)
-    assert state_of(full) == before
-    CALLS[member](full, Job())
+    with expect_error(Cancelled, "was cancelled"):
+        CALLS[member](populated, job)
+    assert state_of(populated) == before
+    CALLS[member](populated, Job())
 
 
 @pytest.mark.parametrize("member", CALLS)
-def test_a_completed_call_cannot_be_cancelled(full: Snapshotter, member: str) -> None:
+def test_a_completed_call_cannot_be_cancelled(populated: Snapshotter, member: str) -> None:
     job = Job()
-    CALLS[member](full, job)
-    assert not job.cancel(), "it says that what is done will be undone"
+    CALLS[member](populated, job)
+    assert not job.cancel(), "Cancel succeeded after the call"
 
 
-@pytest.mark.parametrize("member", HELD)
-def test_a_call_cancelled_while_it_works_changes_nothing(full: Snapshotter, member: str) -> None:
-    what, call = HELD[member]
-    before = state_of(full)
-    with ThreadPoolExecutor(1) as pool, gated(what) as gate:
+@pytest.mark.parametrize("member", LONG_CALLS)
+def test_a_call_cancelled_while_it_works_changes_nothing(
+    populated: Snapshotter, member: str
+) -> None:
+    what, call = LONG_CALLS[member]
+    before = state_of(populated)
+    with ThreadPoolExecutor(1) as pool, hold_function(trees.Crew, what) as held:
         job = Job()
-        running = pool.submit(call, full, job)
-        gate.wait_until_reached()
+        running = pool.submit(call, populated, job)
+        held.wait_until_reached()
         assert job.cancel()
-        gate.open()
-        with refused(Cancelled, "was cancelled"):
-            running.result(WAIT)
-    assert state_of(full) == before
-    call(full, Job())
+        held.release()
+        with expect_error(Cancelled, "was cancelled"):
+            running.result(WAIT_TIMEOUT)
+    assert state_of(populated) == before
+    call(populated, Job())
 
 
 def test_prepare_cancelled_in_the_middle_of_the_copy_is_undone(engine: Snapshotter) -> None:
-    grow(engine, "base", 20)
+    commit_many_files(engine, "base", 20)
     tree = Path(engine.view("look", "base").source)
     before = state_of(engine)
 
-    class Impatient(Job):
+    class CancelledAtReport(Job):
         def report(self, inodes: int, size: int) -> None:
             super().report(inodes, size)
             if inodes:
                 assert self.cancel()
 
-    job = Impatient()
-    with held(tree / "0", after=10), refused(Cancelled, "was cancelled"):
+    job = CancelledAtReport()
+    with hold_at_files(tree / "0", after=10), expect_error(Cancelled, "was cancelled"):
         engine.prepare("key", "base", job=job)
     assert 0 < job.done.inodes < job.total.inodes
     assert state_of(engine) == before
@@ -113,89 +115,96 @@ def test_prepare_cancelled_in_the_middle_of_the_copy_is_undone(engine: Snapshott
     assert directories(engine) == set()
 
 
-def test_a_cancelled_commit_leaves_the_snapshot_active(full: Snapshotter) -> None:
-    before = full.stat("work"), full.mounts("work"), full.usage("work")
-    with ThreadPoolExecutor(1) as pool, gated("measure") as gate:
+def test_a_cancelled_commit_leaves_the_snapshot_active(populated: Snapshotter) -> None:
+    before = populated.stat("work"), populated.mounts("work"), populated.usage("work")
+    with ThreadPoolExecutor(1) as pool, hold_function(trees.Crew, "measure") as held:
         job = Job()
-        running = pool.submit(full.commit, "new", "work", {"a": "b"}, "", job)
-        gate.wait_until_reached()
+        running = pool.submit(populated.commit, "new", "work", {"a": "b"}, "", job)
+        held.wait_until_reached()
         job.cancel()
-        gate.open()
-        with refused(Cancelled, "was cancelled"):
-            running.result(WAIT)
-    assert (full.stat("work"), full.mounts("work"), full.usage("work")) == before
-    write(full.mounts("work"), more="more")
-    full.view("new", "base")
-    full.commit("another", "work")
-    assert read(full.view("seen", "another")) == {"file": "base", "other": "more", "more": "more"}
+        held.release()
+        with expect_error(Cancelled, "was cancelled"):
+            running.result(WAIT_TIMEOUT)
+    assert (populated.stat("work"), populated.mounts("work"), populated.usage("work")) == before
+    write_files(populated.mounts("work"), more="more")
+    populated.view("new", "base")
+    populated.commit("another", "work")
+    assert read_files(populated.view("seen", "another")) == {
+        "file": "base",
+        "other": "more",
+        "more": "more",
+    }
 
 
-def test_cancel_of_one_prepare_does_not_affect_another(full: Snapshotter) -> None:
-    with ThreadPoolExecutor(2) as pool, gated("clone") as gate:
+def test_cancel_of_one_prepare_does_not_affect_another(populated: Snapshotter) -> None:
+    with ThreadPoolExecutor(2) as pool, hold_function(trees.Crew, "clone") as held:
         jobs = {key: Job() for key in ("one", "other")}
         running = {
-            key: pool.submit(full.prepare, key, "base", None, job) for key, job in jobs.items()
+            key: pool.submit(populated.prepare, key, "base", None, job) for key, job in jobs.items()
         }
-        gate.wait_until_reached()
+        held.wait_until_reached()
         jobs["one"].cancel()
-        gate.open()
-        with refused(Cancelled, "was cancelled"):
-            running["one"].result(WAIT)
-        assert read(running["other"].result(WAIT)) == {"file": "base", "other": "more"}
+        held.release()
+        with expect_error(Cancelled, "was cancelled"):
+            running["one"].result(WAIT_TIMEOUT)
+        assert read_files(running["other"].result(WAIT_TIMEOUT)) == {
+            "file": "base",
+            "other": "more",
+        }
     assert jobs["other"].done == jobs["other"].total
-    assert names(full) == ["base", "lone", "look", "other", "work"]
+    assert snapshot_names(populated) == ["base", "lone", "look", "other", "work"]
 
 
 def test_a_cancelled_cleanup_does_not_wait_for_a_running_deletion(
-    full: Snapshotter, caplog: pytest.LogCaptureFixture
+    populated: Snapshotter, caplog: pytest.LogCaptureFixture
 ) -> None:
-    garbage = f"rm-{identity(full, 'work')}"
-    orphan = full.state_directory / "snapshots" / "99"
+    garbage = f"rm-{id_of(populated, 'work')}"
+    orphan = populated.state_directory / "snapshots" / "99"
     (orphan / "directory").mkdir(parents=True)
-    with ThreadPoolExecutor(1) as pool, gated("delete") as gate:
-        full.remove("work")
-        gate.wait_until_reached()
+    with ThreadPoolExecutor(1) as pool, hold_function(trees, "delete") as held:
+        populated.remove("work")
+        held.wait_until_reached()
         job = Job()
-        running = pool.submit(full.upkeep.cleanup, job)
+        running = pool.submit(populated.upkeep.cleanup, job)
         while job.operation is None:
             pass
         assert job.cancel()
-        with refused(Cancelled, "was cancelled"):
-            running.result(WAIT)
-        assert garbage in directories(full), "nobody waited for the deletion"
-        gate.open()
-    full.upkeep.cleanup()
-    left = {identity(full, name) for name in ("base", "lone")}
-    assert directories(full) == left
+        with expect_error(Cancelled, "was cancelled"):
+            running.result(WAIT_TIMEOUT)
+        assert garbage in directories(populated), "the deletion has ended"
+        held.release()
+    populated.upkeep.cleanup()
+    left = {id_of(populated, name) for name in ("base", "lone")}
+    assert directories(populated) == left
     assert caplog.text == ""
 
 
 def test_cleanup_can_be_cancelled_during_its_own_deletion(
-    full: Snapshotter, caplog: pytest.LogCaptureFixture
+    populated: Snapshotter, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = directories(full)
-    (full.state_directory / "snapshots" / "99" / "directory").mkdir(parents=True)
-    with ThreadPoolExecutor(1) as pool, gated("delete") as gate:
+    before = directories(populated)
+    (populated.state_directory / "snapshots" / "99" / "directory").mkdir(parents=True)
+    with ThreadPoolExecutor(1) as pool, hold_function(trees, "delete") as held:
         job = Job()
-        running = pool.submit(full.upkeep.cleanup, job)
-        gate.wait_until_reached()
+        running = pool.submit(populated.upkeep.cleanup, job)
+        held.wait_until_reached()
         assert job.cancel()
-        with refused(Cancelled, "was cancelled"):
-            running.result(WAIT)
-        gate.open()
-    full.upkeep.cleanup()
-    assert directories(full) == before
+        with expect_error(Cancelled, "was cancelled"):
+            running.result(WAIT_TIMEOUT)
+        held.release()
+    populated.upkeep.cleanup()
+    assert directories(populated) == before
     assert caplog.text == ""
 
 
-RACES: dict[str, Call] = {
+PUBLISHING_CALLS: dict[str, Call] = {
     "prepare nothing": lambda engine, job: engine.prepare("key", job=job),
     "prepare": lambda engine, job: engine.prepare("key", "base", job=job),
     "commit": lambda engine, job: engine.commit("name", "work", job=job),
 }
 
 
-class Stepped(Job):
+class CancelledAtStep(Job):
     """A job that another thread cancels at a step. Calls use their jobs at these steps only."""
 
     def __init__(self, pool: Executor, step: str) -> None:
@@ -226,14 +235,14 @@ class Stepped(Job):
 
     def _reach(self, step: str) -> None:
         if step == self._step and self.in_time is None:
-            self.in_time = self._pool.submit(self.cancel).result(WAIT)
+            self.in_time = self._pool.submit(self.cancel).result(WAIT_TIMEOUT)
 
 
 @pytest.mark.parametrize(
     ("member", "step", "in_time"),
     [
         (member, step, step != "concluded")
-        for member in RACES
+        for member in PUBLISHING_CALLS
         for step in ("begun", "working", "concluding", "concluded")
         if (member, step) != ("prepare nothing", "working")
     ],
@@ -242,21 +251,21 @@ def test_cancel_at_each_step_undoes_the_call_or_returns_false(
     scratch: Path, member: str, step: str, in_time: bool
 ) -> None:
     changes: list[Change] = []
-    with opened(scratch / "state", changes.append) as engine, ThreadPoolExecutor(1) as pool:
-        grow(engine, "base", 1)
+    with open_engine(scratch / "state", changes.append) as engine, ThreadPoolExecutor(1) as pool:
+        commit_many_files(engine, "base", 1)
         engine.prepare("work", "base")
         before = state_of(engine)[1:]
         changes.clear()
-        job = Stepped(pool, step)
-        with refused(Cancelled, "was cancelled") if in_time else nullcontext():
-            RACES[member](engine, job)
+        job = CancelledAtStep(pool, step)
+        with expect_error(Cancelled, "was cancelled") if in_time else nullcontext():
+            PUBLISHING_CALLS[member](engine, job)
         assert job.in_time is in_time
         if in_time:
             assert changes == []
             assert state_of(engine)[1:] == before
         else:
             undo(engine, changes)
-        assert owned(engine) == {identity(engine, name) for name in names(engine)}
+        assert kept_directories(engine) == {id_of(engine, name) for name in snapshot_names(engine)}
         assert engine._store.reserved() == set()
 
 
@@ -269,13 +278,13 @@ def undo(engine: Snapshotter, changes: list[Change]) -> None:
             engine.remove(key)
         case Committed(name, key):
             assert engine.stat(name).kind is Kind.COMMITTED
-            assert key not in names(engine)
+            assert key not in snapshot_names(engine)
             engine.remove(name)
             engine.prepare(key, "base")
         case _:
             raise AssertionError(change)
 
 
-def owned(engine: Snapshotter) -> set[str]:
+def kept_directories(engine: Snapshotter) -> set[str]:
     """Return the names of all directories but those that are being deleted."""
     return {name for name in directories(engine) if not name.startswith("rm-")}

@@ -24,7 +24,7 @@ from snapd_native.errors import (
 from snapd_native.model import Added, Change, Committed, Kind, Removed, Updated
 from snapd_native.snapshotter import Snapshotter
 
-pytestmark = pytest.mark.usefixtures("one_process")
+pytestmark = pytest.mark.usefixtures("no_workers")
 
 
 Labels = dict[str, str]
@@ -177,14 +177,14 @@ class Comparison(RuleBasedStateMachine):
         super().__init__()
         self.directory = Path(tempfile.mkdtemp(prefix="snapd-native-model", dir="/var/tmp"))
         self.model = Model()
-        self.told: list[Change] = []
-        self.engine = Snapshotter(self.directory / "state", self.told.append)
+        self.announced: list[Change] = []
+        self.engine = Snapshotter(self.directory / "state", self.announced.append)
 
     def teardown(self) -> None:
         self.engine.close()
         shutil.rmtree(self.directory)
 
-    def both(self, call: Callable[[], object], expected: Callable[[], object]) -> bool:
+    def call_both(self, call: Callable[[], object], expected: Callable[[], object]) -> bool:
         """Make the same call on the engine and on the model; return whether it succeeded."""
         results: list[type[SnapdError] | None] = []
         for side in (call, expected):
@@ -199,21 +199,21 @@ class Comparison(RuleBasedStateMachine):
 
     @rule(key=ANY_NAME, parent=PARENT, labels=LABELS)
     def prepare(self, key: str, parent: str, labels: Labels) -> None:
-        self.both(
+        self.call_both(
             lambda: self.engine.prepare(key, parent, labels),
             lambda: self.model.create(Kind.ACTIVE, key, parent, labels),
         )
 
     @rule(key=ANY_NAME, parent=PARENT, labels=LABELS)
     def view(self, key: str, parent: str, labels: Labels) -> None:
-        self.both(
+        self.call_both(
             lambda: self.engine.view(key, parent, labels),
             lambda: self.model.create(Kind.VIEW, key, parent, labels),
         )
 
     @rule(name=ANY_NAME, key=ANY_NAME, labels=LABELS, parent=st.one_of(st.just(""), PARENT))
     def commit(self, name: str, key: str, labels: Labels, parent: str) -> None:
-        self.both(
+        self.call_both(
             lambda: self.engine.commit(name, key, labels, parent),
             lambda: self.model.commit(name, key, labels, parent),
         )
@@ -242,18 +242,18 @@ class Comparison(RuleBasedStateMachine):
 
     @rule(name=ANY_NAME, labels=LABELS, paths=PATHS)
     def update(self, name: str, labels: Labels, paths: list[str]) -> None:
-        self.both(
+        self.call_both(
             lambda: self.engine.update(name, labels, paths),
             lambda: self.model.update(name, labels, paths),
         )
 
     @rule(key=ANY_NAME)
     def remove(self, key: str) -> None:
-        self.both(lambda: self.engine.remove(key), lambda: self.model.remove(key))
+        self.call_both(lambda: self.engine.remove(key), lambda: self.model.remove(key))
 
     @rule(key=ANY_NAME)
     def mounts(self, key: str) -> None:
-        if self.both(lambda: self.engine.mounts(key), lambda: self.model.check_mountable(key)):
+        if self.call_both(lambda: self.engine.mounts(key), lambda: self.model.check_mountable(key)):
             mount, made = self.engine.mounts(key), self.model.get(key)
             assert mount.type == "bind"
             assert mount.options == ("rbind", "ro" if made.kind is Kind.VIEW else "rw")
@@ -263,10 +263,10 @@ class Comparison(RuleBasedStateMachine):
 
     @rule(key=ANY_NAME)
     def stat_and_usage(self, key: str) -> None:
-        if self.both(lambda: self.engine.usage(key), lambda: self.model.get(key)):
+        if self.call_both(lambda: self.engine.usage(key), lambda: self.model.get(key)):
             made, usage = self.model.get(key), self.engine.usage(key)
             assert usage.inodes == (0 if made.kind is Kind.VIEW else 1 + len(made.tree))
-        self.both(lambda: self.engine.stat(key), lambda: self.model.get(key))
+        self.call_both(lambda: self.engine.stat(key), lambda: self.model.get(key))
 
     @rule(
         filters=st.sampled_from(sorted(FILTERS)),
@@ -290,7 +290,7 @@ class Comparison(RuleBasedStateMachine):
     def restart(self) -> None:
         before = self.engine.list()
         self.engine.close()
-        self.engine = Snapshotter(self.directory / "state", self.told.append)
+        self.engine = Snapshotter(self.directory / "state", self.announced.append)
         assert self.engine.list() == before
         self.check_directories()
 
@@ -303,8 +303,8 @@ class Comparison(RuleBasedStateMachine):
         assert len(os.listdir(self.directory / "state" / "snapshots")) == len(owners)
 
     @invariant()
-    def the_same_was_told(self) -> None:
-        assert self.told == self.model.changes
+    def announcements_are_equal(self) -> None:
+        assert self.announced == self.model.changes
 
 
 Comparison.TestCase.settings = settings(

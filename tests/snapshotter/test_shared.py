@@ -9,7 +9,7 @@ import pytest
 
 from snapd_native import trees
 from snapd_native.snapshotter.upkeep import Shared
-from tests.support.waiting import WAIT, becomes
+from tests.support.waiting import WAIT_TIMEOUT, wait_until_equal
 
 
 class Work:
@@ -24,7 +24,7 @@ class Work:
     def __call__(self, report: trees.Report) -> int:
         self.begun += 1
         number = self.begun
-        assert self._go.acquire(timeout=WAIT)
+        assert self._go.acquire(timeout=WAIT_TIMEOUT)
         report(1, 1)
         return number
 
@@ -36,39 +36,39 @@ class Work:
         self.waiting.add(threading.get_ident())
 
 
-class Left(Exception):
+class GivenUp(Exception):
     """Raised by the report of a caller that gives up."""
 
 
-def leave(*_: int) -> None:
-    raise Left
+def give_up(*_: int) -> None:
+    raise GivenUp
 
 
-def test_callers_during_a_run_share_the_next_one() -> None:
+def test_callers_during_a_run_share_the_next_run() -> None:
     work, shared = Work(), Shared[int]()
     with ThreadPoolExecutor(16) as pool:
         first = pool.submit(shared.run, work, work.wait)
-        becomes(lambda: work.begun, 1)
+        wait_until_equal(lambda: work.begun, 1)
         others = [pool.submit(shared.run, work, work.wait) for _ in range(15)]
-        becomes(lambda: len(work.waiting), 15)
+        wait_until_equal(lambda: len(work.waiting), 15)
         work.let_go()
         work.let_go()
-        assert first.result(WAIT) == 1
-        assert {other.result(WAIT) for other in others} == {2}
+        assert first.result(WAIT_TIMEOUT) == 1
+        assert {other.result(WAIT_TIMEOUT) for other in others} == {2}
     assert work.begun == 2
 
 
 def test_when_a_caller_gives_up_the_next_caller_does_the_work() -> None:
     work, shared = Work(), Shared[int]()
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(shared.run, work, leave)
-        becomes(lambda: work.begun, 1)
+        first = pool.submit(shared.run, work, give_up)
+        wait_until_equal(lambda: work.begun, 1)
         second = pool.submit(shared.run, work, work.wait)
-        becomes(lambda: len(work.waiting), 1)
-        with pytest.raises(Left):
-            shared.run(work, leave)
+        wait_until_equal(lambda: len(work.waiting), 1)
+        with pytest.raises(GivenUp):
+            shared.run(work, give_up)
         work.let_go()
         work.let_go()
-        with pytest.raises(Left):
-            first.result(WAIT)
-        assert second.result(WAIT) == 2
+        with pytest.raises(GivenUp):
+            first.result(WAIT_TIMEOUT)
+        assert second.result(WAIT_TIMEOUT) == 2

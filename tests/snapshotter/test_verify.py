@@ -27,9 +27,9 @@ from snapd_native.jobs import Job
 from snapd_native.model import DIGEST_LABEL, Usage
 from snapd_native.snapshotter import Snapshotter
 from tests.support.disk_damage import damage_on_disk
-from tests.support.engine import opened, state_of, write
-from tests.support.file_systems import long_on_xfs, mounted
-from tests.support.service import Service, request
+from tests.support.engine import open_engine, state_of, write_files
+from tests.support.file_systems import long_on_xfs, new_file_system
+from tests.support.service import Service, call_method
 
 pytestmark = long_on_xfs
 
@@ -43,7 +43,9 @@ def digest_of(engine: Snapshotter, name: str) -> str:
 
 
 @contextmanager
-def unchanged(engine: Snapshotter, error: type[SnapdError], says: str) -> Iterator[None]:
+def expect_error_without_change(
+    engine: Snapshotter, error: type[SnapdError], says: str
+) -> Iterator[None]:
     before = state_of(engine)
     with pytest.raises(error, match=says):
         yield
@@ -51,23 +53,23 @@ def unchanged(engine: Snapshotter, error: type[SnapdError], says: str) -> Iterat
 
 
 @pytest.fixture
-def sealed(full: Snapshotter) -> Snapshotter:
-    write(full.mounts("work"), more="more")
-    full.commit("done", "work", {"of": "done"}, digest=True)
-    return full
+def engine_with_digest(populated: Snapshotter) -> Snapshotter:
+    write_files(populated.mounts("work"), more="more")
+    populated.commit("done", "work", {"of": "done"}, digest=True)
+    return populated
 
 
-def test_commit_with_digest_records_the_digest(sealed: Snapshotter) -> None:
-    assert re.fullmatch("sha256:[0-9a-f]{64}", digest_of(sealed, "done"))
-    assert sealed.stat("done").labels["of"] == "done"
-    assert sealed.upkeep.verify("done") == digest_of(sealed, "done")
-    assert DIGEST_LABEL not in sealed.stat("base").labels
+def test_commit_with_digest_records_the_digest(engine_with_digest: Snapshotter) -> None:
+    assert re.fullmatch("sha256:[0-9a-f]{64}", digest_of(engine_with_digest, "done"))
+    assert engine_with_digest.stat("done").labels["of"] == "done"
+    assert engine_with_digest.upkeep.verify("done") == digest_of(engine_with_digest, "done")
+    assert DIGEST_LABEL not in engine_with_digest.stat("base").labels
 
 
-def test_verify_finds_damage_on_disk_that_the_page_cache_hides(full: Snapshotter) -> None:
-    file = Path(full.mounts("work").source) / "large"
+def test_verify_finds_damage_on_disk_that_the_page_cache_hides(populated: Snapshotter) -> None:
+    file = Path(populated.mounts("work").source) / "large"
     file.write_bytes(os.urandom(3 << 20))
-    full.commit("done", "work", digest=True)
+    populated.commit("done", "work", digest=True)
     content = file.read_bytes()
     # Mapped and locked pages stay in memory, even when memory is short.
     flags = mmap.MAP_SHARED | MAP_LOCKED
@@ -75,13 +77,13 @@ def test_verify_finds_damage_on_disk_that_the_page_cache_hides(full: Snapshotter
         damage_on_disk(file)
         assert file.read_bytes() == content
         with pytest.raises(DataLoss, match='"done"'):
-            full.upkeep.verify("done")
+            populated.upkeep.verify("done")
 
 
 def test_verify_finds_damage_on_a_file_system_that_ignores_o_direct(loop_directory: Path) -> None:
     with (
-        mounted("ext4", 64 << 20, loop_directory, flags="data=journal") as journaled,
-        opened(journaled.root / "state") as engine,
+        new_file_system("ext4", 64 << 20, loop_directory, flags="data=journal") as journaled,
+        open_engine(journaled.root / "state") as engine,
     ):
         file = Path(engine.prepare("work").source) / "large"
         file.write_bytes(os.urandom(3 << 20))
@@ -97,113 +99,126 @@ def test_verify_finds_damage_on_a_file_system_that_ignores_o_direct(loop_directo
 
 
 @pytest.mark.parametrize("text", ["sha256", "yes", "SHA256:12"])
-def test_commit_with_the_digest_label_records_the_digest(full: Snapshotter, text: str) -> None:
-    full.prepare("copy", "base")
-    full.commit("done", "work", {DIGEST_LABEL: text})
-    full.commit("same", "copy", digest=True)
-    assert digest_of(full, "done") == digest_of(full, "same") == full.upkeep.verify("done")
+def test_commit_with_the_digest_label_records_the_digest(populated: Snapshotter, text: str) -> None:
+    populated.prepare("copy", "base")
+    populated.commit("done", "work", {DIGEST_LABEL: text})
+    populated.commit("same", "copy", digest=True)
+    assert (
+        digest_of(populated, "done")
+        == digest_of(populated, "same")
+        == populated.upkeep.verify("done")
+    )
 
 
 def test_commit_with_another_digest_in_the_label_raises_failed_precondition(
-    full: Snapshotter,
+    populated: Snapshotter,
 ) -> None:
-    full.prepare("copy", "base")
-    full.prepare("other", "base")
-    full.commit("done", "work", digest=True)
-    full.commit("same", "copy", {DIGEST_LABEL: digest_of(full, "done")})
-    assert digest_of(full, "same") == digest_of(full, "done")
-    write(full.mounts("other"), other="other")
-    with unchanged(full, FailedPrecondition, "its digest is sha256:"):
-        full.commit("another", "other", {DIGEST_LABEL: digest_of(full, "done")})
-    full.commit("another", "other")
+    populated.prepare("copy", "base")
+    populated.prepare("other", "base")
+    populated.commit("done", "work", digest=True)
+    populated.commit("same", "copy", {DIGEST_LABEL: digest_of(populated, "done")})
+    assert digest_of(populated, "same") == digest_of(populated, "done")
+    write_files(populated.mounts("other"), other="other")
+    with expect_error_without_change(populated, FailedPrecondition, "its digest is sha256:"):
+        populated.commit("another", "other", {DIGEST_LABEL: digest_of(populated, "done")})
+    populated.commit("another", "other")
 
 
 @pytest.mark.parametrize("text", ["sha256:", "sha256:" + "0" * 63, "sha256:" + "G" * 64])
 def test_commit_with_a_malformed_digest_raises_invalid_argument(
-    full: Snapshotter, text: str
+    populated: Snapshotter, text: str
 ) -> None:
-    with unchanged(full, InvalidArgument, "64 hexadecimal digits"):
-        full.commit("done", "work", {DIGEST_LABEL: text})
+    with expect_error_without_change(populated, InvalidArgument, "64 hexadecimal digits"):
+        populated.commit("done", "work", {DIGEST_LABEL: text})
 
 
-def test_update_cannot_change_or_remove_the_digest(sealed: Snapshotter) -> None:
-    digest = digest_of(sealed, "done")
-    assert sealed.update("done", {"of": "new"}).labels == {"of": "new", DIGEST_LABEL: digest}
-    assert sealed.update("done", {DIGEST_LABEL: digest}).labels == {DIGEST_LABEL: digest}
-    sealed.update("done", {DIGEST_LABEL: digest}, [LABEL])
+def test_update_cannot_change_or_remove_the_digest(engine_with_digest: Snapshotter) -> None:
+    digest = digest_of(engine_with_digest, "done")
+    assert engine_with_digest.update("done", {"of": "new"}).labels == {
+        "of": "new",
+        DIGEST_LABEL: digest,
+    }
+    assert engine_with_digest.update("done", {DIGEST_LABEL: digest}).labels == {
+        DIGEST_LABEL: digest
+    }
+    engine_with_digest.update("done", {DIGEST_LABEL: digest}, [LABEL])
     for name, labels, paths in (
         ("done", {}, [LABEL]),
         ("done", {DIGEST_LABEL: "sha256:" + "0" * 64}, [LABEL]),
         ("done", {DIGEST_LABEL: "no"}, []),
         ("base", {DIGEST_LABEL: digest}, [LABEL]),
     ):
-        with unchanged(sealed, InvalidArgument, "only Commit"):
-            sealed.update(name, labels, paths)
-    assert sealed.update("base", {}, [LABEL]).labels == {"of": "base"}
+        with expect_error_without_change(engine_with_digest, InvalidArgument, "only Commit"):
+            engine_with_digest.update(name, labels, paths)
+    assert engine_with_digest.update("base", {}, [LABEL]).labels == {"of": "base"}
     # On a snapshot that is not committed, it is an ordinary label.
-    sealed.update("lone", {DIGEST_LABEL: "sha256:1"})
-    sealed.update("lone", {}, [LABEL])
+    engine_with_digest.update("lone", {DIGEST_LABEL: "sha256:1"})
+    engine_with_digest.update("lone", {}, [LABEL])
 
 
-def test_update_can_remove_a_label_that_is_no_digest(left: Path) -> None:
+def test_update_can_remove_a_label_that_is_not_a_digest(populated_state: Path) -> None:
     """Older versions gave the label no meaning, so it can have any value."""
-    with closing(sqlite3.connect(left / "metadata.db")) as db, db:
+    with closing(sqlite3.connect(populated_state / "metadata.db")) as db, db:
         labels = json.dumps({DIGEST_LABEL: "no", "a": "b"})
         db.execute("UPDATE snapshots SET labels = ? WHERE name = 'base'", (labels,))
-    with opened(left) as engine:
-        with unchanged(engine, FailedPrecondition, "no digest was recorded"):
+    with open_engine(populated_state) as engine:
+        with expect_error_without_change(engine, FailedPrecondition, "no digest was recorded"):
             engine.upkeep.verify("base")
-        with unchanged(engine, InvalidArgument, "only Commit"):
+        with expect_error_without_change(engine, InvalidArgument, "only Commit"):
             engine.update("base", {DIGEST_LABEL: "else"}, [LABEL])
         assert engine.update("base", {DIGEST_LABEL: "no"}).labels == {DIGEST_LABEL: "no"}
         assert engine.update("base", {}, [LABEL]).labels == {}
 
 
-def test_the_digest_counts_toward_the_limit_of_all_labels(full: Snapshotter) -> None:
+def test_the_digest_counts_toward_the_limit_of_all_labels(populated: Snapshotter) -> None:
     labels = {f"{number:04}": "x" * 4092 for number in range(256)}
     for asked in ({}, {DIGEST_LABEL: "x"}):
-        with unchanged(full, InvalidArgument, "in all"):
-            full.commit("done", "work", {**labels, **asked}, digest=True)
-    full.commit("done", "work", labels)
+        with expect_error_without_change(populated, InvalidArgument, "in all"):
+            populated.commit("done", "work", {**labels, **asked}, digest=True)
+    populated.commit("done", "work", labels)
 
 
-def test_verify_of_a_changed_tree_raises_data_loss(sealed: Snapshotter) -> None:
-    (source,) = (p for p in snapshots(sealed) if (p / "more").exists())
+def test_verify_of_a_changed_tree_raises_data_loss(engine_with_digest: Snapshotter) -> None:
+    (source,) = (p for p in snapshots(engine_with_digest) if (p / "more").exists())
     times = (source / "more").stat()
     (source / "more").write_text("mere")
     os.utime(source / "more", ns=(times.st_atime_ns, times.st_mtime_ns))
-    with unchanged(sealed, DataLoss, '"done" is not what was committed'):
-        sealed.upkeep.verify("done")
+    with expect_error_without_change(
+        engine_with_digest, DataLoss, '"done" is not what was committed'
+    ):
+        engine_with_digest.upkeep.verify("done")
     (source / "more").write_text("more")
     os.utime(source / "more", ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert sealed.upkeep.verify("done") == digest_of(sealed, "done")
+    assert engine_with_digest.upkeep.verify("done") == digest_of(engine_with_digest, "done")
 
 
-def test_verify_of_a_lost_tree_raises_data_loss(sealed: Snapshotter) -> None:
-    (source,) = (p for p in snapshots(sealed) if (p / "more").exists())
-    source.rename(sealed.state_directory / "elsewhere")
+def test_verify_of_a_lost_tree_raises_data_loss(engine_with_digest: Snapshotter) -> None:
+    (source,) = (p for p in snapshots(engine_with_digest) if (p / "more").exists())
+    source.rename(engine_with_digest.state_directory / "elsewhere")
     with pytest.raises(DataLoss, match="gone"):
-        sealed.upkeep.verify("done")
+        engine_with_digest.upkeep.verify("done")
 
 
-def test_verify_without_a_recorded_digest_raises_failed_precondition(full: Snapshotter) -> None:
+def test_verify_without_a_recorded_digest_raises_failed_precondition(
+    populated: Snapshotter,
+) -> None:
     for name in ("base", "work", "look"):
-        with unchanged(full, FailedPrecondition, "no digest was recorded"):
-            full.upkeep.verify(name)
+        with expect_error_without_change(populated, FailedPrecondition, "no digest was recorded"):
+            populated.upkeep.verify(name)
     with pytest.raises(NotFound):
-        full.upkeep.verify("nothing")
+        populated.upkeep.verify("nothing")
     with pytest.raises(InvalidArgument):
-        full.upkeep.verify("")
+        populated.upkeep.verify("")
 
 
-def test_verify_reports_progress_and_can_be_cancelled(sealed: Snapshotter) -> None:
+def test_verify_reports_progress_and_can_be_cancelled(engine_with_digest: Snapshotter) -> None:
     job = Job()
-    sealed.upkeep.verify("done", job)
+    engine_with_digest.upkeep.verify("done", job)
     assert job.done == job.total != Usage(0, 0)
     job = Job()
     job.cancel()
-    with unchanged(sealed, Cancelled, "verify"):
-        sealed.upkeep.verify("done", job)
+    with expect_error_without_change(engine_with_digest, Cancelled, "verify"):
+        engine_with_digest.upkeep.verify("done", job)
 
 
 def snapshots(engine: Snapshotter) -> list[Path]:
@@ -211,14 +226,14 @@ def snapshots(engine: Snapshotter) -> list[Path]:
 
 
 def test_verify_over_the_bus_returns_the_digest(
-    shared: Service, shared_client: BlockingClient
+    shared_service: Service, shared_client: BlockingClient
 ) -> None:
     source = Path(shared_client.prepare("key").source)
     (source / "file").write_text("text")
     shared_client.commit("name", "key", digest=True)
     digest = shared_client.verify("name")
     assert shared_client.stat("name").labels == {DIGEST_LABEL: digest}
-    assert request("Verify", "sa{sv}", "name", {}) == [digest]
+    assert call_method("Verify", "sa{sv}", "name", {}) == [digest]
     assert shared_client.repair() == []
     (source / "file").write_text("next")
     with pytest.raises(DataLoss):

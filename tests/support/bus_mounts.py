@@ -18,26 +18,26 @@ from tests.support.kernel_mounts import mounted_on
 from tests.support.service import (
     NOBODY,
     Service,
-    committed,
+    call_method,
+    commit_snapshot,
     connection,
-    request,
 )
 
 MOUNT, UNMOUNT, OPEN_TREE = "ssa{sv}", "sa{sv}", "sa{sv}"
 
 
-def stock(client: BlockingClient) -> None:
+def populate_service(client: BlockingClient) -> None:
     """Make the committed `base`, and from it the active `work` and the view `look`."""
-    committed(client, "base", files={"file": "text"})
+    commit_snapshot(client, "base", files={"file": "text"})
     client.prepare("work", "base")
     client.view("look", "base")
 
 
 @contextmanager
-def stocked_with_snapshots(service: Service) -> Iterator[Service]:
-    """Yield a service with the snapshots of `stock`, and unmount everything at the end."""
+def populate_and_unmount(service: Service) -> Iterator[Service]:
+    """Call `populate_service`, and unmount everything at the end of the block."""
     with BlockingClient() as client:
-        stock(client)
+        populate_service(client)
     try:
         yield service
     finally:
@@ -47,35 +47,35 @@ def stocked_with_snapshots(service: Service) -> Iterator[Service]:
 
 
 @pytest.fixture
-def stocked(shared: Service) -> Iterator[Service]:
-    with stocked_with_snapshots(shared) as service:
+def populated_service(shared_service: Service) -> Iterator[Service]:
+    with populate_and_unmount(shared_service) as service:
         yield service
 
 
-def listed() -> list[list[object]]:
-    (rows,) = request("ListMounts", "s", "")
+def list_mounts() -> list[list[object]]:
+    (rows,) = call_method("ListMounts", "s", "")
     assert isinstance(rows, list)
     return rows
 
 
-def is_gone(path: Path) -> bool:
-    return mounted_on(path) is None and listed() == []
+def is_unmounted(path: Path) -> bool:
+    return mounted_on(path) is None and list_mounts() == []
 
 
-class _AsNobody(AuthExternal):
+class _AuthAsNobody(AuthExternal):
     def _authentication_start(self, negotiate_unix_fd: bool = False) -> str:
         super()._authentication_start(negotiate_unix_fd)
         return f"AUTH EXTERNAL {str(NOBODY).encode().hex()}"
 
 
 @asynccontextmanager
-async def stranger() -> AsyncIterator[connection]:
+async def connect_as_nobody() -> AsyncIterator[connection]:
     """Connect as a user without any permission."""
     os.seteuid(NOBODY)
     try:
         made = connection()
     finally:
         os.seteuid(0)
-    made._auth = _AsNobody()  # type: ignore[has-type]
+    made._auth = _AuthAsNobody()  # type: ignore[has-type]
     async with made as bus:
         yield bus

@@ -47,7 +47,7 @@ def _described(events: bytes) -> list[str]:
     return found
 
 
-def holds_secret(tree: Path) -> bool:
+def contains_secret(tree: Path) -> bool:
     """Return whether a file in a tree contains the secret of the files outside."""
     for top, _, names in os.walk(tree):
         for name in names:

@@ -11,12 +11,12 @@ from pathlib import Path
 from snapd_native.cli.exits import STATUSES
 from snapd_native.errors import SnapdError
 from tests.support import PROJECT
-from tests.support.service import PATIENCE, as_user
+from tests.support.service import HANG_TIMEOUT, as_user
 
 PROGRAM = (sys.executable, "-m", "snapd_native")
 
 
-def program(
+def run_program(
     *arguments: str | bytes,
     user: int = 0,
     cwd: Path = PROJECT,
@@ -30,25 +30,25 @@ def program(
         capture_output=True,
         text=True,
         check=False,
-        timeout=PATIENCE,
+        timeout=HANG_TIMEOUT,
     )
 
 
-def out(*arguments: str, cwd: Path = PROJECT) -> str:
+def output_of(*arguments: str, cwd: Path = PROJECT) -> str:
     """Run the program, which must succeed, and return its output."""
-    outcome = program(*arguments, cwd=cwd)
+    outcome = run_program(*arguments, cwd=cwd)
     assert (outcome.returncode, outcome.stderr) == (0, "")
     return outcome.stdout
 
 
-def fails(
+def expect_failure(
     kind: type[SnapdError],
     *arguments: str | bytes,
     user: int = 0,
     environment: Mapping[str, str] | None = None,
 ) -> str:
     """Run the program, which must fail with the error ``kind``, and return its only line."""
-    outcome = program(*arguments, user=user, environment=environment)
+    outcome = run_program(*arguments, user=user, environment=environment)
     assert (outcome.returncode, outcome.stdout) == (STATUSES[kind], "")
     (line,) = outcome.stderr.splitlines()
     assert line.startswith("snapd-native: ")

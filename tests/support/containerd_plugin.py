@@ -18,7 +18,7 @@ import pytest
 from snapd_native.containerd import snapshots_pb2 as wire
 from snapd_native.containerd.service import SERVICE
 from snapd_native.private import await_ready
-from tests.support.service import PATIENCE, check_sentence
+from tests.support.service import HANG_TIMEOUT, check_sentence
 
 
 class Stub:
@@ -80,7 +80,7 @@ class Stub:
     def cleanup(self) -> None:
         self._call("Cleanup", wire.CleanupRequest(), wire.Empty)
 
-    def begin(self, method: str, request: Any, reply: Any, deadline: float = PATIENCE) -> Any:  # noqa: ANN401 - untyped
+    def begin(self, method: str, request: Any, reply: Any, deadline: float = HANG_TIMEOUT) -> Any:  # noqa: ANN401 - untyped
         """Begin a call, and return its future."""
         return self._method(method, reply).future(request, timeout=deadline)
 
@@ -92,7 +92,7 @@ class Stub:
         return mount  # type: ignore[no-any-return]
 
     def _call(self, method: str, request: Any, reply: Any) -> Any:  # noqa: ANN401 - untyped
-        return self._method(method, reply)(request, timeout=PATIENCE)
+        return self._method(method, reply)(request, timeout=HANG_TIMEOUT)
 
     def _method(self, method: str, reply: Any) -> Any:  # noqa: ANN401 - untyped
         return self._channel.unary_unary(
@@ -113,7 +113,7 @@ class Plugin:
     def stop(self) -> int:
         """End the plugin, and return its exit status."""
         self.process.terminate()
-        return self.process.wait(PATIENCE)
+        return self.process.wait(HANG_TIMEOUT)
 
 
 def command(path: Path, name: str, *options: str) -> list[str]:

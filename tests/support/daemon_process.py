@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.service import PATIENCE, as_user
+from tests.support.service import HANG_TIMEOUT, as_user
 
 
-def command(state: Path) -> list[str]:
+def daemon_command(state: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "snapd_native", "daemon"),
         *("--state-directory", str(state)),
@@ -23,18 +23,20 @@ def command(state: Path) -> list[str]:
     ]
 
 
-def fails(address: str, state: Path, user: int = 0, through: Sequence[str] = ()) -> tuple[int, str]:
+def expect_start_failure(
+    address: str, state: Path, user: int = 0, through: Sequence[str] = ()
+) -> tuple[int, str]:
     """Start a daemon that must fail, with another program if ``through`` names one.
 
     Return its exit status and its only line.
     """
     done = subprocess.run(
-        [*through, *as_user(user), *command(state)],
+        [*through, *as_user(user), *daemon_command(state)],
         env={**os.environ, "DBUS_SYSTEM_BUS_ADDRESS": address},
         check=False,
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=HANG_TIMEOUT,
     )
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -48,13 +50,13 @@ class Notifications:
         self.path = directory / "notify"
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(str(self.path))
-        self.socket.settimeout(PATIENCE)
+        self.socket.settimeout(HANG_TIMEOUT)
 
     def __iter__(self) -> Iterator[list[str]]:
         while True:
             yield self.socket.recv(4096).decode().splitlines()
 
-    def until(self, line: str) -> list[str]:
+    def read_until(self, line: str) -> list[str]:
         """Return all lines up to the first ``line``."""
         seen: list[str] = []
         for lines in self:
@@ -64,7 +66,7 @@ class Notifications:
         raise AssertionError
 
 
-IMPATIENT = """
+DAEMON_WITHOUT_GRACE = """
 import sys
 from pathlib import Path
 from snapd_native import daemon
@@ -82,12 +84,12 @@ def notifications(tmp_path: Path) -> Iterator[Notifications]:
 
 
 @contextmanager
-def started(
+def start_daemon(
     bus: str, state: Path, notifications: Notifications, program: str = "", **environment: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start a daemon, or ``program``. The block must end it."""
     process = subprocess.Popen(
-        [sys.executable, "-c", program] if program else command(state),
+        [sys.executable, "-c", program] if program else daemon_command(state),
         env={
             **os.environ,
             **environment,
@@ -97,7 +99,7 @@ def started(
     )
     try:
         yield process
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(HANG_TIMEOUT) == 0
     finally:
         process.kill()
         process.wait()

@@ -14,7 +14,7 @@ _FILES = ("metadata.db", "metadata.db-wal")
 
 
 @contextmanager
-def copied(state: Path) -> Iterator[sqlite3.Connection]:
+def open_copy(state: Path) -> Iterator[sqlite3.Connection]:
     """Open a copy of the database as it was at one moment."""
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory)

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.support.package import said
+from tests.support.commands import run_command
 
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 SUITES = {"bookworm": (), "trixie": (), "testing": ("--aptopt=Acquire::Check-Valid-Until false",)}
 """Releases of Debian, and options of mmdebstrap. A mirror may have an old state of testing."""
 
-START = """
+START_SCRIPT = """
 set -eu
 mount --bind "$1" "$1"
 mount -t proc proc "$1/proc"
@@ -50,19 +50,19 @@ class Machine:
         assert outcome.returncode == 0, outcome.stderr
         return outcome.stdout
 
-    def fails(self, script: str) -> str:
+    def expect_failure(self, script: str) -> str:
         outcome = self.run(script)
         assert outcome.returncode != 0
         return outcome.stderr
 
 
 @contextmanager
-def started(root: Path, files: Path) -> Iterator[Machine]:
+def start_machine(root: Path, files: Path) -> Iterator[Machine]:
     """Start a release in ``root``, with copies of ``files`` in its /root."""
     command = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        [*command, "sh", "-c", START, "sh", root, files], stdin=pipe, stdout=pipe
+        [*command, "sh", "-c", START_SCRIPT, "sh", root, files], stdin=pipe, stdout=pipe
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
@@ -73,7 +73,7 @@ def started(root: Path, files: Path) -> Iterator[Machine]:
             process.communicate()
 
 
-def make(suite: str, root: Path, packages: list[str]) -> None:
+def install_release(suite: str, root: Path, packages: list[str]) -> None:
     """Install a release of Debian with some packages in a new directory."""
     subprocess.run(
         [
@@ -87,7 +87,7 @@ def make(suite: str, root: Path, packages: list[str]) -> None:
 
 
 @contextmanager
-def shared(suite: str, directory: Path, packages: list[str]) -> Iterator[Path]:
+def lend_release(suite: str, directory: Path, packages: list[str]) -> Iterator[Path]:
     """Lend a release that all processes of a test run share; the last one deletes it.
 
     ``directory`` is the same for all of them. Nobody may change the release.
@@ -100,7 +100,7 @@ def shared(suite: str, directory: Path, packages: list[str]) -> Iterator[Path]:
             fcntl.flock(users, fcntl.LOCK_EX)
             try:
                 if not root.exists():
-                    make(suite, root, packages)
+                    install_release(suite, root, packages)
             except BaseException:
                 shutil.rmtree(root, ignore_errors=True)
                 raise
@@ -117,5 +117,5 @@ def shared(suite: str, directory: Path, packages: list[str]) -> Iterator[Path]:
 
 def dependencies(package: Path) -> list[str]:
     """Name the packages that a package depends on; of alternatives the first."""
-    depends = said("dpkg-deb", "--field", package, "Depends")
+    depends = run_command("dpkg-deb", "--field", package, "Depends")
     return re.findall(r"(?:^|, )([a-z0-9.+-]+)", depends)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from snapd_native.trees.relay import MAX_WORKERS
-from tests.support.waiting import eventually
+from tests.support.waiting import wait_until
 
 _SOCK_DIAG, _SOCK_DIAG_BY_FAMILY = 4, 20
 _NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
@@ -38,17 +38,17 @@ class Process(Protocol):
         """Its pid."""
 
 
-class _This:
+class _ThisProcess:
     @property
     def pid(self) -> int:
         return os.getpid()
 
 
-THIS: Process = _This()
+THIS_PROCESS: Process = _ThisProcess()
 """The process of the test."""
 
 
-def workers(daemon: Process, *priorities: str) -> list[int]:
+def worker_pids(daemon: Process, *priorities: str) -> list[int]:
     """Return the pids of a daemon's workers: all, or those with one of ``priorities``."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
@@ -63,7 +63,7 @@ def workers(daemon: Process, *priorities: str) -> list[int]:
     return sorted(found)
 
 
-def hands(daemon: Process) -> int:
+def max_workers(daemon: Process) -> int:
     """Return the number of workers that a daemon keeps for copies and measurements."""
     return min(len(os.sched_getaffinity(daemon.pid)), MAX_WORKERS)
 
@@ -74,9 +74,9 @@ def descriptors(process: Process) -> Counter[str]:
     Numbers in names are ignored. Two kinds are left out, because their number changes often: those
     of the database, which each thread has, and sockets to workers of the process.
     """
-    opened = links(process.pid)
+    opened = descriptor_targets(process.pid)
     peers = _peers()
-    held = {link for pid in workers(process) for link in links(pid)}
+    held = {link for pid in worker_pids(process) for link in descriptor_targets(pid)}
     return Counter(
         re.sub("[0-9]+", "", link)
         for link in opened
@@ -84,7 +84,7 @@ def descriptors(process: Process) -> Counter[str]:
     )
 
 
-def links(pid: int) -> list[str]:
+def descriptor_targets(pid: int) -> list[str]:
     """Return the target of each descriptor of a process, as in proc(5); empty if it has ended."""
     found = []
     with suppress(FileNotFoundError, ProcessLookupError):
@@ -138,12 +138,16 @@ def _aligned(length: int) -> int:
 
 def wait_until_idle(process: Process) -> None:
     """Wait until the workers of a process have no job."""
-    eventually(lambda: not any("memfd:snapd-native-job" in link for link in links(process.pid)))
+    wait_until(
+        lambda: (
+            not any("memfd:snapd-native-job" in link for link in descriptor_targets(process.pid))
+        )
+    )
 
 
 def wait_until_closed(process: Process, before: Counter[str]) -> None:
     """Wait until a process has no other descriptors than ``before``."""
-    eventually(lambda: descriptors(process) <= before, lambda: descriptors(process) - before)
+    wait_until(lambda: descriptors(process) <= before, lambda: descriptors(process) - before)
 
 
 @contextmanager

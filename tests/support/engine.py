@@ -6,30 +6,30 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
-from snapd_native import trees
 from snapd_native.model import Change, Info, Mount
 from snapd_native.snapshotter import Snapshotter
 from tests.support import PROJECT
 from tests.support.in_process import without_workers
-from tests.support.waiting import WAIT
+from tests.support.waiting import WAIT_TIMEOUT
 
-BEFORE = ["base", "lone", "look", "work"]
-"""The names of the snapshots that `fill` makes."""
+POPULATED_NAMES = ["base", "lone", "look", "work"]
+"""The names of the snapshots that `populate` makes."""
 
 
-def ignore(_: Change) -> None:
+def ignore_change(_: Change) -> None:
     """Ignore changes."""
 
 
 @contextmanager
-def opened(state: Path, announce: Callable[[Change], None] = ignore) -> Iterator[Snapshotter]:
+def open_engine(
+    state: Path, announce: Callable[[Change], None] = ignore_change
+) -> Iterator[Snapshotter]:
     with closing(Snapshotter(state, announce, runtime=state.parent / "run")) as made:
         yield made
 
@@ -41,15 +41,15 @@ def state(scratch: Path) -> Path:
 
 @pytest.fixture
 def engine(state: Path) -> Iterator[Snapshotter]:
-    with opened(state) as made:
+    with open_engine(state) as made:
         yield made
 
 
-def fill(engine: Snapshotter) -> None:
+def populate(engine: Snapshotter) -> None:
     """Make the committed `base`, then `work` and `look` from it, and `lone` without a parent."""
     # No workers are started here: the first test that needs workers starts them.
     with without_workers():
-        write(engine.prepare("preparing"), file="base", other="more")
+        write_files(engine.prepare("preparing"), file="base", other="more")
         engine.commit("base", "preparing", {"of": "base"})
         engine.prepare("work", "base", {"of": "work", "dotted.key/x": "old"})
         engine.view("look", "base")
@@ -57,20 +57,20 @@ def fill(engine: Snapshotter) -> None:
 
 
 @pytest.fixture
-def full(engine: Snapshotter) -> Snapshotter:
-    fill(engine)
+def populated(engine: Snapshotter) -> Snapshotter:
+    populate(engine)
     return engine
 
 
 @pytest.fixture
-def left(state: Path) -> Path:
+def populated_state(state: Path) -> Path:
     """Return a filled state directory that no engine has open."""
-    with opened(state) as engine:
-        fill(engine)
+    with open_engine(state) as engine:
+        populate(engine)
     return state
 
 
-def grow(engine: Snapshotter, name: str, files: int) -> None:
+def commit_many_files(engine: Snapshotter, name: str, files: int) -> None:
     """Commit a snapshot with many files, a hundred in each directory."""
     root = Path(engine.prepare("growing").source)
     for number in range(files):
@@ -80,16 +80,16 @@ def grow(engine: Snapshotter, name: str, files: int) -> None:
     engine.commit(name, "growing")
 
 
-def write(mount: Mount, **files: str) -> None:
+def write_files(mount: Mount, **files: str) -> None:
     for name, content in files.items():
         (Path(mount.source) / name).write_text(content)
 
 
-def read(mount: Mount) -> dict[str, str]:
+def read_files(mount: Mount) -> dict[str, str]:
     return {path.name: path.read_text() for path in Path(mount.source).iterdir()}
 
 
-def names(engine: Snapshotter) -> list[str]:
+def snapshot_names(engine: Snapshotter) -> list[str]:
     return [info.name for info in engine.list()]
 
 
@@ -102,58 +102,25 @@ def state_of(engine: Snapshotter) -> tuple[set[str], list[Info], set[int]]:
     return directories(engine), engine.list(), engine._store.reserved()
 
 
-def identity(engine: Snapshotter, key: str) -> str:
+def id_of(engine: Snapshotter, key: str) -> str:
     return str(engine._store.get(key).id)
 
 
-class Gate:
-    """Blocks calls of a function until the gate is opened."""
-
-    def __init__(self) -> None:
-        self.reached = threading.Event()
-        self.opened = threading.Event()
-
-    def wait_until_reached(self) -> None:
-        assert self.reached.wait(WAIT)
-
-    def open(self) -> None:
-        self.opened.set()
-
-
-@contextmanager
-def gated(name: str) -> Iterator[Gate]:
-    """Block the calls of a function of `trees`, or of a method of `trees.Crew`."""
-    owner = trees.Crew if hasattr(trees.Crew, name) else trees
-    gate, real = Gate(), getattr(owner, name)
-
-    def wait(*arguments: object, **options: object) -> object:
-        gate.reached.set()
-        assert gate.opened.wait(WAIT)
-        return real(*arguments, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, wait)
-        try:
-            yield gate
-        finally:
-            gate.open()
-
-
-def fail(code: int) -> Callable[..., None]:
+def failing_function(code: int) -> Callable[..., None]:
     def failing(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code), "/a/path/of/the/service")
 
     return failing
 
 
-def kill_where_it_stands(program: str, *arguments: str | Path) -> None:
-    """Run a program with an engine until it prints ``there``, then kill it."""
+def run_until_reached_and_kill(program: str, *arguments: str | Path) -> None:
+    """Run a program with an engine until it prints ``reached``, then kill it."""
     command = [sys.executable, "-c", program, *arguments]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=PROJECT) as process:
         assert process.stdout is not None
         try:
-            assert process.stdout.readline() == "there\n"
+            assert process.stdout.readline() == "reached\n"
         finally:
             process.kill()
-        assert process.wait(WAIT) == -signal.SIGKILL
+        assert process.wait(WAIT_TIMEOUT) == -signal.SIGKILL

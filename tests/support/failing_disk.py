@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -15,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from snapd_native import linux
-from tests.support.file_systems import unmount, unmount_when_free
-from tests.support.waiting import eventually
+from tests.support.file_systems import is_free, shut_down, unmount, unmount_when_free
+from tests.support.waiting import wait_until
 
 _SIZES = {"ext4": 128 << 20, "xfs": 320 << 20}
-_ENOUGH = 512 << 20
+_LARGE_ENOUGH = 512 << 20
 _MKFS = {
     "ext4": ("mkfs.ext4", "-q", "-F", "-b", "4096", "-E", "nodiscard"),
     "xfs": ("mkfs.xfs", "-q", "-f", "-m", "reflink=0"),
@@ -39,7 +37,7 @@ class FailingDisk:
     backing: Path
 
     @property
-    def lives_on(self) -> bool:
+    def writable_after_heal(self) -> bool:
         """Whether the file system can be written to after `heal`, without a new mount."""
         return self.kind != KINDS[0]
 
@@ -59,7 +57,7 @@ class FailingDisk:
     def fail(self) -> None:
         """Let all writes to new blocks fail from now on."""
         # A remount fails if the tmpfs has grown since its usage was read.
-        eventually(self._is_full)
+        wait_until(self._is_full)
 
     def _is_full(self) -> bool:
         room = os.statvfs(self.backing)
@@ -69,22 +67,17 @@ class FailingDisk:
 
     def heal(self) -> None:
         """Let all writes succeed again."""
-        self._resize(_ENOUGH)
+        self._resize(_LARGE_ENOUGH)
 
     def shut_down(self) -> None:
         """Shut the file system down, as after a fatal error."""
-        fd = os.open(self.root, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            # FS_IOC_SHUTDOWN with FSOP_GOING_FLAGS_NOLOGFLUSH
-            fcntl.ioctl(fd, 0x8004587D, struct.pack("=I", 2))
-        finally:
-            os.close(fd)
+        shut_down(self.root)
 
     def mount_again(self, *, heal: bool = False) -> None:
         """Mount the file system again, as after a restart; with ``heal`` repair the disk first."""
         unmount_when_free(self.root)
         # Workers that have not ended yet hold clones of the mount.
-        eventually(self._is_free)
+        wait_until(lambda: is_free(self.device))
         if heal:
             self.heal()
         if self.kind != "xfs":
@@ -106,13 +99,6 @@ class FailingDisk:
     def _resize(self, size: int) -> None:
         _run("mount", "-o", f"remount,size={size}", str(self.backing))
 
-    def _is_free(self) -> bool:
-        try:
-            os.close(os.open(self.device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-        except OSError:
-            return False
-        return True
-
 
 @contextmanager
 def failing_disk(kind: str, directory: Path) -> Iterator[FailingDisk]:
@@ -123,7 +109,7 @@ def failing_disk(kind: str, directory: Path) -> Iterator[FailingDisk]:
     with ExitStack() as stack:
         backing = Path(tempfile.mkdtemp(prefix="tmpfs", dir=directory))
         stack.callback(backing.rmdir)
-        options = f"size={_ENOUGH}"
+        options = f"size={_LARGE_ENOUGH}"
         _run("mount", "-t", "tmpfs", "-o", options, "--make-private", "tmpfs", str(backing))
         stack.callback(unmount, backing)
         image = backing / "image"
@@ -134,7 +120,7 @@ def failing_disk(kind: str, directory: Path) -> Iterator[FailingDisk]:
             _run("fallocate", "--length", str(_SIZES[name]), str(image))
         device = _run("losetup", "--find", "--show", str(image))
         stack.callback(_run, "losetup", "--detach", device)
-        stack.enter_context(_page_by_page(device))
+        stack.enter_context(_limit_requests_to_one_page(device))
         root = Path(tempfile.mkdtemp(prefix=name, dir=directory))
         stack.callback(root.rmdir)
         disk = FailingDisk(kind, root, device, backing)
@@ -147,7 +133,7 @@ def failing_disk(kind: str, directory: Path) -> Iterator[FailingDisk]:
 
 
 @contextmanager
-def _page_by_page(device: str) -> Iterator[None]:
+def _limit_requests_to_one_page(device: str) -> Iterator[None]:
     """Limit each request to a loop device to one page.
 
     A tmpfs that becomes full during a write has written only a part of the data. The loop driver

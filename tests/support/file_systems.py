@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from snapd_native import trees
-from tests.support.waiting import becomes, eventually
+from tests.support.waiting import wait_until, wait_until_equal
 
 _MKFS = {
     "ext4": ("mkfs.ext4", "-q", "-F", "-b", "4096", "-I", "256", "-i", "8192"),
@@ -50,11 +53,11 @@ def loop_directory() -> Iterator[Path]:
     path.rmdir()
     # udev can still have a loop device open, and a mount namespace of another test can hold a copy
     # of its mount until that namespace ends.
-    becomes(lambda: _loops_below(path), [])
+    wait_until_equal(lambda: _loops_below(path), [])
 
 
 @contextmanager
-def mounted(
+def new_file_system(
     name: str, size: int, directory: Path, options: Sequence[str] = (), flags: str = "defaults"
 ) -> Iterator[FileSystem]:
     """Mount a new file system of ``size`` bytes below ``directory`` for the block.
@@ -125,7 +128,28 @@ def unmount_when_free(root: Path) -> None:
         subprocess.run(["umount", str(root)], check=False)
         return not os.path.ismount(root)
 
-    eventually(is_unmounted)
+    wait_until(is_unmounted)
+
+
+def shut_down(root: Path) -> None:
+    """Shut down a file system, as after a fatal error: its disk cannot be used until an unmount."""
+    fd = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # FS_IOC_SHUTDOWN with FSOP_GOING_FLAGS_NOLOGFLUSH.
+        fcntl.ioctl(fd, 0x8004587D, struct.pack("=I", 2))
+    finally:
+        os.close(fd)
+
+
+def is_free(device: str) -> bool:
+    """Return whether no file system on a block device is mounted, in any mount namespace."""
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
 
 
 def _mounts_below(path: Path) -> list[str]:
@@ -150,13 +174,13 @@ def _loops_below(path: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def ext4(loop_directory: Path) -> Iterator[FileSystem]:
-    with mounted("ext4", 4 << 30, loop_directory) as made:
+    with new_file_system("ext4", 4 << 30, loop_directory) as made:
         yield made
 
 
 @pytest.fixture(scope="session")
 def xfs(loop_directory: Path) -> Iterator[FileSystem]:
-    with mounted("xfs", 4 << 30, loop_directory) as made:
+    with new_file_system("xfs", 4 << 30, loop_directory) as made:
         yield made
 
 

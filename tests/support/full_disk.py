@@ -20,11 +20,11 @@ from snapd_native.snapshotter import Snapshotter
 from tests.support import PROJECT
 from tests.support.engine import state_of
 from tests.support.service import check_sentence
-from tests.support.waiting import eventually
+from tests.support.waiting import wait_until
 
 MIB = 1 << 20
 
-SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB}
+SMALL_SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB}
 """The sizes of small file systems, in bytes. mkfs.xfs refuses sizes below 300 MiB."""
 
 BTRFS_SIZE = 128 * MIB
@@ -33,9 +33,9 @@ FEW_INODES = {"ext4": ("-N", "512"), "xfs": ("-i", "maxpct=1")}
 """Options of mkfs for a file system with few inodes."""
 
 
-def use_up(root: Path) -> None:
+def use_all_space(root: Path) -> None:
     """Fill the file system up to the last free byte."""
-    fd = os.open(root / "hog", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    fd = os.open(root / "filler", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         for size in (MIB, 4096, 1):
             try:
@@ -51,33 +51,33 @@ def use_up(root: Path) -> None:
         os.close(fd)
 
 
-def use_up_inodes(root: Path) -> None:
+def use_all_inodes(root: Path) -> None:
     """Create files until no inode is free."""
-    herd = root / "herd"
-    herd.mkdir(exist_ok=True)
-    number = len(os.listdir(herd))
+    empty_files = root / "empty-files"
+    empty_files.mkdir(exist_ok=True)
+    number = len(os.listdir(empty_files))
     try:
         while True:
-            os.mknod(herd / str(number))
+            os.mknod(empty_files / str(number))
             number += 1
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
 
 
-def make_room(root: Path) -> None:
-    """Free the space and the inodes that `use_up` and `use_up_inodes` have used."""
-    if (root / "hog").exists():
+def free_space(root: Path) -> None:
+    """Free the space and the inodes that `use_all_space` and `use_all_inodes` have used."""
+    if (root / "filler").exists():
         with suppress(OSError):
-            os.truncate(root / "hog", 0)
-        (root / "hog").unlink()
-    if (root / "herd").exists():
-        shutil.rmtree(root / "herd")
+            os.truncate(root / "filler", 0)
+        (root / "filler").unlink()
+    if (root / "empty-files").exists():
+        shutil.rmtree(root / "empty-files")
         # xfs frees inodes in the background.
-        eventually(lambda: os.statvfs(root).f_ffree > 100)
+        wait_until(lambda: os.statvfs(root).f_ffree > 100)
 
 
-def fill(engine: Snapshotter) -> None:
+def populate_large(engine: Snapshotter) -> None:
     """Make `base 0` to `base 3` of 1 MiB each, and `work` and `look` from `base 0`."""
     for number in range(4):
         tree = Path(engine.prepare("preparing").source)
@@ -87,7 +87,7 @@ def fill(engine: Snapshotter) -> None:
     engine.view("look", "base 0")
 
 
-KILLED = """
+KILLED_PROGRAM = """
 import os, signal, sys
 from pathlib import Path
 from snapd_native.snapshotter import Snapshotter
@@ -100,36 +100,36 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def kill(state: Path) -> None:
+def leave_as_killed(state: Path) -> None:
     """Leave ``state`` as a killed service does: with a WAL to recover and directories to delete."""
-    done = subprocess.run([sys.executable, "-c", KILLED, state], check=False, cwd=PROJECT)
+    done = subprocess.run([sys.executable, "-c", KILLED_PROGRAM, state], check=False, cwd=PROJECT)
     assert done.returncode == -signal.SIGKILL
     assert (state / "metadata.db-wal").stat().st_size > 0
     for name in ("new-900", "rm-901", "902", "making-1-903"):
         (state / "snapshots" / name / "deep").mkdir(parents=True)
 
 
-def use_up_wal(engine: Snapshotter) -> None:
+def fill_wal(engine: Snapshotter) -> None:
     """Change labels until the database has no space for any change."""
     with suppress(ResourceExhausted):
         while True:
             engine.update("base 3", {"many": "x" * 1000})
 
 
-def everything(engine: Snapshotter) -> object:
+def state_with_mounts(engine: Snapshotter) -> object:
     """Return everything that a failed call must not change."""
     return state_of(engine), engine.mounter.list_mounts(), engine._store.ledger.lines()
 
 
 def check_refused(engine: Snapshotter, calls: dict[str, Callable[[], object]]) -> None:
     """Make each call twice without free space; check that it raises and changes nothing."""
-    before = everything(engine)
+    before = state_with_mounts(engine)
     for _ in range(2):
         for name, call in calls.items():
             with pytest.raises(ResourceExhausted) as caught:
                 call()
             check_sentence(caught.value.message, "free", "try again")
-            assert everything(engine) == before, name
+            assert state_with_mounts(engine) == before, name
             check_reads(engine)
     assert engine.upkeep.check() == []
 

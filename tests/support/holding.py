@@ -1,7 +1,8 @@
-"""Block other processes when they open a file or a directory; see fanotify(7).
+"""Hold up work in the middle, and let it continue.
 
-A copy, a deletion or a digest always waits at the chosen file. This does not depend on the speed or
-the load of the machine.
+`hold_at_files` holds up other processes when they open a file, `hold_function` holds up threads of
+this process when they call a function, and `stop_processes` stops whole processes. None of them
+depends on the speed or the load of the machine.
 """
 
 from __future__ import annotations
@@ -9,13 +10,18 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import signal
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.support.waiting import WAIT
+import pytest
+
+from snapd_native.trees.relay import NORMAL
+from tests.support.descriptors import Process, max_workers, wait_until_idle, worker_pids
+from tests.support.waiting import WAIT_TIMEOUT
 
 _FAN_CLOEXEC, _FAN_NONBLOCK, _FAN_CLASS_CONTENT = 0x1, 0x2, 0x4
 _FAN_MARK_ADD, _FAN_OPEN_PERM = 0x1, 0x10000
@@ -26,8 +32,8 @@ _EVENT = struct.Struct("=IBBHQii")
 """``struct fanotify_event_metadata``."""
 
 
-class Held:
-    """The waiting processes."""
+class HeldProcesses:
+    """The processes that `hold_at_files` holds up."""
 
     def __init__(self, notifications: int, after: int) -> None:
         self._notifications = notifications
@@ -45,9 +51,9 @@ class Held:
     def wait_until_reached(self, count: int = 1) -> None:
         """Wait until ``count`` processes wait."""
         with self._changed:
-            assert self._changed.wait_for(lambda: len(self._waiting) >= count, WAIT)
+            assert self._changed.wait_for(lambda: len(self._waiting) >= count, WAIT_TIMEOUT)
 
-    def let_pass(self, count: int = 1) -> None:
+    def release(self, count: int = 1) -> None:
         """Let the first ``count`` waiting processes continue."""
         with self._changed:
             self._passing += count
@@ -89,11 +95,11 @@ class Held:
 
 
 @contextmanager
-def held(*paths: Path, after: int = 0) -> Iterator[Held]:
-    """Block other processes that open one of ``paths``, or an entry of a directory in ``paths``.
+def hold_at_files(*paths: Path, after: int = 0) -> Iterator[HeldProcesses]:
+    """Hold up other processes that open one of ``paths``, or an entry of a directory in ``paths``.
 
     The first ``after`` opens do not wait. A waiting process can be killed. This process never
-    waits.
+    waits. See fanotify(7).
     """
     libc = ctypes.CDLL(None, use_errno=True)
     notifications = libc.fanotify_init(
@@ -101,9 +107,9 @@ def held(*paths: Path, after: int = 0) -> Iterator[Held]:
     )
     if notifications < 0:
         raise OSError(ctypes.get_errno(), "fanotify_init")
-    waiting = Held(notifications, after)
+    held = HeldProcesses(notifications, after)
     end, ending = os.pipe()
-    listener = threading.Thread(target=waiting.listen, args=[end])
+    listener = threading.Thread(target=held.listen, args=[end])
     listener.start()
     try:
         for path in paths:
@@ -112,9 +118,84 @@ def held(*paths: Path, after: int = 0) -> Iterator[Held]:
             name = os.fsencode(path)
             if libc.fanotify_mark(notifications, _FAN_MARK_ADD, mask, _AT_FDCWD, name) < 0:
                 raise OSError(ctypes.get_errno(), "fanotify_mark", str(path))
-        yield waiting
+        yield held
     finally:
         os.close(ending)
         listener.join()
         os.close(end)
-        waiting.close()
+        held.close()
+
+
+class HeldCalls:
+    """The calls that `hold_function` holds up."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        """The number of calls so far."""
+        self._is_released = False
+        self._changed = threading.Condition()
+
+    def wait_until_reached(self, count: int = 1) -> None:
+        """Wait until ``count`` calls were made."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.count >= count, WAIT_TIMEOUT)
+
+    def release(self) -> None:
+        """Let all calls continue, also later ones."""
+        with self._changed:
+            self._is_released = True
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait in a call until it may continue."""
+        with self._changed:
+            self.count += 1
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: self._is_released, WAIT_TIMEOUT)
+
+
+@contextmanager
+def hold_function(owner: object, name: str) -> Iterator[HeldCalls]:
+    """Hold up all calls of a function of a module, or of a method of a class."""
+    held, real = HeldCalls(), getattr(owner, name)
+
+    def wait(*arguments: object, **options: object) -> object:
+        held.wait()
+        return real(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, wait)
+        try:
+            yield held
+        finally:
+            held.release()
+
+
+@contextmanager
+def stop_processes(*pids: int) -> Iterator[None]:
+    """Stop processes by SIGSTOP during the block. They may end in it."""
+    try:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+@contextmanager
+def hold_workers(daemon: Process, priority: str = NORMAL) -> Iterator[None]:
+    """Stop the idle workers of a daemon, so that the next job does not proceed in the block.
+
+    A job uses the workers of the job before it, unless both run at once. So the caller must have
+    run a job before, for instance a Commit. Verify and BackgroundUsage use workers of the priority
+    `IDLE`: before one of them, the caller must have run the same call. The workers of a cancelled
+    job end.
+    """
+    wait_until_idle(daemon)
+    idle = worker_pids(daemon, priority)
+    # The next job would start missing workers, and they would not be stopped.
+    assert len(idle) >= (max_workers(daemon) if priority == NORMAL else 1)
+    with stop_processes(*idle):
+        yield

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.service import PATIENCE
-from tests.support.waiting import eventually
+from tests.support.service import HANG_TIMEOUT
+from tests.support.waiting import wait_until
 
 IMAGE = "example.com/test:1"
 
@@ -127,7 +127,7 @@ class Containerd:
             command = ["containerd", "--config", f"{self.directory}/config.toml"]
             process = subprocess.Popen(command, stderr=stderr, process_group=0)
         self.process = process
-        eventually(lambda: process.poll() is not None or self._answers())
+        wait_until(lambda: process.poll() is not None or self._answers())
         assert process.poll() is None, log.read_text()[-2000:]
 
     def kill(self) -> None:
@@ -140,7 +140,7 @@ class Containerd:
         """End containerd, and unmount what a killed one has left, the innermost mounts first."""
         assert self.process
         self.process.terminate()
-        self.process.wait(PATIENCE)
+        self.process.wait(HANG_TIMEOUT)
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
         for target in reversed([line.split()[4] for line in mounts]):
             if target.startswith(f"{self.directory}/"):
@@ -163,7 +163,7 @@ class Containerd:
             check=False,
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=HANG_TIMEOUT,
         )
         assert (done.returncode != 0) == fails, done.stderr
         return done.stderr if fails else done.stdout

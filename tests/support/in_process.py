@@ -16,7 +16,7 @@ from snapd_native.trees.measure import Counter
 from snapd_native.trees.walk import Report
 
 
-class Nobody:
+class NoPeers:
     """Peers that accept no work."""
 
     def are_idle(self) -> bool:
@@ -35,14 +35,14 @@ class Nobody:
 def clone(source: int, target: int, report: Report, *, reflink: bool) -> None:
     """Clone a tree as `Crew.clone` does; ``report`` is called for every entry."""
     with cloning(source, target) as table:
-        cloner = Cloner(report, Links(table), Nobody(), reflink=reflink)
+        cloner = Cloner(report, Links(table), NoPeers(), reflink=reflink)
         cloner.directory(source, target)
     report(1, os.fstat(source).st_blocks * 512)
 
 
 def measure(root: int, report: Report) -> Usage:
     """Measure a tree as `Crew.measure` does; ``report`` is called for every entry."""
-    counter = Counter(report, Nobody())
+    counter = Counter(report, NoPeers())
     counter.tally.add(os.fstat(root))
     counter.directory(root)
     return counter.tally.usage
@@ -58,7 +58,7 @@ def without_workers() -> Iterator[None]:
 
 
 @pytest.fixture
-def one_process() -> Iterator[None]:
+def no_workers() -> Iterator[None]:
     """Start no workers in a test whose many engines copy only a few files each."""
     with without_workers():
         yield

@@ -1,6 +1,6 @@
 """Print the contents of instances as JSON. Committed snapshots are read through views.
 
-`tests/vm` runs this in the guest, and `storm.found` runs it for a service of a test.
+`tests/vm` runs this in the guest, and `storm.inspect_service` runs it for a service of a test.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ def snapshots(client: BlockingClient) -> Iterator[dict[str, object]]:
 
 
 def main() -> None:
-    """Print ``{INSTANCE: {"snapshots": [...], "left": [...]}}``, or ``{INSTANCE: {"error": ...}}``.
+    """Print ``{INSTANCE: {"snapshots": [...], "orphans": [...]}}``.
 
-    ``left`` has the directories that belong to no snapshot.
+    ``orphans`` has the directories that belong to no snapshot. If an instance does not answer,
+    it is ``{INSTANCE: {"error": ...}}``.
     """
     report: dict[str, object] = {}
     for instance in sys.argv[1:]:
@@ -64,8 +65,8 @@ def main() -> None:
             report[instance] = {"error": str(error)}
         else:
             known = {os.path.basename(str(one["source"])) for one in found}
-            left = sorted(set(os.listdir(os.path.join(state, "snapshots"))) - known)
-            report[instance] = {"snapshots": found, "left": left}
+            orphans = sorted(set(os.listdir(os.path.join(state, "snapshots"))) - known)
+            report[instance] = {"snapshots": found, "orphans": orphans}
     json.dump(report, sys.stdout)
 
 

@@ -1,13 +1,11 @@
-"""Watch jobs on the bus, and stop the workers of a job."""
+"""Watch jobs on the bus."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,17 +15,16 @@ from dbus_next.message import Message
 
 from snapd_native.client import BlockingClient
 from snapd_native.errors import NotFound
-from snapd_native.trees.relay import NORMAL
 from snapd_native.wire.connection import Connection
 from snapd_native.wire.names import BUS_NAME, JOB, JOB_PATH, MANAGER, OBJECT_PATH, PROPERTIES
 from snapd_native.wire.values import Body
-from tests.support.descriptors import Process, hands, wait_until_idle, workers
-from tests.support.service import PATIENCE, Service, connection, request
+from tests.support.holding import hold_workers
+from tests.support.service import HANG_TIMEOUT, Service, call_method, connection
 
 _T = TypeVar("_T")
 
 
-class Watch:
+class Watcher:
     """A connection, and all messages of the service to it, in order."""
 
     def __init__(self, bus: Connection) -> None:
@@ -56,11 +53,13 @@ class Watch:
         assert isinstance(values, dict)
         return values
 
-    async def signal(self, member: str, path: str | None = None) -> Body:
+    async def wait_for_signal(self, member: str, path: str | None = None) -> Body:
         """Wait for the first signal ``member`` of the job at ``path``; return its arguments."""
-        return (await self.many(member, 1, path))[0].body
+        return (await self.wait_for_signals(member, 1, path))[0].body
 
-    async def many(self, member: str, count: int, path: str | None = None) -> list[Message]:
+    async def wait_for_signals(
+        self, member: str, count: int, path: str | None = None
+    ) -> list[Message]:
         """Wait for ``count`` signals ``member`` of the job at ``path``; return all so far."""
         while True:
             self._more.clear()
@@ -82,7 +81,7 @@ class Watch:
             and (not members or message.member in members)
         ]
 
-    def order(self) -> list[str]:
+    def message_order(self) -> list[str]:
         """Return the names of the signals so far, and ``reply`` for each reply, in order.
 
         Signals of progress are left out, because they can come at any time.
@@ -100,61 +99,38 @@ class Watch:
 
 
 @asynccontextmanager
-async def watching() -> AsyncIterator[Watch]:
+async def watching() -> AsyncIterator[Watcher]:
     """Watch the service from now on."""
     async with connection() as bus:
         await bus.ask_driver("AddMatch", "s", [f"type='signal',sender='{BUS_NAME}'"])
-        yield Watch(bus)
+        yield Watcher(bus)
 
 
-def watch(scenario: Callable[[Watch], Coroutine[Any, Any, _T]]) -> _T:
-    """Run a coroutine with a new `Watch`, and return its result."""
+def run_with_watcher(scenario: Callable[[Watcher], Coroutine[Any, Any, _T]]) -> _T:
+    """Run a coroutine with a new `Watcher`, and return its result."""
 
     async def connected() -> _T:
-        async with asyncio.timeout(PATIENCE), watching() as watched:
-            return await scenario(watched)
+        async with asyncio.timeout(HANG_TIMEOUT), watching() as watcher:
+            return await scenario(watcher)
 
     return asyncio.run(connected())
 
 
-@contextmanager
-def held_up(daemon: Process, priority: str = NORMAL) -> Iterator[None]:
-    """Stop the idle workers, so that the next job does not proceed in the block.
-
-    A job uses the workers of the job before it, unless both run at once. So the caller must have
-    run a job before, for instance a Commit. Verify and BackgroundUsage use workers of the priority
-    `IDLE`: before one of them, the caller must have run the same call.
-    """
-    wait_until_idle(daemon)
-    stopped = workers(daemon, priority)
-    # The next job would start missing workers, and they would not be stopped.
-    assert len(stopped) >= (hands(daemon) if priority == NORMAL else 1)
-    try:
-        for pid in stopped:
-            os.kill(pid, signal.SIGSTOP)
-        yield
-    finally:
-        for pid in stopped:
-            # The workers of a cancelled job have ended.
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
-
-
 @pytest.fixture
-def filled(shared: Service, shared_client: BlockingClient) -> Service:
+def service_with_base(shared_service: Service, shared_client: BlockingClient) -> Service:
     """Make the committed snapshot `base`, and `work` from it."""
     root = Path(shared_client.prepare("making").source)
     (root / "file").write_text("text")
     shared_client.commit("base", "making")
     shared_client.prepare("work", "base")
-    return shared
+    return shared_service
 
 
 @pytest.fixture
-def job(filled: Service, shared_client: BlockingClient) -> Iterator[str]:
+def waiting_job(service_with_base: Service, shared_client: BlockingClient) -> Iterator[str]:
     """Yield the path of a job whose workers are stopped: a Prepare of `key` from `base`."""
-    with held_up(filled):
-        (path,) = request("PrepareJob", "ssa{sv}", "key", "base", {})
+    with hold_workers(service_with_base):
+        (path,) = call_method("PrepareJob", "ssa{sv}", "key", "base", {})
         yield path
         with suppress(NotFound):
             shared_client.cancel(int(path.removeprefix(f"{JOB_PATH}/")))

@@ -23,12 +23,19 @@ def mounted_on(path: Path | str) -> Entry | None:
     return found
 
 
-def below(path: Path) -> list[str]:
+def entry_on(path: Path | str) -> Entry:
+    """Return the topmost mount on a directory, which must exist."""
+    found = mounted_on(path)
+    assert found is not None
+    return found
+
+
+def mounts_below(path: Path) -> list[str]:
     """Return the targets of all mounts below a directory, in order."""
     return [entry.target for entry in Table.read() if entry.target.startswith(f"{path}/")]
 
 
-def writable(path: Path) -> bool:
+def is_writable(path: Path) -> bool:
     """Return whether the file ``new`` can be created in a directory."""
     try:
         (path / "new").write_text("text")
@@ -37,7 +44,7 @@ def writable(path: Path) -> bool:
     return True
 
 
-def propagation(path: Path | str) -> list[str]:
+def propagation_of(path: Path | str) -> list[str]:
     """Return the propagation of a mount, as in /proc/self/mountinfo; empty if it is private."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields = line.split()
@@ -47,7 +54,7 @@ def propagation(path: Path | str) -> list[str]:
 
 
 @contextmanager
-def by_hand(*arguments: str | Path) -> Iterator[Path]:
+def mount_by_hand(*arguments: str | Path) -> Iterator[Path]:
     """Run mount(8), and unmount the last of ``arguments`` at the end."""
     subprocess.run(["mount", *map(str, arguments)], check=True)
     target = Path(arguments[-1])
@@ -58,14 +65,14 @@ def by_hand(*arguments: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def tmpfs(target: Path) -> Iterator[Path]:
+def mount_tmpfs(target: Path) -> Iterator[Path]:
     """Mount an empty tmpfs."""
-    with by_hand("-t", "tmpfs", "-o", "size=1m", "tmpfs", target):
+    with mount_by_hand("-t", "tmpfs", "-o", "size=1m", "tmpfs", target):
         yield target
 
 
 @contextmanager
-def user_in(path: Path | str) -> Iterator[subprocess.Popen[bytes]]:
+def run_process_in(path: Path | str) -> Iterator[subprocess.Popen[bytes]]:
     """Run a process ``cat`` in a directory; it ends with the block."""
     pipe = subprocess.PIPE
     with subprocess.Popen(["cat"], stdin=pipe, stdout=pipe, cwd=path) as cat:
@@ -84,18 +91,18 @@ def places(scratch: Path) -> Iterator[Path]:
     path = scratch / "places"
     path.mkdir()
     yield path
-    for target in reversed(below(scratch)):
+    for target in reversed(mounts_below(scratch)):
         with suppress(subprocess.CalledProcessError):
             subprocess.run(["umount", "-l", target], check=True, capture_output=True)
 
 
-def place(places: Path, name: str = "here") -> Path:
+def make_target(places: Path, name: str = "here") -> Path:
     """Create a directory to mount on."""
     path = places / name
     path.mkdir()
     return path
 
 
-def targets(engine: Snapshotter, key: str = "") -> list[str]:
+def mount_targets(engine: Snapshotter, key: str = "") -> list[str]:
     """Return the targets of all mounts of an engine."""
     return [mounted.target for mounted in engine.mounter.list_mounts(key)]

@@ -5,8 +5,8 @@ statement that changes something. The process can be killed before each step. Th
 copies trees, so that each changing system call of a copy is a step, too. The service has no code
 for this.
 
-With ``python -m tests.support.kill_points``, this module runs as a server. It reads one `Order` a
-line, executes it in a fork of itself, and prints the outcome.
+With ``python -m tests.support.kill_points``, this module runs as a server. It reads one `KillOrder`
+a line, executes it in a fork of itself, and prints the outcome.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from snapd_native.model import STANDBY_LABEL, Change
 from snapd_native.snapshotter import Snapshotter
 from tests.support import PROJECT
 from tests.support.in_process import without_workers
-from tests.support.waiting import eventually
+from tests.support.waiting import wait_until
 
 _STEPS: dict[ModuleType, tuple[str, ...]] = {
     os: (
@@ -53,7 +53,7 @@ _CHANGING = (
     *("CREATE", "ALTER", "REINDEX", "PRAGMA user_v"),
 )
 
-Point = tuple[str, int]
+KillPoint = tuple[str, int]
 """A point in a call: the name of the thread, and the number of its next step."""
 
 
@@ -64,36 +64,36 @@ class Case:
     call: Callable[[Snapshotter, Path], object]
     """The call; its argument is a directory to mount on."""
     set_up: Callable[[Snapshotter, Path], object] = lambda *_: None
-    spoil: Callable[[Path], object] = lambda _: None
+    damage: Callable[[Path], object] = lambda _: None
     """A function that changes the state directory while no engine has it open."""
-    starts: bool = False
+    includes_start: bool = False
     """Whether the start of the engine is a part of the call that is killed."""
 
 
-def _wants_a_clone(engine: Snapshotter, _: Path) -> None:
+def _request_clone(engine: Snapshotter, _: Path) -> None:
     engine.update("base", {STANDBY_LABEL: "1"}, [f"labels.{STANDBY_LABEL}"])
-    eventually(lambda: engine.standby("base") == (1, 1))
+    wait_until(lambda: engine.standby("base") == (1, 1))
 
 
-def _take_a_clone(engine: Snapshotter, place: Path) -> None:
+def _prepare_from_clone(engine: Snapshotter, place: Path) -> None:
     engine.prepare("new", "base")
-    eventually(lambda: engine.standby("base") == (1, 1))
+    wait_until(lambda: engine.standby("base") == (1, 1))
 
 
-def _wants_no_clone(engine: Snapshotter, _: Path) -> None:
+def _request_no_clone(engine: Snapshotter, _: Path) -> None:
     engine.update("base", {}, [f"labels.{STANDBY_LABEL}"])
-    eventually(lambda: not engine._state.standbys())
+    wait_until(lambda: not engine._state.standbys())
 
 
-def _wants_a_clone_alone(engine: Snapshotter, place: Path) -> None:
-    _wants_a_clone(engine, place)
+def _request_clone_of_unused_base(engine: Snapshotter, place: Path) -> None:
+    _request_clone(engine, place)
     for key in ("work", "look"):
         engine.remove(key)
 
 
 def _remove_base(engine: Snapshotter, _: Path) -> None:
     engine.remove("base")
-    eventually(lambda: not engine._state.standbys())
+    wait_until(lambda: not engine._state.standbys())
 
 
 def _cancel_a_prepare(engine: Snapshotter, _: Path) -> None:
@@ -112,59 +112,59 @@ def _mount_for_a_client(engine: Snapshotter, place: Path) -> None:
 
 def _release(engine: Snapshotter, _: Path) -> None:
     engine.mounter.release("a client")
-    eventually(lambda: not engine.mounter.owners())
+    wait_until(lambda: not engine.mounter.owners())
 
 
-def _leave_orphans(state: Path) -> None:
+def _make_orphans(state: Path) -> None:
     for name in ("new-71", "rm-72", "73"):
-        _leave(state, name)
+        _make_directory(state, name)
 
 
-def _leave_all(state: Path) -> None:
-    _leave_orphans(state)
+def _make_all_leftovers(state: Path) -> None:
+    _make_orphans(state)
     # Only the start of an engine finds an incomplete clone that no thread is making.
-    _leave(state, "making-1-74")
+    _make_directory(state, "making-1-74")
 
 
-def _leave(state: Path, name: str) -> None:
+def _make_directory(state: Path, name: str) -> None:
     directory = state / "snapshots" / name / "directory"
     directory.mkdir(parents=True)
     (directory / "file").touch()
 
 
-def _cut_off(state: Path) -> None:
+def _mark_as_unsynced(state: Path) -> None:
     """Mark `lone` as made in another boot, so that its tree may not be on the disk."""
     with closing(sqlite3.connect(state / "metadata.db")) as db, db:
         db.execute("UPDATE snapshots SET boot = 'another' WHERE name = 'lone'")
 
 
 CASES = {
-    "prepare nothing": Case(lambda engine, _: engine.prepare("new", labels={"of": "new"})),
+    "prepare without a parent": Case(lambda engine, _: engine.prepare("new", labels={"of": "new"})),
     "prepare": Case(lambda engine, _: engine.prepare("new", "base", {"of": "new"})),
-    "prepare a clone that stands by": Case(_take_a_clone, _wants_a_clone),
+    "prepare from a standby clone": Case(_prepare_from_clone, _request_clone),
     "view": Case(lambda engine, _: engine.view("new", "base", {"of": "new"})),
-    "view nothing": Case(lambda engine, _: engine.view("new")),
+    "view without a parent": Case(lambda engine, _: engine.view("new")),
     "commit": Case(lambda engine, _: engine.commit("done", "work", {"of": "done"})),
     "commit with a digest": Case(lambda engine, _: engine.commit("done", "work", digest=True)),
     "commit with a parent": Case(lambda engine, _: engine.commit("done", "lone", parent="base")),
-    "commit what is mounted": Case(
+    "commit a mounted snapshot": Case(
         lambda engine, _: engine.commit("done", "work"),
         lambda engine, place: engine.mounter.mount("work", str(place)),
     ),
     "update": Case(lambda engine, _: engine.update("base", {"of": "another"})),
     "remove": Case(lambda engine, _: engine.remove("lone")),
     "remove a view": Case(lambda engine, _: engine.remove("look")),
-    "remove what clones stand by of": Case(_remove_base, _wants_a_clone_alone),
-    "make a clone that stands by": Case(_wants_a_clone),
-    "drop a clone that stands by": Case(_wants_no_clone, _wants_a_clone),
-    "a prepare that is cancelled": Case(_cancel_a_prepare),
+    "remove the parent of a standby clone": Case(_remove_base, _request_clone_of_unused_base),
+    "make a standby clone": Case(_request_clone),
+    "drop a standby clone": Case(_request_no_clone, _request_clone),
+    "a cancelled prepare": Case(_cancel_a_prepare),
     "mount": Case(lambda engine, place: engine.mounter.mount("look", str(place))),
-    "mount on a directory of its own": Case(lambda engine, _: engine.mounter.mount("work")),
+    "mount without a target": Case(lambda engine, _: engine.mounter.mount("work")),
     "unmount": Case(
         lambda engine, place: engine.mounter.unmount(str(place)),
         lambda engine, place: engine.mounter.mount("work", str(place)),
     ),
-    "unmount from a directory of its own": Case(
+    "unmount a mount without a target": Case(
         lambda engine, _: engine.mounter.unmount(engine.mounter.list_mounts()[0].target),
         lambda engine, _: engine.mounter.mount("work"),
     ),
@@ -175,49 +175,49 @@ CASES = {
     "release": Case(_release, _mount_for_a_client),
     "cleanup": Case(
         lambda engine, _: engine.upkeep.cleanup(),
-        lambda engine, _: _leave_orphans(engine.state_directory),
+        lambda engine, _: _make_orphans(engine.state_directory),
     ),
     "repair": Case(
         lambda engine, _: engine.upkeep.repair(),
-        lambda engine, _: _leave_orphans(engine.state_directory),
+        lambda engine, _: _make_orphans(engine.state_directory),
     ),
     "the first start": Case(
         lambda engine, _: engine.check_health(),
-        spoil=lambda state: subprocess.run(["rm", "-r", str(state)], check=True),
-        starts=True,
+        damage=lambda state: subprocess.run(["rm", "-r", str(state)], check=True),
+        includes_start=True,
     ),
     "a start that finds leftovers": Case(
-        lambda engine, _: engine.check_health(), spoil=_leave_all, starts=True
+        lambda engine, _: engine.check_health(), damage=_make_all_leftovers, includes_start=True
     ),
     "a start after a power cut": Case(
-        lambda engine, _: engine.check_health(), spoil=_cut_off, starts=True
+        lambda engine, _: engine.check_health(), damage=_mark_as_unsynced, includes_start=True
     ),
 }
 
 
 @dataclass(frozen=True)
-class Order:
+class KillOrder:
     """A call, and the point at which the process is killed."""
 
     case: str
     directory: str
     """The parent of ``state``, ``run`` and ``place``, which is a directory to mount on."""
-    kill: Point | None
+    kill: KillPoint | None
     """The point before whose step the process is killed; None to let the process end normally."""
 
 
 @dataclass
-class Course:
+class Outcome:
     """The outcome of an order."""
 
-    points: dict[Point, str] = field(default_factory=dict)
+    points: dict[KillPoint, str] = field(default_factory=dict)
     """The points that the process has passed, each with its step."""
     answered: bool = False
     """Whether the call has returned."""
     status: int = 0
 
 
-class Deaths:
+class KillClient:
     """The client of the server that this module runs as."""
 
     def __enter__(self) -> Self:
@@ -238,29 +238,29 @@ class Deaths:
     ) -> None:
         self._server.communicate()
 
-    def follow(self, order: Order) -> Course:
+    def execute(self, order: KillOrder) -> Outcome:
         """Execute an order, and return the outcome."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.write(json.dumps(vars(order)) + "\n")
         self._server.stdin.flush()
-        course = Course()
+        outcome = Outcome()
         for line in self._server.stdout:
             match json.loads(line):
                 case ["passed", thread, number, text]:
-                    course.points[thread, number] = text
+                    outcome.points[thread, number] = text
                 case ["answered"]:
-                    course.answered = True
+                    outcome.answered = True
                 case ["ended", status]:
-                    course.status = status
-                    return course
+                    outcome.status = status
+                    return outcome
         raise AssertionError("the server has ended")
 
 
 class _Killer:
     """Counts the steps of each thread while it is armed, and kills the process at one step."""
 
-    def __init__(self, kill: Point | None) -> None:
+    def __init__(self, kill: KillPoint | None) -> None:
         self._kill = kill
         self._armed = False
         self._count: Counter[str] = Counter()
@@ -279,7 +279,7 @@ class _Killer:
         self._count[thread] += 1
         if self._kill == (thread, self._count[thread]):
             os.kill(os.getpid(), signal.SIGKILL)
-        _say("passed", thread, self._count[thread], text)
+        _print_event("passed", thread, self._count[thread], text)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -315,12 +315,12 @@ class _Killer:
         return connected
 
 
-def _say(*what: object) -> None:
+def _print_event(*what: object) -> None:
     # A single write is not mixed with the writes of other threads.
     os.write(1, json.dumps(what).encode() + b"\n")
 
 
-def _follow(order: Order) -> None:
+def _execute(order: KillOrder) -> None:
     case = CASES[order.case]
     directory = Path(order.directory)
     killer = _Killer(order.kill)
@@ -329,25 +329,25 @@ def _follow(order: Order) -> None:
         killer.step("announce")
 
     with killer.watching():
-        if case.starts:
+        if case.includes_start:
             killer.arm()
         engine = Snapshotter(directory / "state", announce, runtime=directory / "run")
         with closing(engine):
             case.set_up(engine, directory / "place")
-            _settle(engine)
+            _wait_for_background_work(engine)
             killer.arm()
             case.call(engine, directory / "place")
-            _say("answered")
-            _settle(engine)
+            _print_event("answered")
+            _wait_for_background_work(engine)
             killer.step("end")
             killer.disarm()
 
 
-def _settle(engine: Snapshotter) -> None:
+def _wait_for_background_work(engine: Snapshotter) -> None:
     """Wait until the work in the background is done."""
     engine._reaper.catch_up(lambda *_: None)
     engine._syncer.submit(lambda: None).result()
-    eventually(lambda: all(complete for *_, complete in engine._state.standbys()))
+    wait_until(lambda: all(complete for *_, complete in engine._state.standbys()))
 
 
 def main() -> None:
@@ -357,10 +357,10 @@ def main() -> None:
         kill = order["kill"] and tuple(order["kill"])
         child = os.fork()
         if child == 0:
-            _follow(Order(order["case"], order["directory"], kill))
+            _execute(KillOrder(order["case"], order["directory"], kill))
             os._exit(0)
         _, status = os.waitpid(child, 0)
-        _say("ended", os.waitstatus_to_exitcode(status))
+        _print_event("ended", os.waitstatus_to_exitcode(status))
 
 
 if __name__ == "__main__":

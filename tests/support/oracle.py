@@ -13,12 +13,12 @@ Labels = dict[str, str]
 
 
 @dataclass
-class Ledger:
-    """The contents that one instance must have, from the output of the load."""
+class InstanceOracle:
+    """The contents that one instance must have, computed from the output of a load."""
 
     committed: dict[str, Files] = field(default_factory=dict)
     """Snapshots whose Commit was acknowledged and whose Remove has not begun."""
-    perhaps: dict[str, Files] = field(default_factory=dict)
+    uncertain: dict[str, Files] = field(default_factory=dict)
     """Snapshots whose Commit or Remove has begun and has no reply."""
     active: dict[str, Files] = field(default_factory=dict)
     """Snapshots whose Prepare has begun, with the files of the parent."""
@@ -36,16 +36,16 @@ class Ledger:
         match call["operation"]:
             case "prepare":
                 parent = call["parent"]
-                self.active[key] = {**self.committed, **self.perhaps}.get(parent, {})
+                self.active[key] = {**self.committed, **self.uncertain}.get(parent, {})
             case "commit":
-                self.perhaps[call["name"]] = call["files"]
+                self.uncertain[call["name"]] = call["files"]
                 self.labels[call["name"]] = [{}]
             case "view":
                 self.views[key] = False
             case "update":
                 self.labels[key].append(call["labels"])
             case "remove" if key in self.committed:
-                self.perhaps[key] = self.committed.pop(key)
+                self.uncertain[key] = self.committed.pop(key)
             case "remove" if key in self.views:
                 self.views[key] = False
 
@@ -55,7 +55,7 @@ class Ledger:
             case "commit":
                 self.acknowledged += 1
                 # Another client can have begun to remove the snapshot before this line.
-                self.committed[call["name"]] = self.perhaps.pop(call["name"])
+                self.committed[call["name"]] = self.uncertain.pop(call["name"])
                 self.active.pop(key)
             case "view":
                 self.views[key] = True
@@ -64,7 +64,7 @@ class Ledger:
             case "remove":
                 # The snapshot is in `committed` again if the Remove of another client has failed.
                 self.committed.pop(key, None)
-                self.perhaps.pop(key, None)
+                self.uncertain.pop(key, None)
                 self.active.pop(key, None)
                 self.views.pop(key, None)
 
@@ -84,7 +84,7 @@ class Ledger:
             case "prepare":
                 self.active.pop(key)
             case "commit":
-                self.perhaps.pop(call["name"])
+                self.uncertain.pop(call["name"])
                 self.labels.pop(call["name"])
             case "view":
                 self.views.pop(key)
@@ -92,8 +92,8 @@ class Ledger:
                 self.labels[key].remove(call["labels"])
             case "remove" if gone:
                 pass
-            case "remove" if key in self.perhaps:
-                self.committed[key] = self.perhaps.pop(key)
+            case "remove" if key in self.uncertain:
+                self.committed[key] = self.uncertain.pop(key)
             case "remove" if key in self.views:
                 self.views[key] = True
 
@@ -101,79 +101,91 @@ class Ledger:
         """Return the differences from the expected contents, and expect ``found`` from now on."""
         if "error" in found:
             return [f"it does not answer: {found['error']}"]
-        troubles = [f"an orphan directory: {name}" for name in found["left"]]
-        there = {one["name"]: one for one in found["snapshots"]}
-        troubles += [f"{name} is lost" for name in self.committed if name not in there]
-        troubles += [
-            f"{key} is lost" for key, must in self.views.items() if must and key not in there
+        snapshots = {snapshot["name"]: snapshot for snapshot in found["snapshots"]}
+        differences = [f"an orphan directory: {name}" for name in found["orphans"]]
+        differences += [f"{name} is lost" for name in self.committed if name not in snapshots]
+        differences += [
+            f"{key} is lost"
+            for key, must_exist in self.views.items()
+            if must_exist and key not in snapshots
         ]
-        for name, one in there.items():
-            if one["kind"] == "view":
-                if name not in self.views:
-                    troubles.append(f"{name} is there, and was removed or never made")
-                continue
-            if one["kind"] == "active":
-                troubles += self._compare_active(name, one["files"])
-                continue
-            promised = self.committed.get(name, self.perhaps.get(name))
-            if promised is None:
-                troubles.append(f"{name} is there, and was removed or never committed")
-            elif promised != one["files"]:
-                differing = [
-                    path
-                    for path in {*promised, *one["files"]}
-                    if promised.get(path) != one["files"].get(path)
-                ]
-                troubles.append(f"{name} differs: {sorted(differing)[:5]}")
-            elif one["labels"] not in self.labels[name]:
-                troubles.append(f"{name} has the labels {one['labels']}")
-        self.committed = {n: o["files"] for n, o in there.items() if o["kind"] == "committed"}
-        self.active = {n: o["files"] for n, o in there.items() if o["kind"] == "active"}
-        self.views = {n: True for n, o in there.items() if o["kind"] == "view"}
-        self.labels = {n: [o["labels"]] for n, o in there.items() if o["kind"] == "committed"}
-        self.perhaps = {}
-        return troubles
+        for name, snapshot in snapshots.items():
+            match snapshot["kind"]:
+                case "view" if name not in self.views:
+                    differences.append(f"{name} is there, and was removed or never made")
+                case "active":
+                    differences += self._compare_active(name, snapshot["files"])
+                case "committed":
+                    differences += self._compare_committed(name, snapshot)
+        self._expect(snapshots)
+        return differences
 
     def _compare_active(self, key: str, files: Files) -> list[str]:
         """Check that an active snapshot has the files of its parent that no client changes."""
         if key not in self.active:
             return [f"{key} is there, and was removed, committed or never prepared"]
-        kept = {p: d for p, d in self.active[key].items() if p.startswith("kept/")}
+        kept = {
+            path: digest for path, digest in self.active[key].items() if path.startswith("kept/")
+        }
         return [f"{key} lacks {path}" for path in kept if files.get(path) != kept[path]]
 
+    def _compare_committed(self, name: str, snapshot: dict[str, Any]) -> list[str]:
+        """Check that a committed snapshot has its files and one of its possible labels."""
+        files, expected = snapshot["files"], self.committed.get(name, self.uncertain.get(name))
+        if expected is None:
+            return [f"{name} is there, and was removed or never committed"]
+        if files != expected:
+            paths = [path for path in files | expected if files.get(path) != expected.get(path)]
+            return [f"{name} differs: {sorted(paths)[:5]}"]
+        if snapshot["labels"] not in self.labels[name]:
+            return [f"{name} has the labels {snapshot['labels']}"]
+        return []
 
-class Book:
+    def _expect(self, snapshots: dict[str, dict[str, Any]]) -> None:
+        """Expect exactly these snapshots from now on."""
+        by_kind: dict[str, dict[str, dict[str, Any]]] = {"view": {}, "active": {}, "committed": {}}
+        for name, snapshot in snapshots.items():
+            by_kind[snapshot["kind"]][name] = snapshot
+        committed = by_kind["committed"].items()
+        self.committed = {name: snapshot["files"] for name, snapshot in committed}
+        self.labels = {name: [snapshot["labels"]] for name, snapshot in committed}
+        self.active = {key: snapshot["files"] for key, snapshot in by_kind["active"].items()}
+        self.views = dict.fromkeys(by_kind["view"], True)
+        self.uncertain = {}
+
+
+class Oracle:
     """The contents that all instances must have, over several loads."""
 
     def __init__(self, instances: tuple[str, ...]) -> None:
-        self.ledgers = {instance: Ledger() for instance in instances}
+        self.instances = {instance: InstanceOracle() for instance in instances}
         self._calls: dict[int, dict[str, Any]] = {}
         self._lines: list[str] = []
 
     def read(self, line: str) -> None:
         self._lines.append(line)
-        told = json.loads(line)
-        if told["at"] == "begin":
-            self._calls[told["call"]] = told
-            self.ledgers[told["instance"]].begin(told)
+        event = json.loads(line)
+        if event["at"] == "begin":
+            self._calls[event["call"]] = event
+            self.instances[event["instance"]].begin(event)
             return
-        call = self._calls.pop(told["call"])
-        ledger = self.ledgers[call["instance"]]
+        call = self._calls.pop(event["call"])
+        expected = self.instances[call["instance"]]
         # The Remove of another client can delete the snapshot, now or later.
-        gone = told.get("gone", False) or any(
+        gone = event.get("gone", False) or any(
             (other["operation"], other["instance"], other["key"])
             == ("remove", call["instance"], call["key"])
             for other in self._calls.values()
         )
-        match told["at"]:
+        match event["at"]:
             case "done":
-                ledger.done(call)
+                expected.done(call)
             case "refused":
-                ledger.refused(call, gone=gone)
+                expected.refused(call, gone=gone)
             case "failed":
-                ledger.failed(call, f"{told['error']}: {told['message']}", gone=gone)
+                expected.failed(call, f"{event['error']}: {event['message']}", gone=gone)
 
-    def doubt(self) -> None:
+    def accept_open_calls(self) -> None:
         """Accept that open calls may have changed something, even if they fail later."""
         for call in self._calls.values():
             call["doubtful"] = True
@@ -184,25 +196,25 @@ class Book:
 
     def acknowledged(self) -> int:
         """Return the number of acknowledged commits of the instance that has the fewest."""
-        return min(ledger.acknowledged for ledger in self.ledgers.values())
+        return min(expected.acknowledged for expected in self.instances.values())
 
-    def story(self, troubles: list[str]) -> str:
-        """Return the lines of the last load about the snapshots in ``troubles``."""
-        names = {json.dumps(word) for trouble in troubles for word in trouble.split()}
+    def lines_about(self, differences: list[str]) -> str:
+        """Return the lines of the last load about the snapshots in ``differences``."""
+        names = {json.dumps(word) for line in differences for word in line.split()}
         calls = {
             json.loads(line)["call"] for line in self._lines if any(name in line for name in names)
         }
         return "".join(line for line in self._lines if json.loads(line)["call"] in calls)
 
-    def order(self, seed: int, workers: int, patient: bool = False) -> str:
+    def load_input(self, seed: int, workers: int, patient: bool = False) -> str:
         """Return the input of a new load, and forget the lines of the last load."""
         self._lines.clear()
         return json.dumps(
             {
                 "seed": seed,
                 "workers": workers,
-                "known": {name: one.committed for name, one in self.ledgers.items()},
-                "keys": {name: [*one.views, *one.active] for name, one in self.ledgers.items()},
+                "known": {name: one.committed for name, one in self.instances.items()},
+                "keys": {name: [*one.views, *one.active] for name, one in self.instances.items()},
                 "patient": patient,
             }
         )

@@ -8,13 +8,8 @@ from pathlib import Path
 from tests.support import PROJECT
 
 
-def build(directory: Path) -> Path:
+def build_package(directory: Path) -> Path:
     """Build the package from this tree, including uncommitted changes, in ``directory``."""
     subprocess.run([PROJECT / "tools" / "build-deb", directory], check=True, capture_output=True)
     (package,) = directory.glob("*.deb")
     return package
-
-
-def said(*command: str | Path) -> str:
-    """Run a command that must succeed, and return its output."""
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

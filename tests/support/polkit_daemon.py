@@ -21,7 +21,7 @@ exec /usr/lib/polkit-1/polkitd
 
 
 @contextmanager
-def polkitd(address: str, rules: str, directory: Path) -> Iterator[subprocess.Popen[str]]:
+def run_polkitd(address: str, rules: str, directory: Path) -> Iterator[subprocess.Popen[str]]:
     """Run polkitd with the actions of the project and with ``rules`` in JavaScript."""
     places = [directory / name for name in ("rules.d", "actions")]
     for place in places:

@@ -16,26 +16,26 @@ from dbus_next.constants import MessageFlag, MessageType
 from dbus_next.message import Message
 
 from snapd_native.wire.names import BUS_NAME, DRIVER, DRIVER_PATH, MANAGER, OBJECT_PATH
-from tests.support.service import PATIENCE, Service
-from tests.support.waiting import eventually
+from tests.support.service import HANG_TIMEOUT, Service
+from tests.support.waiting import wait_until
 
-MOST = 120
+MAX_OPEN_CALLS = 120
 """The approximate number of open calls that the bus permits to a connection."""
 
 
-class Raw:
+class RawClient:
     """A connection to the bus as the user ``uid``, over a plain socket."""
 
     def __init__(self, address: str, uid: int = 0) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(PATIENCE)
+        self.socket.settimeout(HANG_TIMEOUT)
         os.seteuid(uid)
         try:
             self.socket.connect(address.removeprefix("unix:path="))
         finally:
             os.seteuid(0)
         self._serial = 0
-        self._rest = b""
+        self._unread = b""
         identity = str(uid).encode().hex()
         for line in (f"\0AUTH EXTERNAL {identity}", "NEGOTIATE_UNIX_FD", "BEGIN"):
             self.socket.sendall(f"{line}\r\n".encode())
@@ -49,7 +49,7 @@ class Raw:
         while not line.endswith(b"\r\n"):
             line += self.socket.recv(1)
 
-    def packed(
+    def pack_call(
         self,
         member: str,
         signature: str = "",
@@ -76,7 +76,7 @@ class Raw:
     def ask_driver(self, member: str, signature: str = "", *body: object) -> None:
         """Call a method of the bus."""
         self.socket.sendall(
-            self.packed(
+            self.pack_call(
                 member, signature, *body, destination=DRIVER, path=DRIVER_PATH, interface=DRIVER
             )
         )
@@ -84,7 +84,7 @@ class Raw:
     def call(self, member: str, signature: str = "", *body: object, times: int = 1) -> None:
         """Call a method of the manager repeatedly, without reading replies."""
         for _ in range(times):
-            self.socket.sendall(self.packed(member, signature, *body))
+            self.socket.sendall(self.pack_call(member, signature, *body))
 
     def replies(self, count: int) -> dict[int, Message]:
         """Read ``count`` replies; return them by the serials of the calls."""
@@ -96,14 +96,14 @@ class Raw:
         return found
 
     def _message(self) -> Message:
-        while len(self._rest) < 16 or len(self._rest) < _length(self._rest):
+        while len(self._unread) < 16 or len(self._unread) < _length(self._unread):
             data, fds, _, _ = socket.recv_fds(self.socket, 1 << 20, 16)
             assert data, "the bus has closed the connection"
-            self._rest += data
+            self._unread += data
             for fd in fds:
                 os.close(fd)
-        length = _length(self._rest)
-        data, self._rest = self._rest[:length], self._rest[length:]
+        length = _length(self._unread)
+        data, self._unread = self._unread[:length], self._unread[length:]
         message = Unmarshaller(io.BytesIO(data)).unmarshall()
         assert isinstance(message, Message)
         return message
@@ -120,22 +120,22 @@ def _length(data: bytes) -> int:
 
 
 @contextmanager
-def crowd(address: str, count: int, uid: int = 0) -> Iterator[Sequence[Raw]]:
+def connect_many(address: str, count: int, uid: int = 0) -> Iterator[Sequence[RawClient]]:
     """Yield ``count`` connections."""
     with ExitStack() as stack:
         made = []
         for _ in range(count):
-            raw = Raw(address, uid)
+            raw = RawClient(address, uid)
             stack.callback(raw.close)
             made.append(raw)
         yield made
 
 
-def waiting(address: str, what: str = "Bytes") -> int:
+def queued_at_bus(address: str, what: str = "Bytes") -> int:
     """Return how many bytes, or ``FDs``, the bus holds of messages that the service has sent."""
-    with crowd(address, 1) as (asking,):
+    with connect_many(address, 1) as (asking,):
         asking.socket.sendall(
-            asking.packed(
+            asking.pack_call(
                 "GetConnectionStats",
                 "s",
                 BUS_NAME,
@@ -149,19 +149,19 @@ def waiting(address: str, what: str = "Bytes") -> int:
     return int(found[f"Incoming{what}"].value)
 
 
-def pid_of_bus(address: str) -> int:
-    with crowd(address, 1) as (asking,):
+def bus_pid(address: str) -> int:
+    with connect_many(address, 1) as (asking,):
         asking.ask_driver("GetConnectionUnixProcessID", "s", DRIVER)
         (reply,) = asking.replies(1).values()
     return int(reply.body[0])
 
 
-def names_of(replies: Iterable[Message]) -> set[str]:
+def error_names(replies: Iterable[Message]) -> set[str]:
     """Return the last part of the name of each error, and ``""`` for results."""
     return {(reply.error_name or "").rpartition(".")[2] for reply in replies}
 
 
-def peak(pid: int) -> int:
+def peak_memory(pid: int) -> int:
     """Return the peak memory of a process, in bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) << 10
@@ -176,18 +176,22 @@ def wait_until_asleep(pid: int) -> None:
         seen, before = (
             before,
             [
-                tuple(line for line in status.read_text().splitlines() if _RAN.match(line))
+                tuple(
+                    line
+                    for line in status.read_text().splitlines()
+                    if _SCHEDULER_FIELDS.match(line)
+                )
                 for status in sorted(Path(f"/proc/{pid}/task").glob("*/status"))
             ],
         )
         return seen == before and all(state.startswith("State:\tS") for state, *_ in before)
 
-    eventually(is_asleep, lambda: before)
+    wait_until(is_asleep, lambda: before)
 
 
-_RAN = re.compile("State|voluntary_ctxt_switches|nonvoluntary_ctxt_switches")
+_SCHEDULER_FIELDS = re.compile("State|voluntary_ctxt_switches|nonvoluntary_ctxt_switches")
 
 
-def threads(service: Service) -> int:
+def thread_count(service: Service) -> int:
     """Count the daemon's threads."""
     return len(os.listdir(f"/proc/{service.pid}/task"))

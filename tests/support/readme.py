@@ -12,7 +12,7 @@ _TEXT = "".join(
 )
 
 
-HERE = {
+IN_PACKAGING_TESTS = {
     "demo": "make demo\n",
     "commands": "snapd-native prepare build\n",
     "mounting": "snapd-native prepare site\n",
@@ -23,7 +23,7 @@ HERE = {
 }
 """The blocks that `tests/packaging` runs: the name and the beginning of each."""
 
-ON_A_MACHINE = {
+IN_MACHINE_TESTS = {
     "install": "make deb\n",
     "without a package": "make install\n",
     "instance": "systemctl enable --now snapd-native@data\n",
@@ -38,12 +38,12 @@ ON_A_MACHINE = {
 """The blocks that need systemd: `tests/vm` runs them."""
 
 
-def blocks(language: str) -> list[str]:
+def code_blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", _TEXT, re.MULTILINE | re.DOTALL)
 
 
-def block(name: str) -> str:
+def shell_block(name: str) -> str:
     """Return the commands of the block with one of the names above."""
-    beginning = (HERE | ON_A_MACHINE)[name]
-    (found,) = (block for block in blocks("sh") if block.startswith(beginning))
+    beginning = (IN_PACKAGING_TESTS | IN_MACHINE_TESTS)[name]
+    (found,) = (block for block in code_blocks("sh") if block.startswith(beginning))
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import resource
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,25 +16,26 @@ import pytest
 from snapd_native import trees
 from snapd_native.model import Usage
 from tests.support import in_process, torture_tree
+from tests.support.commands import run_command
 from tests.support.file_systems import FileSystem
 
-LEVELS = 2000
+DEEP_LEVELS = 2000
 """The number of nested directories in a deep tree. A path to the last exceeds PATH_MAX by far."""
 
-MEMORY = 4 << 20
-"""Bytes of memory that a process may need more for a wide directory than for a narrow one."""
+EXTRA_MEMORY = 4 << 20
+"""Bytes by which the memory for a wide directory may exceed the memory for a narrow one."""
 
 
-class Stopped(Exception):
+class StoppedByReport(Exception):
     """Raised by a step, as a cancelled job raises an error."""
 
 
-def ignore(*_: int) -> None:
+def ignore_progress(*_: int) -> None:
     """Ignore the progress."""
 
 
 @contextmanager
-def directory(path: Path) -> Iterator[int]:
+def open_directory(path: Path) -> Iterator[int]:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield fd
@@ -52,10 +52,10 @@ class Copier(Protocol):
 
 
 @contextmanager
-def opened(tree: Path, *, writable: bool = False) -> Iterator[int]:
+def open_for_copy(tree: Path, *, writable: bool = False) -> Iterator[int]:
     """Open a tree as the service does before it copies it."""
     with (
-        directory(tree.parent) as parent,
+        open_directory(tree.parent) as parent,
         trees.open_tree(parent, tree.name, writable=writable) as root,
     ):
         yield root
@@ -64,30 +64,28 @@ def opened(tree: Path, *, writable: bool = False) -> Iterator[int]:
 def clone(
     source: Path,
     target: Path,
-    step: trees.Report = ignore,
+    report: trees.Report = ignore_progress,
     *,
     reflink: bool = False,
     by: Copier = in_process,
 ) -> None:
-    """Make ``target`` a copy of ``source``; ``step`` is called for every entry."""
+    """Make ``target`` a copy of ``source``; ``report`` is called for every entry."""
     target.mkdir(exist_ok=True)
-    with opened(source) as here, opened(target, writable=True) as there:
-        by.clone(here, there, step, reflink=reflink)
+    with open_for_copy(source) as here, open_for_copy(target, writable=True) as there:
+        by.clone(here, there, report, reflink=reflink)
 
 
-def measure(tree: Path, step: trees.Report = ignore, *, by: Copier = in_process) -> Usage:
-    """Return the usage of a tree; ``step`` is called for every entry."""
-    with opened(tree) as root:
-        return by.measure(root, step)
+def measure(
+    tree: Path, report: trees.Report = ignore_progress, *, by: Copier = in_process
+) -> Usage:
+    """Return the usage of a tree; ``report`` is called for every entry."""
+    with open_for_copy(tree) as root:
+        return by.measure(root, report)
 
 
-def delete(tree: Path, step: trees.Report = ignore) -> None:
-    with directory(tree.parent) as parent:
-        trees.delete(parent, tree.name, step)
-
-
-def run(*command: str | Path) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def delete(tree: Path, report: trees.Report = ignore_progress) -> None:
+    with open_directory(tree.parent) as parent:
+        trees.delete(parent, tree.name, report)
 
 
 def open_files() -> dict[str, str]:
@@ -102,7 +100,7 @@ def open_files() -> dict[str, str]:
 
 
 @contextmanager
-def file_limit(limit: int) -> Iterator[None]:
+def limit_open_files(limit: int) -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
     try:
@@ -112,12 +110,13 @@ def file_limit(limit: int) -> Iterator[None]:
 
 
 @contextmanager
-def mount(*arguments: str | Path) -> Iterator[None]:
-    run("mount", *arguments)
+def mount_in_block(*arguments: str | Path) -> Iterator[None]:
+    """Run mount(8); the mount must still exist at the end of the block, and is unmounted."""
+    run_command("mount", *arguments)
     try:
         yield
     finally:
-        run("umount", arguments[-1])
+        run_command("umount", arguments[-1])
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +128,7 @@ def original(filesystem: FileSystem) -> Path:
     return path
 
 
-def make_deep(root: int, levels: int, name: str) -> None:
+def make_deep_tree(root: int, levels: int, name: str) -> None:
     """Make ``levels`` nested directories, with a hard link to one file in every hundredth."""
     here = os.dup(root)
     for level in range(levels):

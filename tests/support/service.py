@@ -8,7 +8,7 @@ import select
 import subprocess
 import uuid
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,10 +30,10 @@ from tests.support.file_systems import FileSystem, scratch_on
 NOBODY = 65534
 """The uid of a user without any permission."""
 
-PATIENCE = 240
+HANG_TIMEOUT = 240
 """Seconds after which a test gives up an operation that hangs."""
 
-AS_INSTALLED = dict(
+UNIT_ENVIRONMENT = dict(
     setting.removeprefix("Environment=").split("=", 1)
     for setting in (PROJECT / "systemd" / "snapd-native.service").read_text().splitlines()
     if setting.startswith("Environment=")
@@ -73,7 +73,7 @@ class Service:
             check=False,
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=HANG_TIMEOUT,
         )
 
     def call(
@@ -98,7 +98,7 @@ class Service:
             check=False,
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=HANG_TIMEOUT,
         )
         assert done.returncode == 1
         name, _, text = done.stderr.removeprefix("Error ").rstrip("\n").partition(": ")
@@ -110,21 +110,21 @@ def as_user(uid: int) -> list[str]:
     return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] if uid else []
 
 
-def run(scenario: Callable[[Client], Coroutine[Any, Any, _T]]) -> _T:
+def run_with_client(scenario: Callable[[Client], Coroutine[Any, Any, _T]]) -> _T:
     """Run a coroutine with its own connected client, and return its result."""
 
     async def connected() -> _T:
-        async with asyncio.timeout(PATIENCE), Client() as client:
+        async with asyncio.timeout(HANG_TIMEOUT), Client() as client:
             return await scenario(client)
 
     return asyncio.run(connected())
 
 
-def request(member: str, signature: str, *body: object, interface: str = MANAGER) -> Body:
+def call_method(member: str, signature: str, *body: object, interface: str = MANAGER) -> Body:
     """Call a method with any signature, right or wrong; raise the error of the reply."""
 
     async def calling() -> Body:
-        async with asyncio.timeout(PATIENCE), connection() as bus:
+        async with asyncio.timeout(HANG_TIMEOUT), connection() as bus:
             return await bus.request(BUS_NAME, OBJECT_PATH, interface, member, signature, [*body])
 
     return asyncio.run(calling())
@@ -149,7 +149,7 @@ class connection(Connection):  # noqa: N801 - read as the function it stands for
 
 
 @contextmanager
-def serving(
+def run_daemon(
     address: str,
     state: Path,
     environment: Mapping[str, str] | None = None,
@@ -164,22 +164,36 @@ def serving(
         service = Service(address, daemon, mark)
         yield service
         assert daemon.stop() == status
-    for pid in processes(mark) if status < 0 else []:
-        await_end(pid)
-    assert processes(mark) == []
+    for pid in processes_marked(mark) if status < 0 else []:
+        wait_until_ended(pid)
+    assert processes_marked(mark) == []
 
 
-def await_end(pid: int) -> None:
+@contextmanager
+def run_daemon_until_bus_ends(state: Path) -> Iterator[tuple[Service, Callable[[], None]]]:
+    """Run a daemon on a bus of its own; also yield the function that ends the bus.
+
+    The block must call it. The daemon then ends with 1.
+    """
+    with ExitStack() as bus, pytest.MonkeyPatch.context() as patch:
+        address = bus.enter_context(private_bus())
+        patch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
+        with run_daemon(address, state, status=1) as service:
+            yield service, bus.close
+            service.daemon.process.wait(HANG_TIMEOUT)
+
+
+def wait_until_ended(pid: int) -> None:
     """Wait until a process has ended; it need not be a child of this process."""
     with suppress(ProcessLookupError):
         ended = os.pidfd_open(pid)
         try:
-            select.select([ended], [], [], PATIENCE)
+            select.select([ended], [], [], HANG_TIMEOUT)
         finally:
             os.close(ended)
 
 
-def processes(mark: str) -> list[int]:
+def processes_marked(mark: str) -> list[int]:
     """Return the pids of all processes with ``mark`` in the environment, also indirect children."""
     found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
@@ -206,7 +220,7 @@ def on_bus(bus: str, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def service(on_bus: str, scratch: Path) -> Iterator[Service]:
     """Run a daemon for one test, on each file system."""
-    with serving(on_bus, scratch / "state") as running:
+    with run_daemon(on_bus, scratch / "state") as running:
         yield running
 
 
@@ -221,30 +235,30 @@ def lasting_service(filesystem: FileSystem) -> Iterator[Service]:
     with (
         private_bus() as address,
         scratch_on(filesystem) as scratch,
-        serving(address, scratch / "state") as running,
+        run_daemon(address, scratch / "state") as running,
     ):
         yield running
 
 
 @pytest.fixture
-def shared(lasting_service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+def shared_service(lasting_service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     """Yield a daemon that serves many tests, on each file system, and empty it after each test."""
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", lasting_service.address)
     yield lasting_service
     # Calls of clients that have disconnected may still run.
     wait_until_idle(lasting_service)
     with BlockingClient() as client:
-        empty(client)
+        remove_all(client)
     assert lasting_service.directories() == []
 
 
 @pytest.fixture
-def shared_client(shared: Service) -> Iterator[BlockingClient]:
+def shared_client(shared_service: Service) -> Iterator[BlockingClient]:
     with BlockingClient() as connected:
         yield connected
 
 
-def empty(client: BlockingClient) -> None:
+def remove_all(client: BlockingClient) -> None:
     """Remove every snapshot, children before parents."""
     while infos := list(client.walk()):
         for info in sorted(infos, key=lambda info: info.created, reverse=True):
@@ -253,7 +267,7 @@ def empty(client: BlockingClient) -> None:
     client.cleanup()
 
 
-def committed(
+def commit_snapshot(
     client: BlockingClient, name: str, parent: str = "", files: Mapping[str, str] | None = None
 ) -> Path:
     """Commit a snapshot that contains ``files``, and return the directory of its tree."""
@@ -266,7 +280,7 @@ def committed(
     return root
 
 
-async def wait_until_held(client: Client, key: str) -> None:
+async def wait_until_reserved(client: Client, key: str) -> None:
     """Wait until a running call holds ``key``. The check changes nothing."""
     while True:
         try:
@@ -278,30 +292,32 @@ async def wait_until_held(client: Client, key: str) -> None:
             return
 
 
-def everything(client: BlockingClient, service: Service) -> tuple[list[Info], list[str]]:
+def snapshots_and_directories(
+    client: BlockingClient, service: Service
+) -> tuple[list[Info], list[str]]:
     """Return everything that a failed call must not change."""
     return list(client.walk()), service.directories()
 
 
 @contextmanager
-def refused(kind: type[SnapdError], *says: str) -> Iterator[None]:
-    """Expect an error whose message passes `check_sentence` and contains all of ``says``."""
+def expect_error(kind: type[SnapdError], *words: str) -> Iterator[None]:
+    """Expect an error whose message passes `check_sentence` and contains all of ``words``."""
     with pytest.raises(kind) as caught:
         yield
     assert type(caught.value) is kind
-    check_sentence(caught.value.message, *says)
+    check_sentence(caught.value.message, *words)
 
 
-def brief(text: str) -> str:
+def short_id(text: str) -> str:
     """Return a short, printable test id for any text."""
     return ascii(text[:20])
 
 
-def check_sentence(text: str, *says: str) -> None:
+def check_sentence(text: str, *words: str) -> None:
     """Check that a message is one printable line without internals of the service."""
     assert text.isprintable()
     assert 10 < len(text) < 1000
     for inner in ("Traceback", "Error:", "/snapshots", ".py", "sqlite", " at 0x", "<class"):
         assert inner not in text
-    for word in says:
+    for word in words:
         assert word in text

@@ -111,9 +111,9 @@ class SilentFileSystem:
 def silent_file_system(root: Path) -> Iterator[SilentFileSystem]:
     """Mount a `SilentFileSystem` on a new directory ``root``."""
     root.mkdir()
-    lent = SilentFileSystem(root)
+    file_system = SilentFileSystem(root)
     try:
-        yield lent
+        yield file_system
     finally:
-        lent.close()
+        file_system.close()
         root.rmdir()

@@ -12,24 +12,29 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 from tests.support import PROJECT
-from tests.support.oracle import Book
+from tests.support.oracle import Oracle
 from tests.support.service import Service
 
 
-def rage(
-    book: Book, service: Service, order: str, commits: int, seconds: float, end: Callable[[], None]
+def interrupt_load(
+    oracle: Oracle,
+    service: Service,
+    load_input: str,
+    commits: int,
+    seconds: float,
+    end: Callable[[], None],
 ) -> int:
     """Run a load, and call ``end`` some ``seconds`` after ``commits`` acknowledged commits.
 
     The load ends when a call fails because of ``end``. Return the number of acknowledged calls.
     """
-    enough = book.acknowledged() + commits
+    enough = oracle.acknowledged() + commits
     acknowledged = 0
-    with load(order) as lines:
-        while book.acknowledged() < enough:
+    with run_load(load_input) as lines:
+        while oracle.acknowledged() < enough:
             line = lines.readline()
             assert line, "the load has ended by itself"
-            book.read(line)
+            oracle.read(line)
             acknowledged += json.loads(line)["at"] == "done"
         # Tests choose ``seconds`` at random, so that ``end`` interrupts any step.
         ended = os.pidfd_open(service.pid)
@@ -39,14 +44,14 @@ def rage(
         for line in lines:
             # The load ends when the first call fails, so the last line may be incomplete.
             if line.endswith("\n"):
-                book.read(line)
+                oracle.read(line)
                 acknowledged += json.loads(line)["at"] == "done"
-    book.end()
+    oracle.end()
     return acknowledged
 
 
 @contextmanager
-def load(order: str) -> Iterator[IO[str]]:
+def run_load(load_input: str) -> Iterator[IO[str]]:
     """Run the clients of `storm_load`, and yield their output."""
     with subprocess.Popen(
         [sys.executable, PROJECT / "tests" / "support" / "storm_load.py"],
@@ -58,13 +63,13 @@ def load(order: str) -> Iterator[IO[str]]:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            print(order, file=process.stdin, flush=True)
+            print(load_input, file=process.stdin, flush=True)
             yield process.stdout
         finally:
             process.kill()
 
 
-def found() -> dict[str, Any]:
+def inspect_service() -> dict[str, Any]:
     """Return the contents of the default instance, as `inspection` prints them."""
     command = [sys.executable, str(PROJECT / "tests" / "support" / "inspection.py"), ""]
     output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout

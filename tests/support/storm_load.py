@@ -4,8 +4,8 @@
 from stdin one JSON object, ``{"seed": int, "workers": int, "known": {INSTANCE: {NAME: {PATH:
 DIGEST}}}, "keys": {INSTANCE: [KEY]}, "patient": bool}``. It prints a JSON line before each call and
 one after it, until it is killed or a client ends with an error. A client that is patient continues
-after a call that has failed with an error in `UNABLE`. The program does not read the contents of
-trees: it computes the digests from the data that it writes.
+after a call that has failed with an error in `RESOURCE_ERRORS`. The program does not read the
+contents of trees: it computes the digests from the data that it writes.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from snapd_native.errors import (
     ResourceExhausted,
 )
 
-KEEP = 12
+MAX_SNAPSHOTS = 12
 """The approximate number of committed snapshots of an instance, because its disk is small."""
 
-UNABLE = (DataLoss, ResourceExhausted, Internal)
+RESOURCE_ERRORS = (DataLoss, ResourceExhausted, Internal)
 """The errors of calls that failed for lack of resources."""
 
 Files = dict[str, str]
@@ -41,25 +41,25 @@ _output = threading.Lock()
 _numbers = count(1)
 
 
-def say(**fields: object) -> None:
+def print_event(**fields: object) -> None:
     with _output:
         sys.stdout.write(json.dumps(fields) + "\n")
         sys.stdout.flush()
 
 
 @contextmanager
-def told(instance: str, operation: str, key: str, **fields: object) -> Iterator[None]:
+def report_call(instance: str, operation: str, key: str, **fields: object) -> Iterator[None]:
     call = next(_numbers)
-    say(call=call, at="begin", instance=instance, operation=operation, key=key, **fields)
+    print_event(call=call, at="begin", instance=instance, operation=operation, key=key, **fields)
     try:
         yield
     except (FailedPrecondition, NotFound) as error:
-        say(call=call, at="refused", gone=isinstance(error, NotFound))
+        print_event(call=call, at="refused", gone=isinstance(error, NotFound))
         raise
-    except UNABLE as error:
-        say(call=call, at="failed", error=type(error).__name__, message=str(error))
+    except RESOURCE_ERRORS as error:
+        print_event(call=call, at="failed", error=type(error).__name__, message=str(error))
         raise
-    say(call=call, at="done")
+    print_event(call=call, at="done")
 
 
 class Worker:
@@ -70,26 +70,26 @@ class Worker:
         self._name = name
         self._known = known
         self._patient = patient
-        self._chance = random.Random(name)
+        self._random = random.Random(name)
 
     def run(self, keys: list[str]) -> None:
         with BlockingClient(self._instance) as client:
             for key in keys:
-                with told(self._instance, "remove", key):
+                with report_call(self._instance, "remove", key):
                     client.remove(key)
             for number in count():
                 try:
-                    self._round(client, f"{self._name}-{number}")
-                except UNABLE:
+                    self._run_round(client, f"{self._name}-{number}")
+                except RESOURCE_ERRORS:
                     if not self._patient:
                         raise
 
-    def _round(self, client: BlockingClient, name: str) -> None:
+    def _run_round(self, client: BlockingClient, name: str) -> None:
         key = f"{name}-active"
-        parent = self._chance.choice(["", *list(self._known)])
+        parent = self._random.choice(["", *list(self._known)])
         files = dict(self._known.get(parent, {}))
         try:
-            with told(self._instance, "prepare", key, parent=parent):
+            with report_call(self._instance, "prepare", key, parent=parent):
                 mount = client.prepare(key, parent)
         except (FailedPrecondition, NotFound):
             return
@@ -99,37 +99,37 @@ class Worker:
             if not self._patient:
                 raise
             return
-        if self._chance.random() < 0.15:
+        if self._random.random() < 0.15:
             return
-        with told(self._instance, "commit", key, name=name, parent=parent, files=files):
+        with report_call(self._instance, "commit", key, name=name, parent=parent, files=files):
             client.commit(name, key)
         self._known[name] = files
-        if self._chance.random() < 0.3:
-            self._look(client, name)
-        if len(self._known) > KEEP:
+        if self._random.random() < 0.3:
+            self._make_short_calls(client, name)
+        if len(self._known) > MAX_SNAPSHOTS:
             # The service does not remove snapshots that have children.
-            for name in self._chance.sample(list(self._known), k=5):
+            for name in self._random.sample(list(self._known), k=5):
                 self._remove(client, name)
 
-    def _look(self, client: BlockingClient, name: str) -> None:
+    def _make_short_calls(self, client: BlockingClient, name: str) -> None:
         """Make calls that change no tree. Another client may remove the snapshot between them."""
         key = f"{name}-view"
         try:
-            with told(self._instance, "view", key):
+            with report_call(self._instance, "view", key):
                 client.view(key, name)
             client.usage(key)
             sum(1 for _ in client.walk([f"parent=={name}"]))
-            with told(self._instance, "update", name, labels={"of": key}):
+            with report_call(self._instance, "update", name, labels={"of": key}):
                 client.update(name, {"of": key})
-            if self._chance.random() < 0.7:
-                with told(self._instance, "remove", key):
+            if self._random.random() < 0.7:
+                with report_call(self._instance, "remove", key):
                     client.remove(key)
         except (FailedPrecondition, NotFound):
             return
 
     def _remove(self, client: BlockingClient, name: str) -> None:
         try:
-            with told(self._instance, "remove", name):
+            with report_call(self._instance, "remove", name):
                 client.remove(name)
         except (FailedPrecondition, NotFound):
             return
@@ -137,23 +137,23 @@ class Worker:
 
     def _change(self, root: str, name: str, files: Files) -> None:
         """Add files that no client changes later, and add, overwrite, rename and delete others."""
-        for number in range(self._chance.randrange(1, 4)):
+        for number in range(self._random.randrange(1, 4)):
             self._write(root, f"kept/{name}/{number}", files)
-        loose = [path for path in files if path.startswith("loose/")]
-        self._chance.shuffle(loose)
-        for path in loose[:2]:
+        changing = [path for path in files if path.startswith("changing/")]
+        self._random.shuffle(changing)
+        for path in changing[:2]:
             self._write(root, path, files)
-        for path in loose[2:4]:
+        for path in changing[2:4]:
             os.unlink(os.path.join(root, path))
             del files[path]
-        for path in loose[4:5]:
-            os.rename(os.path.join(root, path), os.path.join(root, f"loose/{name}-renamed"))
-            files[f"loose/{name}-renamed"] = files.pop(path)
-        for number in range(self._chance.randrange(1, 4)):
-            self._write(root, f"loose/{name}-{number}", files)
+        for path in changing[4:5]:
+            os.rename(os.path.join(root, path), os.path.join(root, f"changing/{name}-renamed"))
+            files[f"changing/{name}-renamed"] = files.pop(path)
+        for number in range(self._random.randrange(1, 4)):
+            self._write(root, f"changing/{name}-{number}", files)
 
     def _write(self, root: str, path: str, files: Files) -> None:
-        data = self._chance.randbytes(int(self._chance.paretovariate(0.6) * 100) % 150_000)
+        data = self._random.randbytes(int(self._random.paretovariate(0.6) * 100) % 150_000)
         os.makedirs(os.path.dirname(os.path.join(root, path)), exist_ok=True)
         with open(os.path.join(root, path), "wb") as file:
             file.write(data)

@@ -297,7 +297,7 @@ def differences(a: Path, b: Path) -> str:
 
     The comparison changes nothing in the trees, not even access times.
     """
-    with _looked_at(a) as here, _looked_at(b) as there:
+    with _open_for_comparison(a) as here, _open_for_comparison(b) as there:
         lines = list(_compare(here, there))
     command = ["unshare", "--mount", "sh", "-euc", _RSYNC, "sh", str(a), str(b)]
     done = subprocess.run(command, check=False, capture_output=True, errors="surrogateescape")
@@ -307,7 +307,7 @@ def differences(a: Path, b: Path) -> str:
 
 
 @contextmanager
-def _looked_at(tree: Path) -> Iterator[int]:
+def _open_for_comparison(tree: Path) -> Iterator[int]:
     """Write the data of ``tree`` to disk, and open it so that reads change no access times."""
     parent = os.open(tree.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -323,7 +323,7 @@ def _compare(here: int, there: int) -> Iterator[str]:
     for name in sorted(first.keys() ^ second.keys()):
         yield f"only in {'the first' if name in first else 'the second'}: {name!r}"
     for name in sorted(first.keys() & second.keys()):
-        for what, value, other in _facts(here, there, name, first[name], second[name]):
+        for what, value, other in _compared_values(here, there, name, first[name], second[name]):
             if value != other:
                 yield f"{what} of {name!r}: {value!r}, then {other!r}"
     if _link_groups(first) != _link_groups(second):
@@ -347,7 +347,7 @@ def _link_groups(entries: Mapping[bytes, os.stat_result]) -> set[frozenset[bytes
     return {frozenset(names) for names in groups.values() if len(names) > 1}
 
 
-def _facts(
+def _compared_values(
     here: int, there: int, name: bytes, a: os.stat_result, b: os.stat_result
 ) -> Iterator[tuple[str, object, object]]:
     """Yield the name and both values of each fact that must be equal for two entries."""

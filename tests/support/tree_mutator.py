@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-MOST = 300 << 10
+MAX_FILE_SIZE = 300 << 10
 """The size in bytes at which a file stops growing."""
 
 
@@ -36,7 +36,7 @@ class Mutator:
             lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
             lambda path: os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5)),
             lambda path: path.mkdir(),
-            lambda path: self._write(path, self._random.randrange(MOST)),
+            lambda path: self._write(path, self._random.randrange(MAX_FILE_SIZE)),
             lambda path: self._write(path, 10),
         ]
 
@@ -55,7 +55,7 @@ class Mutator:
         path = directory / str(self._random.randrange(40))
         match self._random.randrange(8):
             case 0:
-                self._cut(path)
+                self._truncate(path)
             case 1:
                 self._write(path, 10_000)
             case 2:
@@ -85,17 +85,17 @@ class Mutator:
             path.unlink(missing_ok=True)
         new.rename(path)
 
-    def _cut(self, path: Path) -> None:
+    def _truncate(self, path: Path) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
-            os.ftruncate(fd, self._random.randrange(MOST))
+            os.ftruncate(fd, self._random.randrange(MAX_FILE_SIZE))
         finally:
             os.close(fd)
 
     def _write(self, path: Path, size: int) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
-            if stat.S_ISREG(os.fstat(fd).st_mode) and os.fstat(fd).st_size < MOST:
+            if stat.S_ISREG(os.fstat(fd).st_mode) and os.fstat(fd).st_size < MAX_FILE_SIZE:
                 os.write(fd, b"m" * size)
         finally:
             os.close(fd)

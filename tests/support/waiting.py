@@ -5,21 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-WAIT = 120
+WAIT_TIMEOUT = 120
 """Seconds after which a wait fails."""
 
 
-def eventually(condition: Callable[[], bool], found: Callable[[], object] = lambda: "") -> None:
-    """Wait until ``condition`` holds; after `WAIT` seconds, fail with the result of ``found``."""
-    deadline = time.monotonic() + WAIT
+def wait_until(condition: Callable[[], bool], found: Callable[[], object] = lambda: "") -> None:
+    """Wait until ``condition`` holds; after a timeout, fail with the result of ``found``."""
+    deadline = time.monotonic() + WAIT_TIMEOUT
     while not condition():
         assert time.monotonic() < deadline, f"the state that was waited for did not come: {found()}"
         time.sleep(0.01)
 
 
-def becomes(read: Callable[[], object], expected: object) -> None:
-    """Wait until ``read`` returns ``expected``; after `WAIT` seconds, fail with its last result."""
-    deadline = time.monotonic() + WAIT
+def wait_until_equal(read: Callable[[], object], expected: object) -> None:
+    """Wait until ``read`` returns ``expected``; after a timeout, fail with its last result."""
+    deadline = time.monotonic() + WAIT_TIMEOUT
     while (last := read()) != expected:
         assert time.monotonic() < deadline, f"{last!r} has not become {expected!r}"
         time.sleep(0.01)

@@ -18,14 +18,9 @@ from snapd_native import trees
 from snapd_native.trees.blocks import Blocks, open_blocks
 from snapd_native.trees.opened import open_file
 from tests.support import torture_tree
-from tests.support.file_systems import FileSystem, mounted, scratch_on
-from tests.support.sample_trees import (
-    clone,
-    directory,
-    measure,
-    mount,
-    run,
-)
+from tests.support.commands import run_command
+from tests.support.file_systems import FileSystem, new_file_system, scratch_on
+from tests.support.sample_trees import clone, measure, mount_in_block, open_directory
 
 
 @pytest.mark.parametrize("reflink", [True, False])
@@ -92,7 +87,7 @@ CHANGES: list[Callable[[Path], object]] = [
     lambda copy: (copy / "types" / "empty directory" / "new").touch(),
     lambda copy: (copy / "owners" / "file 0").chmod(0o4644),
     lambda copy: os.chown(copy / "owners" / "symlink 0", 2, 0, follow_symlinks=False),
-    lambda copy: run("setfacl", "-m", "user:9:r", copy / "acls" / "file"),
+    lambda copy: run_command("setfacl", "-m", "user:9:r", copy / "acls" / "file"),
     lambda copy: os.removexattr(copy, "user.empty"),
 ]
 
@@ -128,7 +123,7 @@ def test_clone_and_measure_keep_the_access_times_of_the_source(scratch: Path) ->
 def test_clone_shares_extents_exactly_where_reflink_works(
     filesystem: FileSystem, scratch: Path
 ) -> None:
-    with directory(scratch) as fd:
+    with open_directory(scratch) as fd:
         assert trees.reflink_works(fd) == filesystem.reflink
     assert list(scratch.iterdir()) == []
     (scratch / "source").mkdir()
@@ -138,7 +133,7 @@ def test_clone_shares_extents_exactly_where_reflink_works(
     for tree in ("source", "copy"):
         extents = [
             line
-            for line in run("filefrag", "-v", scratch / tree / "file").splitlines()
+            for line in run_command("filefrag", "-v", scratch / tree / "file").splitlines()
             if re.match(r" +\d+:", line)
         ]
         assert extents
@@ -184,18 +179,18 @@ def test_clone_overrides_an_inherited_group_and_default_acl(scratch: Path) -> No
     home.mkdir()
     os.chown(home, 0, 1234)
     home.chmod(0o2755)
-    run("setfacl", "-d", "-m", "user:5:rwx", home)
+    run_command("setfacl", "-d", "-m", "user:5:rwx", home)
     clone(source, home / "copy")
     assert torture_tree.differences(source, home / "copy") == ""
 
 
-def test_clone_keeps_apart_equal_inode_numbers_of_two_devices(
+def test_clone_distinguishes_equal_inode_numbers_of_two_devices(
     loop_directory: Path, tmp_path: Path
 ) -> None:
     """In overlayfs and btrfs subvolumes, different files in a tree can have equal inode numbers."""
     with (
-        mounted("ext4", 16 << 20, loop_directory) as one,
-        mounted("ext4", 16 << 20, loop_directory) as two,
+        new_file_system("ext4", 16 << 20, loop_directory) as one,
+        new_file_system("ext4", 16 << 20, loop_directory) as two,
     ):
         for mode, root in ((0o600, one.root), (0o644, two.root)):
             lower = root / "lower" / "tree"
@@ -205,7 +200,7 @@ def test_clone_keeps_apart_equal_inode_numbers_of_two_devices(
             os.link(lower / "a" / f"{mode:o}", lower / "b" / f"{mode:o}")
         source, copy = tmp_path / "tree", one.root / "copy"
         options = f"lowerdir={one.root}/lower:{two.root}/lower,xino=off"
-        with mount("-t", "overlay", "-o", options, "overlay", tmp_path):
+        with mount_in_block("-t", "overlay", "-o", options, "overlay", tmp_path):
             inodes = [(source / "a" / name).stat().st_ino for name in ("600", "644")]
             assert inodes[0] == inodes[1]
             clone(source, copy)
@@ -223,7 +218,7 @@ def test_clone_copies_a_file_with_65000_hard_links(ext4: FileSystem) -> None:
         (source / "a").mkdir(parents=True)
         (source / "z").mkdir()
         (source / "a" / "0").write_bytes(b"65000 names\n")
-        with directory(source) as fd:
+        with open_directory(source) as fd:
             for number in range(1, 65000):
                 name = f"{'az'[number % 2]}/{number}"
                 os.link("a/0", name, src_dir_fd=fd, dst_dir_fd=fd)
@@ -258,7 +253,9 @@ def test_clone_keeps_holes_of_files_with_other_allocated_blocks(scratch: Path) -
         with (tree / name).open("wb") as file:
             file.truncate(64 << 10)
     os.setxattr(tree / "attribute", "user.large", b"x" * 3000)
-    run("fallocate", "--keep-size", "--offset", "1MiB", "--length", "128KiB", tree / "beyond")
+    run_command(
+        "fallocate", "--keep-size", "--offset", "1MiB", "--length", "128KiB", tree / "beyond"
+    )
     os.sync()
     clone(tree, scratch / "copy")
     os.sync()
@@ -273,7 +270,7 @@ def test_a_device_node_in_an_opened_tree_cannot_be_opened(scratch: Path) -> None
     os.mknod(scratch / "tree" / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
     for writable in (False, True):
         with (
-            directory(scratch) as parent,
+            open_directory(scratch) as parent,
             trees.open_tree(parent, "tree", writable=writable) as root,
             pytest.raises(PermissionError),
         ):
@@ -285,23 +282,23 @@ def test_clone_copies_an_active_swap_file(filesystem: FileSystem, scratch: Path)
     swap.parent.mkdir()
     swap.write_bytes(bytes(1 << 20))
     swap.chmod(0o600)
-    run("mkswap", str(swap))
-    run("swapon", str(swap))
+    run_command("mkswap", str(swap))
+    run_command("swapon", str(swap))
     try:
         clone(swap.parent, scratch / "copy", reflink=filesystem.reflink)
         assert torture_tree.differences(swap.parent, scratch / "copy") == ""
     finally:
-        run("swapoff", str(swap))
+        run_command("swapoff", str(swap))
 
 
 @pytest.fixture
-def leased(scratch: Path) -> Iterator[Path]:
+def leased_tree(scratch: Path) -> Iterator[Path]:
     """Yield a tree with a file. Another process has a lease on it, and gives it up on request."""
     path = scratch / "leased" / "file"
     path.parent.mkdir()
     path.write_text("text")
     with subprocess.Popen(
-        [sys.executable, "-c", LESSOR, str(path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", LEASE_HOLDER, str(path)], stdout=subprocess.PIPE, text=True
     ) as lessor:
         assert lessor.stdout
         assert lessor.stdout.readline() == "leased\n"
@@ -309,7 +306,7 @@ def leased(scratch: Path) -> Iterator[Path]:
         lessor.terminate()
 
 
-LESSOR = """
+LEASE_HOLDER = """
 import fcntl, os, signal, sys, time
 
 def give_up(*_):
@@ -325,15 +322,15 @@ while True:
 """
 
 
-def test_clone_waits_for_a_lease_to_be_given_up(leased: Path, scratch: Path) -> None:
-    clone(leased, scratch / "copy")
+def test_clone_waits_until_a_lease_is_given_up(leased_tree: Path, scratch: Path) -> None:
+    clone(leased_tree, scratch / "copy")
     assert (scratch / "copy" / "file").read_text() == "text"
 
 
 @pytest.mark.parametrize("from_disk", [False, True])
-def test_a_digest_waits_for_a_lease_to_be_given_up(leased: Path, from_disk: bool) -> None:
+def test_a_digest_waits_until_a_lease_is_given_up(leased_tree: Path, from_disk: bool) -> None:
     with (
-        directory(leased) as tree,
+        open_directory(leased_tree) as tree,
         closing(Blocks(open_blocks(tree, "file", from_disk=from_disk), 4096)) as blocks,
     ):
         assert blocks.read(0, 4096) == b"text"
@@ -341,7 +338,7 @@ def test_a_digest_waits_for_a_lease_to_be_given_up(leased: Path, from_disk: bool
 
 def test_opening_a_fifo_does_not_block(scratch: Path) -> None:
     os.mkfifo(scratch / "file")
-    with directory(scratch) as tree:
+    with open_directory(scratch) as tree:
         os.close(open_file(tree, "file"))
 
 

@@ -22,10 +22,10 @@ from snapd_native.model import Usage
 from snapd_native.trees import crew as module
 from snapd_native.trees import relay
 from tests.support import PROJECT, torture_tree
-from tests.support.descriptors import THIS, nothing_left_open, workers
-from tests.support.file_systems import FileSystem, long_on_xfs, mounted, scratch_on
-from tests.support.holding import held
-from tests.support.sample_trees import Stopped, clone, measure
+from tests.support.descriptors import THIS_PROCESS, nothing_left_open, worker_pids
+from tests.support.file_systems import FileSystem, long_on_xfs, new_file_system, scratch_on
+from tests.support.holding import hold_at_files
+from tests.support.sample_trees import StoppedByReport, clone, measure
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -34,7 +34,7 @@ def crew(request: pytest.FixtureRequest) -> Iterator[trees.Crew]:
         yield crew
 
 
-def forest(root: Path, directories: int, files: int) -> None:
+def make_forest(root: Path, directories: int, files: int) -> None:
     """Make many directories, whose files are mostly hard links to the files in `first`."""
     (root / "first").mkdir(parents=True)
     for number in range(files):
@@ -48,18 +48,18 @@ def forest(root: Path, directories: int, files: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def large(filesystem: FileSystem) -> Iterator[Path]:
+def large_forest(filesystem: FileSystem) -> Iterator[Path]:
     """Share a large forest among the tests, which only read it."""
     with scratch_on(filesystem) as place:
-        forest(place / "tree", directories=2000, files=5)
+        make_forest(place / "tree", directories=2000, files=5)
         yield place / "tree"
 
 
 @pytest.fixture(scope="module")
-def small(filesystem: FileSystem) -> Iterator[Path]:
+def small_forest(filesystem: FileSystem) -> Iterator[Path]:
     """Share a forest that is large enough for several workers."""
     with scratch_on(filesystem) as place:
-        forest(place / "tree", directories=300, files=5)
+        make_forest(place / "tree", directories=300, files=5)
         yield place / "tree"
 
 
@@ -72,11 +72,11 @@ def test_a_crew_copies_the_torture_tree_exactly(
 
 
 def test_a_crew_keeps_hard_links_across_workers(
-    crew: trees.Crew, small: Path, scratch: Path
+    crew: trees.Crew, small_forest: Path, scratch: Path
 ) -> None:
     for copy in (scratch / "copy", scratch / "another"):
-        clone(small, copy, by=crew)
-        assert torture_tree.differences(small, copy) == ""
+        clone(small_forest, copy, by=crew)
+        assert torture_tree.differences(small_forest, copy) == ""
 
 
 def test_a_crew_copies_a_wide_directory_exactly(crew: trees.Crew, scratch: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_crew_copies_a_wide_directory_exactly(crew: trees.Crew, scratch: Path)
 
 
 def test_measure_of_a_crew_agrees_with_du(crew: trees.Crew, scratch: Path) -> None:
-    forest(scratch / "tree", directories=300, files=5)
+    make_forest(scratch / "tree", directories=300, files=5)
     torture_tree.build(scratch / "tree" / "torture")
     os.sync()  # delayed allocation would still change the usage
     used = measure(scratch / "tree", by=crew)
@@ -107,7 +107,7 @@ def test_measure_of_a_crew_agrees_with_du(crew: trees.Crew, scratch: Path) -> No
 
 
 def test_the_reports_of_clone_add_up_to_the_usage(crew: trees.Crew, scratch: Path) -> None:
-    forest(scratch / "tree", directories=100, files=20)
+    make_forest(scratch / "tree", directories=100, files=20)
     with (scratch / "tree" / "large").open("wb") as file:
         os.truncate(file.fileno(), 80 << 20)
         os.posix_fallocate(file.fileno(), 20 << 20, 50 << 20)
@@ -120,65 +120,67 @@ def test_the_reports_of_clone_add_up_to_the_usage(crew: trees.Crew, scratch: Pat
 
 
 def test_a_report_that_raises_stops_all_workers(
-    crew: trees.Crew, small: Path, scratch: Path
+    crew: trees.Crew, small_forest: Path, scratch: Path
 ) -> None:
     def step(*_: int) -> None:
-        raise Stopped
+        raise StoppedByReport
 
-    with held(small / "branch3"), pytest.raises(Stopped):
-        clone(small, scratch / "stopped", step, by=crew)
+    with hold_at_files(small_forest / "branch3"), pytest.raises(StoppedByReport):
+        clone(small_forest, scratch / "stopped", step, by=crew)
     assert list((scratch / "stopped" / "branch3").glob("*")) == []
     # The crew can do the next job.
-    clone(small, scratch / "copy", by=crew)
-    assert torture_tree.differences(small, scratch / "copy") == ""
+    clone(small_forest, scratch / "copy", by=crew)
+    assert torture_tree.differences(small_forest, scratch / "copy") == ""
 
 
-def test_a_killed_worker_makes_clone_raise_child_process_error(small: Path, scratch: Path) -> None:
+def test_a_killed_worker_makes_clone_raise_child_process_error(
+    small_forest: Path, scratch: Path
+) -> None:
     with closing(trees.Crew(2)) as crew:
-        before = set(workers(THIS))
+        before = set(worker_pids(THIS_PROCESS))
         killed: set[int] = set()
 
         def kill(*_: int) -> None:
             if not killed:
-                victim = min(set(workers(THIS)) - before)
+                victim = min(set(worker_pids(THIS_PROCESS)) - before)
                 killed.add(victim)
                 os.kill(victim, signal.SIGKILL)
 
-        with held(small / "branch3"), pytest.raises(ChildProcessError):
-            clone(small, scratch / "stopped", kill, by=crew)
-        clone(small, scratch / "copy", by=crew)
-    assert torture_tree.differences(small, scratch / "copy") == ""
-    assert set(workers(THIS)) <= before
+        with hold_at_files(small_forest / "branch3"), pytest.raises(ChildProcessError):
+            clone(small_forest, scratch / "stopped", kill, by=crew)
+        clone(small_forest, scratch / "copy", by=crew)
+    assert torture_tree.differences(small_forest, scratch / "copy") == ""
+    assert set(worker_pids(THIS_PROCESS)) <= before
 
 
 def test_a_killed_idle_worker_is_replaced(scratch: Path) -> None:
     (scratch / "tree").mkdir()
-    before = set(workers(THIS))
+    before = set(worker_pids(THIS_PROCESS))
     with closing(trees.Crew(2)) as crew:
         clone(scratch / "tree", scratch / "first", by=crew)
-        victim = min(set(workers(THIS)) - before)
+        victim = min(set(worker_pids(THIS_PROCESS)) - before)
         ended = os.pidfd_open(victim)
         os.kill(victim, signal.SIGKILL)
         assert select.select([ended], [], [], 60)[0]
         os.close(ended)
         for number in range(4):
             clone(scratch / "tree", scratch / f"copy{number}", by=crew)
-        assert len(set(workers(THIS)) - before) == 2
+        assert len(set(worker_pids(THIS_PROCESS)) - before) == 2
 
 
 def test_measure_raises_when_a_worker_ends_before_it_reports(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sum without a worker that was killed after its last task would be too small."""
-    forest(scratch / "tree", directories=50, files=2)
-    before = set(workers(THIS))
+    make_forest(scratch / "tree", directories=50, files=2)
+    before = set(worker_pids(THIS_PROCESS))
     with closing(trees.Crew(2)) as crew:
         right = measure(scratch / "tree", by=crew)
         real = module._watch
 
         def watch(*arguments: object) -> None:
             real(*arguments)  # type: ignore[arg-type]
-            for pid in set(workers(THIS)) - before:
+            for pid in set(worker_pids(THIS_PROCESS)) - before:
                 os.kill(pid, signal.SIGKILL)
 
         with monkeypatch.context() as patch:
@@ -205,23 +207,23 @@ def test_a_failure_is_raised_when_its_worker_has_already_ended_the_job() -> None
 
 
 def test_close_ends_the_workers_of_a_crew(scratch: Path) -> None:
-    before = set(workers(THIS))
+    before = set(worker_pids(THIS_PROCESS))
     with closing(trees.Crew(3)) as crew:
         (scratch / "tree").mkdir()
         clone(scratch / "tree", scratch / "copy", by=crew)
-        assert len(set(workers(THIS)) - before) == 3
-    assert set(workers(THIS)) <= before
+        assert len(set(worker_pids(THIS_PROCESS)) - before) == 3
+    assert set(worker_pids(THIS_PROCESS)) <= before
 
 
-KILLED = """
+KILL_PARENT = """
 import os, sys
 from pathlib import Path
 from snapd_native import trees
 from tests.support.sample_trees import clone
-from tests.support.descriptors import THIS, workers
+from tests.support.descriptors import THIS_PROCESS, worker_pids
 
 def end(*_):
-    print(*workers(THIS), flush=True)
+    print(*worker_pids(THIS_PROCESS), flush=True)
     os.kill(os.getpid(), 9)
 
 tree, copy, when = sys.argv[1:]
@@ -233,9 +235,11 @@ end(0)
 
 
 @pytest.mark.parametrize("when", ["in a job", "after it"])
-def test_workers_end_when_their_parent_is_killed(large: Path, scratch: Path, when: str) -> None:
+def test_workers_end_when_their_parent_is_killed(
+    large_forest: Path, scratch: Path, when: str
+) -> None:
     process = subprocess.run(
-        [sys.executable, "-c", KILLED, large, scratch / "copy", when],
+        [sys.executable, "-c", KILL_PARENT, large_forest, scratch / "copy", when],
         stdout=subprocess.PIPE,
         text=True,
         check=False,
@@ -256,7 +260,7 @@ def test_workers_end_when_their_parent_is_killed(large: Path, scratch: Path, whe
 
 @long_on_xfs
 def test_a_crew_runs_many_jobs_at_once(scratch: Path) -> None:
-    forest(scratch / "tree", directories=100, files=3)
+    make_forest(scratch / "tree", directories=100, files=3)
     with closing(trees.Crew(2)) as crew, ThreadPoolExecutor(8) as pool:
         copies = [scratch / f"copy{number}" for number in range(16)]
         list(pool.map(lambda copy: clone(scratch / "tree", copy, by=crew), copies))
@@ -272,14 +276,17 @@ def test_failed_copies_leak_no_descriptors_and_no_workers(scratch: Path, tmp_pat
         (scratch / "tree" / str(number)).write_bytes(os.urandom(1 << 20))
     with closing(trees.Crew(2)) as crew:
         clone(scratch / "tree", scratch / "copy", by=crew)
-        there = len(workers(THIS))
-        with nothing_left_open(THIS), mounted("ext4", 16 << 20, tmp_path) as small:
-            (small.root / "tree").mkdir()
+        there = len(worker_pids(THIS_PROCESS))
+        with (
+            nothing_left_open(THIS_PROCESS),
+            new_file_system("ext4", 16 << 20, tmp_path) as small_forest,
+        ):
+            (small_forest.root / "tree").mkdir()
             for number in range(9):
-                shutil.copy(scratch / "tree" / str(number), small.root / "tree")
+                shutil.copy(scratch / "tree" / str(number), small_forest.root / "tree")
             for _ in range(3):
                 with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-                    clone(small.root / "tree", small.root / "copy", by=crew)
-                shutil.rmtree(small.root / "copy")
+                    clone(small_forest.root / "tree", small_forest.root / "copy", by=crew)
+                shutil.rmtree(small_forest.root / "copy")
         clone(scratch / "tree", scratch / "another", by=crew)
-        assert len(workers(THIS)) == there
+        assert len(worker_pids(THIS_PROCESS)) == there

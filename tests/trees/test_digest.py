@@ -16,8 +16,8 @@ from snapd_native import trees
 from snapd_native.model import Usage
 from snapd_native.trees.digest import AHEAD, ALONE, BLOCK, Digester
 from tests.support import torture_tree
-from tests.support.file_systems import long_on_xfs, mounted
-from tests.support.sample_trees import opened
+from tests.support.file_systems import long_on_xfs, new_file_system
+from tests.support.sample_trees import open_for_copy
 
 pytestmark = long_on_xfs
 
@@ -29,7 +29,7 @@ def crew() -> Iterator[trees.Crew]:
 
 
 def digest(crew: trees.Crew, root: Path, report: trees.Report = lambda *_: None) -> str:
-    with opened(root) as tree:
+    with open_for_copy(root) as tree:
         return crew.digest(tree, report)
 
 
@@ -37,7 +37,7 @@ def netstring(data: bytes) -> bytes:
     return f"{len(data)}:".encode() + data + b","
 
 
-def blocks(path: Path) -> str:
+def hash_with_holes(path: Path) -> str:
     """Hash a file that can have holes of any size; only allocated parts are read."""
     lines = ""
     offset = 0
@@ -55,8 +55,8 @@ def blocks(path: Path) -> str:
             offset += BLOCK
 
 
-def expected(root: Path) -> str:
-    """Hash the listing, with a second implementation of the documentation."""
+def documented_digest(root: Path) -> str:
+    """Return the digest of a tree, by a second implementation of the documented format."""
     numbers: dict[tuple[int, int], int] = {}
 
     def listed(path: Path, name: bytes) -> bytes:
@@ -79,7 +79,7 @@ def expected(root: Path) -> str:
         fields += [attributes]
         match kind:
             case "f":
-                fields += [str(status.st_size).encode(), blocks(path).encode()]
+                fields += [str(status.st_size).encode(), hash_with_holes(path).encode()]
             case "l":
                 fields += [os.fsencode(os.readlink(path))]
             case "c" | "b":
@@ -120,15 +120,15 @@ def tree(scratch: Path) -> Path:
 
 
 def test_the_digest_agrees_with_the_documentation(crew: trees.Crew, tree: Path) -> None:
-    assert digest(crew, tree) == expected(tree)
+    assert digest(crew, tree) == documented_digest(tree)
 
 
 def test_the_reports_of_digest_add_up_to_the_usage(crew: trees.Crew, tree: Path) -> None:
-    told: list[tuple[int, int]] = []
-    digest(crew, tree, lambda *done: told.append(done))
-    with opened(tree) as root:
+    reported: list[tuple[int, int]] = []
+    digest(crew, tree, lambda *done: reported.append(done))
+    with open_for_copy(tree) as root:
         usage = crew.measure(root, lambda *_: None)
-    assert Usage(inodes=sum(n for n, _ in told), size=sum(n for _, n in told)) == usage
+    assert Usage(inodes=sum(n for n, _ in reported), size=sum(n for _, n in reported)) == usage
 
 
 def test_an_exact_copy_has_the_same_digest(crew: trees.Crew, tree: Path) -> None:
@@ -141,15 +141,15 @@ def test_the_torture_tree_has_the_documented_digest(crew: trees.Crew, scratch: P
     root = scratch / "tree"
     root.mkdir()
     torture_tree.build(root)
-    assert digest(crew, root) == expected(root)
+    assert digest(crew, root) == documented_digest(root)
 
 
-def test_the_digest_keeps_apart_equal_inode_numbers_of_two_devices(
+def test_the_digest_distinguishes_equal_inode_numbers_of_two_devices(
     crew: trees.Crew, loop_directory: Path, tmp_path: Path
 ) -> None:
     with (
-        mounted("ext4", 16 << 20, loop_directory) as one,
-        mounted("ext4", 16 << 20, loop_directory) as two,
+        new_file_system("ext4", 16 << 20, loop_directory) as one,
+        new_file_system("ext4", 16 << 20, loop_directory) as two,
     ):
         for name, root in (("1", one.root), ("2", two.root)):
             tree = root / "lower" / "tree"
@@ -163,7 +163,7 @@ def test_the_digest_keeps_apart_equal_inode_numbers_of_two_devices(
         try:
             assert len({(source / "a" / name).stat().st_ino for name in "12"}) == 1
             subprocess.run(["cp", "-a", source, copy], check=True)
-            assert digest(crew, source) == digest(crew, copy) == expected(copy)
+            assert digest(crew, source) == digest(crew, copy) == documented_digest(copy)
         finally:
             subprocess.run(["umount", tmp_path], check=True)
 
@@ -190,7 +190,7 @@ def keep_time(change: Callable[[Path], object]) -> Callable[[Path], None]:
     return changed
 
 
-def flip(path: Path) -> None:
+def flip_bit(path: Path) -> None:
     """Change one bit in the middle of a file."""
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 2)
@@ -199,34 +199,34 @@ def flip(path: Path) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-def part(path: Path) -> None:
+def separate_link(path: Path) -> None:
     """Replace a hard link by a separate copy of its file."""
     copy = path.with_name("copy")
     subprocess.run(["cp", "-a", path, copy], check=True)
     copy.rename(path)
 
 
-def make_anew(path: Path, make: Callable[..., None], *given: object) -> None:
+def recreate(path: Path, make: Callable[..., None], *given: object) -> None:
     path.unlink()
     make(*given)
 
 
 CHANGES: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "one bit of a large file": ("large", keep_time(flip)),
-    "one bit of a small file": ("b/1", keep_time(flip)),
+    "one bit of a large file": ("large", keep_time(flip_bit)),
+    "one bit of a small file": ("b/1", keep_time(flip_bit)),
     "a mode": ("b/1", lambda path: path.chmod(0o4755)),
     "an owner": ("b/1", lambda path: os.chown(path, 1, -1)),
     "a group": ("b", lambda path: os.chown(path, -1, 1)),
     "a time": ("b/1", lambda path: os.utime(path, ns=(1, 1))),
     "a value": ("b", lambda path: os.setxattr(path, "user.of", b"c")),
     "an attribute": ("fifo", keep_time(lambda path: os.setxattr(path, "trusted.x", b""))),
-    "a hole that grows": ("holes", keep_time(lambda path: os.truncate(path, 11 << 20))),
+    "a larger hole": ("holes", keep_time(lambda path: os.truncate(path, 11 << 20))),
     "a name": ("b/1", keep_time(lambda path: path.rename(path.with_name("one")))),
-    "a file that is gone": ("b/1", keep_time(lambda path: path.unlink())),
-    "a file too many": ("new", keep_time(lambda path: path.touch())),
-    "two files that were one": ("b/c/linked", keep_time(part)),
-    "a target": ("link", keep_time(lambda path: make_anew(path, os.symlink, "/else", path))),
-    "a device": ("disk", keep_time(lambda path: make_anew(path, os.mknod, path, 0o60600, 1))),
+    "a deleted file": ("b/1", keep_time(lambda path: path.unlink())),
+    "a new file": ("new", keep_time(lambda path: path.touch())),
+    "two files that were one": ("b/c/linked", keep_time(separate_link)),
+    "a target": ("link", keep_time(lambda path: recreate(path, os.symlink, "/else", path))),
+    "a device": ("disk", keep_time(lambda path: recreate(path, os.mknod, path, 0o60600, 1))),
 }
 
 
@@ -239,7 +239,7 @@ def test_every_change_of_a_tree_changes_the_digest(
     name, make = CHANGES[change]
     make(tree / name)
     assert digest(crew, tree) != before
-    assert digest(crew, tree) == expected(tree)
+    assert digest(crew, tree) == documented_digest(tree)
 
 
 def test_a_tree_of_3000_levels_can_be_digested(scratch: Path) -> None:

@@ -15,33 +15,33 @@ import pytest
 
 import snapd_native
 from snapd_native import trees
-from tests.support.file_systems import FileSystem, mounted, scratch_on
+from tests.support.file_systems import FileSystem, new_file_system, scratch_on
 from tests.support.sample_trees import (
-    LEVELS,
-    MEMORY,
-    Stopped,
+    DEEP_LEVELS,
+    EXTRA_MEMORY,
+    StoppedByReport,
     clone,
     delete,
-    directory,
-    file_limit,
-    make_deep,
+    limit_open_files,
+    make_deep_tree,
     measure,
+    open_directory,
     open_files,
-    opened,
+    open_for_copy,
 )
 
 
 def test_a_deep_tree_is_copied_measured_and_deleted_with_few_open_files(scratch: Path) -> None:
     source, copy = scratch / "source", scratch / "copy"
     source.mkdir()
-    with directory(source) as root:
-        make_deep(root, LEVELS, "d" * 250)
+    with open_directory(source) as root:
+        make_deep_tree(root, DEEP_LEVELS, "d" * 250)
     before = open_files()
-    with file_limit(256):
+    with limit_open_files(256):
         clone(source, copy)
         usage = measure(source)
-        assert measure(copy).inodes == usage.inodes == 1 + LEVELS + LEVELS // 100
-        with opened(source) as here, opened(copy) as there:
+        assert measure(copy).inodes == usage.inodes == 1 + DEEP_LEVELS + DEEP_LEVELS // 100
+        with open_for_copy(source) as here, open_for_copy(copy) as there:
             assert describe_deep(here) == describe_deep(there)
         delete(source)
         delete(copy)
@@ -66,10 +66,10 @@ def describe_deep(root: int) -> list[list[tuple[str, int, int, int]]]:
         here = below
 
 
-def fill(path: Path, names: int, inodes: int) -> None:
+def make_wide_directory(path: Path, names: int, inodes: int) -> None:
     """Fill a directory with ``inodes`` files; two names of one file are far apart."""
     path.mkdir()
-    with directory(path) as fd:
+    with open_directory(path) as fd:
         for number in range(names):
             if number < inodes:
                 os.mknod(f"{number:06}", dir_fd=fd)
@@ -78,7 +78,7 @@ def fill(path: Path, names: int, inodes: int) -> None:
                 os.link(first, f"{number:06}", src_dir_fd=fd, dst_dir_fd=fd)
 
 
-PROGRAM = """
+CLONE_AND_DELETE = """
 import os, sys
 from snapd_native import trees
 from tests.support import in_process
@@ -102,22 +102,24 @@ with open("/proc/self/status") as status:
 
 @pytest.mark.long
 def test_a_wide_directory_is_copied_in_bounded_memory(scratch: Path) -> None:
-    narrow, wide = (peak(scratch, names, names, "measure") for names in (2000, 200_000))
-    assert wide - narrow < MEMORY
+    narrow, wide = (
+        peak_memory_of_clone(scratch, names, names, "measure") for names in (2000, 200_000)
+    )
+    assert wide - narrow < EXTRA_MEMORY
 
 
 @pytest.mark.long
 def test_many_hard_links_are_copied_in_bounded_memory(ext4: FileSystem) -> None:
     with scratch_on(ext4) as home:
-        few, many = (peak(home, 2 * files, files) for files in (1000, 50_000))
-    assert many - few < MEMORY
+        few, many = (peak_memory_of_clone(home, 2 * files, files) for files in (1000, 50_000))
+    assert many - few < EXTRA_MEMORY
 
 
-def peak(home: Path, names: int, inodes: int, *extra: str) -> int:
+def peak_memory_of_clone(home: Path, names: int, inodes: int, *extra: str) -> int:
     """Clone and delete a directory in a separate process; return its peak memory in bytes."""
-    fill(home / "source", names, inodes)
+    make_wide_directory(home / "source", names, inodes)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(home), *(extra or ["clone"])],
+        [sys.executable, "-c", CLONE_AND_DELETE, str(home), *(extra or ["clone"])],
         check=True,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(Path(snapd_native.__file__).parents[1])},
@@ -137,7 +139,7 @@ def test_a_report_that_raises_stops_the_work_and_leaves_no_open_files(
     def step(*_: int) -> None:
         steps.append(0)
         if len(steps) == last:
-            raise Stopped
+            raise StoppedByReport
 
     clone(original, scratch / "copy")
     before = open_files()
@@ -148,7 +150,7 @@ def test_a_report_that_raises_stops_the_work_and_leaves_no_open_files(
     ]
     for work in works:
         steps: list[int] = []
-        with pytest.raises(Stopped) as caught:
+        with pytest.raises(StoppedByReport) as caught:
             work()
         assert len(steps) == last
         assert open_files() == before, caught
@@ -161,7 +163,7 @@ def test_clone_measure_and_delete_leave_no_open_files(original: Path, scratch: P
     clone(original, scratch / "copy")
     measure(scratch / "copy")
     delete(scratch / "copy")
-    with directory(scratch) as fd:
+    with open_directory(scratch) as fd:
         here = open_files()
         trees.reflink_works(fd)
         assert open_files() == here
@@ -171,8 +173,8 @@ def test_clone_measure_and_delete_leave_no_open_files(original: Path, scratch: P
 def test_reaching_the_limit_of_open_files_leaves_no_open_files(scratch: Path) -> None:
     source = scratch / "source"
     source.mkdir()
-    with directory(source) as root:
-        make_deep(root, 100, "d")
+    with open_directory(source) as root:
+        make_deep_tree(root, 100, "d")
     works: list[Callable[[Path], object]] = [
         lambda tree: clone(tree, scratch / "copy"),
         measure,
@@ -180,7 +182,7 @@ def test_reaching_the_limit_of_open_files_leaves_no_open_files(scratch: Path) ->
     ]
     before = open_files()
     for work in works:
-        with file_limit(len(before) + 30):
+        with limit_open_files(len(before) + 30):
             with pytest.raises(OSError, match="Too many open files") as caught:
                 work(source)
             assert open_files() == before, caught
@@ -191,7 +193,7 @@ def test_reaching_the_limit_of_open_files_leaves_no_open_files(scratch: Path) ->
 def test_clone_on_a_full_disk_raises_enospc_and_leaves_no_open_files(
     loop_directory: Path, name: str, size: int
 ) -> None:
-    with mounted(name, size, loop_directory) as small:
+    with new_file_system(name, size, loop_directory) as small:
         source, copy = small.root / "source", small.root / "copy"
         (source / "a" / "b").mkdir(parents=True)
         for number in range(400):
@@ -200,7 +202,7 @@ def test_clone_on_a_full_disk_raises_enospc_and_leaves_no_open_files(
             os.setxattr(path, "user.large", f"{number:03}".encode() * 1000)
             os.link(path, source / "a" / str(number))
         copy.mkdir()
-        fill_up(small.root / "ballast")
+        use_all_but_few_blocks(small.root / "ballast")
         before = open_files()
         with pytest.raises(OSError, match="No space left") as caught:
             clone(source, copy)
@@ -212,7 +214,7 @@ def test_clone_on_a_full_disk_raises_enospc_and_leaves_no_open_files(
         )
 
 
-def fill_up(ballast: Path) -> None:
+def use_all_but_few_blocks(ballast: Path) -> None:
     """Use all free space except a few blocks."""
     with ballast.open("wb") as file:
         position = 0

@@ -14,24 +14,24 @@ import pytest
 
 from snapd_native import trees
 from tests.support import torture_tree
+from tests.support.commands import run_command
 from tests.support.file_systems import long_on_xfs
 from tests.support.sample_trees import (
     clone,
     delete,
-    directory,
-    make_deep,
+    make_deep_tree,
     measure,
-    mount,
+    mount_in_block,
+    open_directory,
     open_files,
-    opened,
-    run,
+    open_for_copy,
 )
 
 
 def test_measure_agrees_with_du(original: Path) -> None:
     usage = measure(original)
-    assert usage.size == int(run("du", "--block-size=1", "-s", original).split()[0])
-    assert usage.inodes == int(run("du", "--inodes", "-s", original).split()[0])
+    assert usage.size == int(run_command("du", "--block-size=1", "-s", original).split()[0])
+    assert usage.inodes == int(run_command("du", "--inodes", "-s", original).split()[0])
 
 
 def test_measure_counts_a_hard_linked_file_once(scratch: Path) -> None:
@@ -54,7 +54,7 @@ def test_measure_of_a_changing_tree_succeeds_or_raises_estale(scratch: Path) -> 
     tree = scratch / "tree"
     tree.mkdir()
     with ThreadPoolExecutor(1) as pool:
-        changes = pool.submit(stir, tree)
+        changes = pool.submit(change_repeatedly, tree)
         try:
             measure_until(changes, tree)
         finally:
@@ -73,7 +73,7 @@ def measure_until(changes: Future[None], tree: Path) -> None:
             return
 
 
-def stir(tree: Path) -> None:
+def change_repeatedly(tree: Path) -> None:
     """Create, move and remove entries of ``tree`` repeatedly, also deep inside it."""
     for turn in range(200):
         deep = tree / f"deep {turn % 3}" / "/".join(["d"] * 80)
@@ -93,15 +93,15 @@ def stir(tree: Path) -> None:
             (wide / f"e{number}").unlink()
         inner = tree / f"deep {turn % 3}" / "d/d/d"
         inner.rename(tree / f"moved {turn % 2}")
-        run("rm", "-rf", tree / f"moved {turn % 2}")
+        run_command("rm", "-rf", tree / f"moved {turn % 2}")
 
 
 def test_measure_raises_estale_when_a_directory_is_moved(scratch: Path) -> None:
     """Directories far above the current one are not open, and ``..`` leads to the new place."""
     tree = scratch / "tree"
     tree.mkdir()
-    with directory(tree) as root:
-        make_deep(root, 100, "d")
+    with open_directory(tree) as root:
+        make_deep_tree(root, 100, "d")
     moved: list[int] = []
 
     def step(*_: int) -> None:
@@ -132,7 +132,7 @@ def test_delete_removes_immutable_and_append_only_files(scratch: Path, flag: str
     (tree / "file").touch()
     (tree / "mode 0").touch(0)
     for name in ("file", "mode 0", "directory/file", "directory/below", "directory"):
-        run("chattr", flag, tree / name)
+        run_command("chattr", flag, tree / name)
     delete(tree)
     assert os.listdir(scratch) == []
 
@@ -143,7 +143,7 @@ def test_delete_removes_an_immutable_or_append_only_root(scratch: Path, flag: st
     (tree / "directory").mkdir(parents=True)
     (tree / "file").touch()
     os.mknod(tree / "device", stat.S_IFCHR, os.makedev(1, 3))
-    run("chattr", flag, tree)
+    run_command("chattr", flag, tree)
     delete(tree)
     assert os.listdir(scratch) == []
 
@@ -164,7 +164,7 @@ def test_delete_removes_files_that_are_added_during_the_deletion(scratch: Path, 
 
 
 @pytest.mark.parametrize("instead", ["nothing", "symlink", "file", "directory"])
-def test_delete_spares_files_outside_when_a_directory_is_replaced(
+def test_delete_keeps_files_outside_when_a_directory_is_replaced(
     scratch: Path, instead: str
 ) -> None:
     """Delete has already entered the moved directory. It deletes the files in it, and no others."""
@@ -209,7 +209,7 @@ def test_delete_follows_no_symbolic_link(scratch: Path) -> None:
 
 
 @contextmanager
-def mounts_inside(tree: Path, outside: Path) -> Iterator[None]:
+def make_tree_with_mounts(tree: Path, outside: Path) -> Iterator[None]:
     """Make ``tree`` with three mounts in it, each of which hides a file and shows other files.
 
     The tree itself has eight inodes, and a little more than 64 KiB.
@@ -223,9 +223,9 @@ def mounts_inside(tree: Path, outside: Path) -> Iterator[None]:
     (outside / "shown").write_bytes(b"shown\n")
     (outside / "directory").mkdir()
     with (
-        mount("-t", "tmpfs", "tmpfs", tree / "tmpfs"),
-        mount("--bind", outside, tree / "deep" / "bind"),
-        mount("--bind", outside / "shown", tree / "deep" / "file"),
+        mount_in_block("-t", "tmpfs", "tmpfs", tree / "tmpfs"),
+        mount_in_block("--bind", outside, tree / "deep" / "bind"),
+        mount_in_block("--bind", outside / "shown", tree / "deep" / "file"),
     ):
         (tree / "tmpfs" / "shown").write_bytes(b"shown\n")
         yield
@@ -233,7 +233,7 @@ def mounts_inside(tree: Path, outside: Path) -> Iterator[None]:
 
 def test_delete_crosses_no_mount(scratch: Path) -> None:
     tree, outside = scratch / "tree", scratch / "outside"
-    with mounts_inside(tree, outside):
+    with make_tree_with_mounts(tree, outside):
         before = open_files()
         with pytest.raises(OSError, match="busy") as caught:
             delete(tree)
@@ -255,7 +255,7 @@ def test_delete_of_a_tree_that_is_a_mount_point_raises_ebusy(scratch: Path) -> N
     (tree / "hidden").touch()
     outside.mkdir()
     (outside / "shown").touch()
-    with mount("--bind", outside, tree):
+    with mount_in_block("--bind", outside, tree):
         with pytest.raises(OSError, match="busy"):
             delete(tree)
         assert os.listdir(tree) == ["shown"]
@@ -266,7 +266,7 @@ def test_delete_of_a_tree_that_is_a_mount_point_raises_ebusy(scratch: Path) -> N
 
 def test_clone_and_measure_read_the_files_below_mounts(scratch: Path) -> None:
     tree = scratch / "tree"
-    with mounts_inside(tree, scratch / "outside"):
+    with make_tree_with_mounts(tree, scratch / "outside"):
         mounted_over = measure(tree)
         clone(tree, scratch / "copy")
     assert mounted_over == measure(tree)
@@ -275,24 +275,24 @@ def test_clone_and_measure_read_the_files_below_mounts(scratch: Path) -> None:
     assert (scratch / "copy" / "deep" / "bind" / "hidden").read_bytes() == b"hidden\n"
 
 
-def test_open_tree_takes_directories_only(scratch: Path) -> None:
+def test_open_tree_accepts_only_directories(scratch: Path) -> None:
     (scratch / "directory").mkdir()
     (scratch / "link").symlink_to("directory")
     (scratch / "file").touch()
     os.mkfifo(scratch / "fifo")
     before = open_files()
     for name in ("link", "file", "fifo"):
-        with pytest.raises(NotADirectoryError), opened(scratch / name):
+        with pytest.raises(NotADirectoryError), open_for_copy(scratch / name):
             pass
-    with pytest.raises(FileNotFoundError), opened(scratch / "nothing"):
+    with pytest.raises(FileNotFoundError), open_for_copy(scratch / "nothing"):
         pass
     assert open_files() == before
 
 
 def test_open_tree_is_read_only_by_default(scratch: Path) -> None:
     (scratch / "tree").mkdir()
-    with opened(scratch / "tree") as root, pytest.raises(OSError, match="Read-only"):
+    with open_for_copy(scratch / "tree") as root, pytest.raises(OSError, match="Read-only"):
         os.mkdir("new", dir_fd=root)
-    with directory(scratch) as parent, trees.open_tree(parent, "tree", writable=True) as root:
+    with open_directory(scratch) as parent, trees.open_tree(parent, "tree", writable=True) as root:
         os.mkdir("new", dir_fd=root)
     assert os.listdir(scratch / "tree") == ["new"]

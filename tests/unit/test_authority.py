@@ -21,13 +21,13 @@ class Bus:
         return await question
 
     async def request(self, *_: object, **__: object) -> Body:
-        raise AssertionError("nobody asks polkit here")
+        raise AssertionError("this test sends no question to polkit")
 
     def tell(self, *_: object, **__: object) -> None:
-        raise AssertionError("nobody tells polkit anything here")
+        raise AssertionError("this test sends nothing to polkit")
 
 
-async def asked(bus: Bus, number: int) -> asyncio.Future[Body]:
+async def wait_for_question(bus: Bus, number: int) -> asyncio.Future[Body]:
     while len(bus.questions) < number:
         await asyncio.sleep(0)
     return bus.questions[number - 1]
@@ -38,13 +38,13 @@ def test_a_connection_that_has_left_is_unknown_while_a_late_call_asks_about_it()
         bus = Bus()
         authority = Authority(bus)
         first = asyncio.ensure_future(authority.uid(":1.7"))
-        (await asked(bus, 1)).set_result([1000])
+        (await wait_for_question(bus, 1)).set_result([1000])
         assert await first == 1000
         assert authority.knows(":1.7")
         authority.forget(":1.7")
         assert not authority.knows(":1.7")
         late = asyncio.ensure_future(authority.uid(":1.7"))
-        question = await asked(bus, 2)
+        question = await wait_for_question(bus, 2)
         assert not authority.knows(":1.7")
         question.set_exception(NotFound("there is no such connection"))
         try:
@@ -57,12 +57,12 @@ def test_a_connection_that_has_left_is_unknown_while_a_late_call_asks_about_it()
     asyncio.run(scenario())
 
 
-def test_a_connection_is_known_for_all_its_calls_after_one_question() -> None:
+def test_one_question_to_the_bus_identifies_all_calls_of_a_connection() -> None:
     async def scenario() -> None:
         bus = Bus()
         authority = Authority(bus)
         calls = [asyncio.ensure_future(authority.uid(":1.7")) for _ in range(3)]
-        question = await asked(bus, 1)
+        question = await wait_for_question(bus, 1)
         assert not authority.knows(":1.7")
         question.set_result([0])
         assert await asyncio.gather(*calls) == [0, 0, 0]

@@ -51,7 +51,7 @@ class FakeBus:
         return [{f"{direction}Bytes": Variant("u", size), f"{direction}FDs": Variant("u", fds)}]
 
 
-class Sending:
+class BacklogOnFakeBus:
     """A backlog of two clients, and the bus that its answers go to."""
 
     def __init__(self) -> None:
@@ -80,20 +80,20 @@ def call(sender: str) -> Call:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Count a client that does not read as behind at the second question to the bus."""
     monkeypatch.setattr(backlog, "READ_WITHIN", 0)
     monkeypatch.setattr(backlog, "PAUSE", 0)
 
 
-async def settle(condition: asyncio.Task[bool]) -> bool:
+async def wait_for(condition: asyncio.Task[bool]) -> bool:
     async with asyncio.timeout(60):
         return await condition
 
 
 def test_answers_are_sent_at_once_while_there_is_room() -> None:
     async def scenario() -> None:
-        sending = Sending()
+        sending = BacklogOnFakeBus()
         for _ in range(10):
             assert await sending.send(READER, 1 << 20)
         assert await sending.send(OTHER, 1 << 20)
@@ -103,7 +103,7 @@ def test_answers_are_sent_at_once_while_there_is_room() -> None:
 
 def test_a_client_that_reads_nothing_gets_half_of_the_room() -> None:
     async def scenario() -> None:
-        sending = Sending()
+        sending = BacklogOnFakeBus()
         assert await sending.send(READER, ROOM // 2)
         held = sending.begin(READER, LARGE)
         # Another client gets its answer at once.
@@ -111,16 +111,16 @@ def test_a_client_that_reads_nothing_gets_half_of_the_room() -> None:
         await asyncio.sleep(0)
         assert not held.done()
         sending.read(READER)
-        assert await settle(held)
+        assert await wait_for(held)
 
     asyncio.run(scenario())
 
 
 def test_an_answer_that_can_be_dropped_is_dropped_for_a_client_that_does_not_read() -> None:
     async def scenario() -> None:
-        sending = Sending()
+        sending = BacklogOnFakeBus()
         assert await sending.send(READER, ROOM // 2)
-        assert not await settle(sending.begin(READER, 1 << 20, may_drop=True))
+        assert not await wait_for(sending.begin(READER, 1 << 20, may_drop=True))
         # The client is behind: its next answer is dropped at once, and its calls are refused.
         assert not await sending.send(READER, 1 << 20, may_drop=True)
         with pytest.raises(ResourceExhausted, match="wait at the bus"):
@@ -132,11 +132,11 @@ def test_an_answer_that_can_be_dropped_is_dropped_for_a_client_that_does_not_rea
 
 def test_a_client_that_reads_again_is_served_again() -> None:
     async def scenario() -> None:
-        sending = Sending()
+        sending = BacklogOnFakeBus()
         assert await sending.send(READER, ROOM // 2)
-        assert not await settle(sending.begin(READER, 1 << 20, may_drop=True))
+        assert not await wait_for(sending.begin(READER, 1 << 20, may_drop=True))
         sending.read(READER)
-        assert await settle(sending.begin(READER, OWN))
+        assert await wait_for(sending.begin(READER, OWN))
         async with asyncio.timeout(60):
             while sending.backlog._suspects:
                 await asyncio.sleep(0)
@@ -148,21 +148,21 @@ def test_a_client_that_reads_again_is_served_again() -> None:
 
 def test_calls_are_refused_while_many_answers_that_must_be_sent_wait() -> None:
     async def scenario() -> None:
-        sending = Sending()
+        sending = BacklogOnFakeBus()
         assert await sending.send(READER, ROOM // 2)
         held = [sending.begin(READER, OWN) for _ in range(2)]
         await asyncio.sleep(0)
         with pytest.raises(ResourceExhausted):
             sending.backlog.check(call(READER))
         sending.backlog.forget(READER)
-        assert [await settle(one) for one in held] == [True, True]
+        assert [await wait_for(one) for one in held] == [True, True]
 
     asyncio.run(scenario())
 
 
 def test_a_descriptor_counts_as_a_part_of_the_room() -> None:
     async def scenario() -> None:
-        sending = Sending()
+        sending = BacklogOnFakeBus()
         answer = Answer(bytearray(), [0])
         for _ in range(ROOM // DESCRIPTOR // 2):
             assert await sending.backlog.admit(READER, answer)
@@ -171,7 +171,7 @@ def test_a_descriptor_counts_as_a_part_of_the_room() -> None:
         await asyncio.sleep(0)
         assert not held.done()
         sending.bus.descriptors[READER] = 0
-        assert await settle(asyncio.ensure_future(held))
+        assert await wait_for(asyncio.ensure_future(held))
 
     asyncio.run(scenario())
 
@@ -179,7 +179,7 @@ def test_a_descriptor_counts_as_a_part_of_the_room() -> None:
 @pytest.mark.parametrize("how", ["close", "forget"])
 def test_held_answers_are_sent_when_the_client_leaves_or_the_service_stops(how: str) -> None:
     async def scenario() -> None:
-        sending = Sending()
+        sending = BacklogOnFakeBus()
         assert await sending.send(READER, ROOM // 2)
         held = sending.begin(READER, 1 << 20)
         await asyncio.sleep(0)
@@ -187,7 +187,7 @@ def test_held_answers_are_sent_when_the_client_leaves_or_the_service_stops(how: 
             sending.backlog.close()
         else:
             sending.backlog.forget(READER)
-        assert await settle(held)
+        assert await wait_for(held)
         # Later answers are not held.
         assert await sending.send(READER, ROOM)
 
@@ -196,10 +196,10 @@ def test_held_answers_are_sent_when_the_client_leaves_or_the_service_stops(how: 
 
 def test_no_answer_is_held_on_a_bus_without_statistics(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
-        sending = Sending()
+        sending = BacklogOnFakeBus()
         sending.bus.has_statistics = False
         assert await sending.send(READER, ROOM // 2)
-        assert await settle(sending.begin(READER, ROOM))
+        assert await wait_for(sending.begin(READER, ROOM))
         assert await sending.send(READER, ROOM)
 
     asyncio.run(scenario())

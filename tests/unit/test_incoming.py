@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from snapd_native.bus.connection import AT_ONCE, ServiceConnection
 from snapd_native.bus.incoming import MAX_SIGNATURES, Call, Ignored, Reader
 from snapd_native.wire.names import DRIVER
-from tests.support.service import PATIENCE
+from tests.support.service import HANG_TIMEOUT
 
 CALL = 1
 PATH, INTERFACE, MEMBER, ERROR_NAME, REPLY, DESTINATION, SENDER, SIGNATURE, FDS = range(1, 10)
 
-NAMED = {PATH: ("o", "/a"), MEMBER: ("s", "Stat"), SENDER: ("s", ":1.7")}
+REQUIRED_FIELDS = {PATH: ("o", "/a"), MEMBER: ("s", "Stat"), SENDER: ("s", ":1.7")}
 """The fields that a call needs."""
 
 
@@ -51,7 +51,7 @@ class Wire:
 
 
 @contextmanager
-def wired() -> Iterator[Wire]:
+def open_wire() -> Iterator[Wire]:
     wire = Wire()
     try:
         yield wire
@@ -61,7 +61,7 @@ def wired() -> Iterator[Wire]:
 
 @pytest.fixture
 def wire() -> Iterator[Wire]:
-    with wired() as opened:
+    with open_wire() as opened:
         yield opened
 
 
@@ -76,7 +76,7 @@ def packed(
     """Return a message as bytes; it need not be valid."""
     order = ">" if big else "<"
     header = b""
-    for code, (signature, value) in (NAMED if fields is None else fields).items():
+    for code, (signature, value) in (REQUIRED_FIELDS if fields is None else fields).items():
         header += b"\0" * (-len(header) % 8)
         header += bytes([code, len(signature)]) + signature.encode() + b"\0"
         if signature == "g":
@@ -110,7 +110,7 @@ def is_next(wire: Wire) -> bool:
 @pytest.mark.parametrize("big", [False, True])
 def test_a_call_is_read_with_all_its_fields(wire: Wire, big: bool) -> None:
     order = ">" if big else "<"
-    fields = {**NAMED, INTERFACE: ("s", "org.a"), SIGNATURE: ("g", "su")}
+    fields = {**REQUIRED_FIELDS, INTERFACE: ("s", "org.a"), SIGNATURE: ("g", "su")}
     body = text("kéy", order)
     body += b"\0" * (-len(body) % 4) + struct.pack(f"{order}I", 77)
     wire.far.sendall(packed(fields=fields, body=body, flags=4, big=big))
@@ -138,7 +138,7 @@ def test_unknown_flags_are_ignored(
 
 
 def test_unknown_header_fields_are_ignored(wire: Wire) -> None:
-    fields = {**NAMED, 42: ("s", "new"), 0: ("u", 1), 255: ("g", "a{sv}"), FDS: ("u", 3)}
+    fields = {**REQUIRED_FIELDS, 42: ("s", "new"), 0: ("u", 1), 255: ("g", "a{sv}"), FDS: ("u", 3)}
     wire.far.sendall(packed(fields=fields))
     call = wire.read()
     assert isinstance(call, Call)
@@ -157,14 +157,14 @@ def test_unknown_header_fields_are_ignored(wire: Wire) -> None:
         packed(fields={}),
         packed(fields={PATH: ("o", "/a")}),
         packed(fields={MEMBER: ("s", "Stat")}),
-        packed(type_=4, fields={**NAMED, INTERFACE: ("s", "org.a")}),
+        packed(type_=4, fields={**REQUIRED_FIELDS, INTERFACE: ("s", "org.a")}),
         packed(type_=4, fields={SENDER: ("s", DRIVER)}),
         packed(type_=2, fields={SENDER: ("s", DRIVER)}),
         packed(type_=3, fields={SENDER: ("s", DRIVER), REPLY: ("u", 1)}),
         packed(type_=2, fields={REPLY: ("u", 1), SIGNATURE: ("g", "s")}, body=b"\xff\0\0\0x"),
         packed(type_=2, fields={REPLY: ("u", 1), SIGNATURE: ("g", "(")}, body=b"1234"),
         packed(type_=2, fields={REPLY: ("u", 1), 42: ("s", "new")}),
-        packed(fields={**NAMED, 42: ("(", 1)}),
+        packed(fields={**REQUIRED_FIELDS, 42: ("(", 1)}),
     ],
 )
 def test_an_unreadable_message_is_ignored_and_the_next_one_is_read(
@@ -176,7 +176,7 @@ def test_an_unreadable_message_is_ignored_and_the_next_one_is_read(
 
 
 def test_a_text_longer_than_its_message_does_not_affect_the_next_message(wire: Wire) -> None:
-    whole = packed(fields=NAMED | {INTERFACE: ("s", "org.example")})
+    whole = packed(fields=REQUIRED_FIELDS | {INTERFACE: ("s", "org.example")})
     cut = whole.replace(b"\x0b\0\0\0org.example", b"\xff\0\0\0org.example")
     assert cut != whole
     wire.far.sendall(cut + packed() * 5)
@@ -191,7 +191,9 @@ def test_replies_and_signals_of_the_bus_are_read(wire: Wire) -> None:
         fields={SENDER: ("s", DRIVER), REPLY: ("u", 3), SIGNATURE: ("g", "u")},
         body=struct.pack("<I", 1000),
     )
-    signal = packed(type_=4, fields={**NAMED, SENDER: ("s", DRIVER), INTERFACE: ("s", DRIVER)})
+    signal = packed(
+        type_=4, fields={**REQUIRED_FIELDS, SENDER: ("s", DRIVER), INTERFACE: ("s", DRIVER)}
+    )
     wire.far.sendall(reply + signal)
     first, second = wire.read(), wire.read()
     assert isinstance(first, Message)
@@ -205,7 +207,9 @@ def test_replies_and_signals_of_the_bus_are_read(wire: Wire) -> None:
 @pytest.mark.parametrize("big", [False, True])
 def test_a_message_that_arrives_byte_by_byte_is_read(wire: Wire, big: bool) -> None:
     data = packed(
-        fields={**NAMED, SIGNATURE: ("g", "s")}, body=text("key", ">" if big else "<"), big=big
+        fields={**REQUIRED_FIELDS, SIGNATURE: ("g", "s")},
+        body=text("key", ">" if big else "<"),
+        big=big,
     )
     reader = wire.reader()
     for byte in data[:-1]:
@@ -243,7 +247,7 @@ def test_random_bytes_do_not_affect_the_next_message(
         f"{'>' if big else '<'}cBBBIII",
         *(b"B" if big else b"l", type_, flags, version, len(body), 9, len(header)),
     )
-    with wired() as wire:
+    with open_wire() as wire:
         wire.far.sendall(start + header + b"\0" * (-len(header) % 8) + body)
         assert isinstance(wire.read(), Call | Message | Ignored)
         assert is_next(wire)
@@ -263,7 +267,7 @@ def test_one_wrong_byte_does_not_affect_the_next_message(at: int, value: int, bi
     # The first 16 bytes stay valid: the bus itself uses the lengths in them.
     at = 16 + at % (len(data) - 16)
     data[at] = value
-    with wired() as wire:
+    with open_wire() as wire:
         wire.far.sendall(data)
         assert isinstance(wire.read(), Call | Ignored)
         assert is_next(wire)
@@ -273,7 +277,7 @@ def test_the_cache_of_signatures_is_bounded(wire: Wire) -> None:
     for number in range(2 * MAX_SIGNATURES):
         signature = "".join("ybnqiuxtds"[int(digit)] for digit in str(number))
         inner = bytes([len(signature)]) + signature.encode() + b"\0"
-        wire.far.sendall(packed(fields={**NAMED, SIGNATURE: ("g", "g")}, body=inner))
+        wire.far.sendall(packed(fields={**REQUIRED_FIELDS, SIGNATURE: ("g", "g")}, body=inner))
         call = wire.read()
         assert isinstance(call, Call)
         assert call.arguments() == [signature]
@@ -286,22 +290,22 @@ def test_the_connection_reads_a_bounded_number_of_messages_at_once(
 ) -> None:
     """The limit includes buffered messages, which the event loop does not report."""
     messages = 1000
-    heard: list[Call] = []
+    received: list[Call] = []
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={tmp_path}/socket")
 
     async def scenario(far: socket.socket) -> None:
-        reading = ServiceConnection(heard.append)
+        reading = ServiceConnection(received.append)
         bus, _ = far.accept()
         with bus:
             bus.sendall(packed() * messages)
             asyncio.get_running_loop().add_reader(reading._fd, reading._message_reader)
-            while len(heard) < messages:
-                before = len(heard)
+            while len(received) < messages:
+                before = len(received)
                 await asyncio.sleep(0)
-                assert len(heard) - before <= AT_ONCE
+                assert len(received) - before <= AT_ONCE
         reading.disconnect()
 
     with socket.socket(socket.AF_UNIX) as far:
         far.bind(f"{tmp_path}/socket")
         far.listen()
-        asyncio.run(asyncio.wait_for(scenario(far), PATIENCE))
+        asyncio.run(asyncio.wait_for(scenario(far), HANG_TIMEOUT))

@@ -16,7 +16,7 @@ from snapd_native.cli.main import cli
 from snapd_native.model import Trouble
 from snapd_native.wire.names import JOB, MANAGER
 from tests.support import PROJECT
-from tests.support.sharing import needs
+from tests.support.markers import needs_program
 
 PAGES = sorted((PROJECT / "man").iterdir())
 PROGRAM, SERVICE, INTERFACE = (
@@ -46,7 +46,7 @@ def flags(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-@needs("mandoc")
+@needs_program("mandoc")
 def test_each_manual_page_passes_mandoc_lint(page: Path) -> None:
     command = ["mandoc", "-T", "lint", "-W", "warning", str(page)]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 
 from tests.support import PROJECT
-from tests.support.sharing import needs
-from tests.support.waiting import WAIT, eventually
+from tests.support.markers import needs_program
+from tests.support.waiting import WAIT_TIMEOUT, wait_until
 
 SCRIPT = PROJECT / "tools" / "test-repeat"
 
@@ -18,8 +18,8 @@ def repeat(runs: int, kept: Path, command: str) -> subprocess.CompletedProcess[s
     )
 
 
-@needs("stress")
-def test_every_second_run_is_beside_a_load(tmp_path: Path) -> None:
+@needs_program("stress")
+def test_every_second_run_runs_beside_a_load(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     done = repeat(4, kept, "pgrep -x stress >/dev/null && echo loaded || echo idle")
     assert (done.returncode, done.stderr) == (0, "")
@@ -35,21 +35,21 @@ def test_every_second_run_is_beside_a_load(tmp_path: Path) -> None:
     assert [path.name for path in kept.iterdir()] == ["output"]
 
 
-@needs("stress")
+@needs_program("stress")
 def test_a_run_ends_when_the_script_is_terminated(tmp_path: Path) -> None:
     begun, second = tmp_path / "begun", tmp_path / "second"
     second.touch()
     command = f"[ -e {begun} ] && echo $$ > {second} && exec sleep infinity; touch {begun}"
     script = [str(SCRIPT), "2", str(tmp_path / "kept"), "sh", "-c", command]
     with subprocess.Popen(script, stdout=subprocess.DEVNULL) as process:
-        eventually(lambda: second.read_text() != "")
+        wait_until(lambda: second.read_text() != "")
         run = int(second.read_text())
         process.terminate()
-        assert process.wait(WAIT) == 1
+        assert process.wait(WAIT_TIMEOUT) == 1
     assert not Path(f"/proc/{run}").exists()
 
 
-@needs("stress")
+@needs_program("stress")
 def test_the_script_stops_at_the_first_failure_and_keeps_a_report(tmp_path: Path) -> None:
     kept, count = tmp_path / "kept", tmp_path / "count"
     done = repeat(9, kept, f"echo x >> {count}; echo last words; [ $(wc -l < {count}) -lt 2 ]")

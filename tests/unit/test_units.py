@@ -14,7 +14,7 @@ from tests.support import PROJECT
 SYSTEMD = PROJECT / "systemd"
 
 # Settings that imply a mount namespace; see exec_needs_mount_namespace() in systemd.
-HIDING = {
+NAMESPACE_SETTINGS = {
     *("BindPaths", "BindReadOnlyPaths", "CacheDirectory", "DynamicUser", "ExecPaths"),
     *("InaccessiblePaths", "MountAPIVFS", "MountFlags", "MountImages", "NoExecPaths"),
     *("PrivateDevices", "PrivateIPC", "PrivateTmp", "PrivateUsers", "ProcSubset"),
@@ -34,7 +34,7 @@ INSTANCE = dict(settings(SYSTEMD / "snapd-native@.service.d" / "instance.conf"))
 
 
 def test_the_units_have_no_setting_that_hides_mounts() -> None:
-    assert not HIDING & {*UNIT, *INSTANCE}
+    assert not NAMESPACE_SETTINGS & {*UNIT, *INSTANCE}
     assert UNIT["PrivateMounts"] == "no"
 
 

@@ -100,5 +100,5 @@ def test_each_choice_of_tests_has_its_own_duration(durations: Durations) -> None
     assert calls.endswith(" 20.0 s last time")
 
 
-def test_each_step_has_a_line() -> None:
+def test_the_plan_has_a_line_for_each_step() -> None:
     assert len(list(lines(list(STEPS), [], {}))) == len(STEPS)

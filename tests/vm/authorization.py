@@ -1,10 +1,10 @@
-"""Calls of users whom polkit allows or denies them."""
+"""Calls of a user, which polkit allows or denies."""
 
 from __future__ import annotations
 
 from tests.vm.guest import Guest
 
-RULE = """
+POLKIT_RULE = """
 polkit.addRule(function (action, subject) {
     if (action.id == "org.snapdnative1.manage" && subject.user == "vagrant")
         return polkit.Result.YES;
@@ -12,7 +12,7 @@ polkit.addRule(function (action, subject) {
 """
 RULE_FILE = "/etc/polkit-1/rules.d/50-snapd-native-test.rules"
 
-ATTEMPT = """
+PREPARE_PROGRAM = """
 from snapd_native.client import BlockingClient
 from snapd_native.errors import SnapdError
 try:
@@ -26,11 +26,11 @@ else:
 """
 
 
-def attempt(guest: Guest, user: str = "vagrant") -> str:
+def try_to_prepare(guest: Guest, user: str = "vagrant") -> str:
     """Prepare a snapshot as a user; return ``allowed`` or the error."""
-    return guest.run(f"runuser -u {user} -- python3 -", stdin=ATTEMPT)
+    return guest.run(f"runuser -u {user} -- python3 -", stdin=PREPARE_PROGRAM)
 
 
-def denied(guest: Guest, user: str = "vagrant") -> bool:
-    told = attempt(guest, user)
-    return told.startswith(("AccessDenied: ", "InteractiveAuthorizationRequired: "))
+def is_denied(guest: Guest, user: str = "vagrant") -> bool:
+    outcome = try_to_prepare(guest, user)
+    return outcome.startswith(("AccessDenied: ", "InteractiveAuthorizationRequired: "))

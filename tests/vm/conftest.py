@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm.authorization import RULE, RULE_FILE
-from tests.vm.guest import Guest, clear
+from tests.vm.authorization import POLKIT_RULE, RULE_FILE
+from tests.vm.guest import Guest, remove_all
 
 LAST = ("test_powercut", "test_package")
 """The modules that run last: one cuts the power repeatedly, the other removes the package."""
@@ -50,21 +50,21 @@ def machine(request: pytest.FixtureRequest) -> Iterator[Guest]:
     guest = Guest(str(ssh_config), request.config.getoption("--domain"))
     guest.connect()
     # In a machine that was kept, an interrupted run can have left mounts and snapshots.
-    clear(guest)
+    remove_all(guest)
     yield guest
-    guest.hang_up()
+    guest.disconnect()
 
 
 @pytest.fixture
 def guest(machine: Guest) -> Iterator[Guest]:
     """Yield the machine, and remove all mounts and snapshots afterwards."""
     yield machine
-    clear(machine)
+    remove_all(machine)
 
 
 @pytest.fixture
-def ruled(guest: Guest) -> Iterator[Guest]:
+def guest_with_rule(guest: Guest) -> Iterator[Guest]:
     """Yield a machine with a polkit rule that lets one user manage snapshots."""
-    guest.run(f"cat >{RULE_FILE}; systemctl restart polkit", stdin=RULE)
+    guest.run(f"cat >{RULE_FILE}; systemctl restart polkit", stdin=POLKIT_RULE)
     yield guest
     guest.run(f"rm -f {RULE_FILE}; systemctl restart polkit")

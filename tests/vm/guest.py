@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.vm.disk import Disk, Loss
+from tests.vm.volatile_disk import Disk, Loss
 
-HERE = Path(__file__).parent
-PATIENCE = 900
+VM_TESTS = Path(__file__).parent
+STEP_TIMEOUT = 900
 """Seconds after which a step that hangs fails.
 
 A slow host that also runs other tests can need minutes for a step of one second.
@@ -29,7 +29,7 @@ class Guest:
         self._ssh = ["ssh", "-F", ssh_config, "-o", "BatchMode=yes", "default"]
 
     def attempt(
-        self, script: str, stdin: str | None = None, limit: float = PATIENCE
+        self, script: str, stdin: str | None = None, limit: float = STEP_TIMEOUT
     ) -> subprocess.CompletedProcess[str]:
         """Run a bash script, which stops at its first error."""
         return subprocess.run(
@@ -60,7 +60,7 @@ class Guest:
 
     def until(self, condition: str) -> None:
         """Wait in the guest until a condition of bash holds."""
-        within = PATIENCE - 60
+        within = STEP_TIMEOUT - 60
         loop = f"until {condition}; do ((SECONDS < {within})) || exit 1; sleep 0.2; done"
         outcome = self.attempt(loop)
         assert outcome.returncode == 0, f"{within} s have passed without {condition}"
@@ -68,18 +68,18 @@ class Guest:
     def boot_id(self) -> str:
         return self.run("cat /proc/sys/kernel/random/boot_id").strip()
 
-    def hang_up(self) -> None:
+    def disconnect(self) -> None:
         """Close the connection that commands share."""
         subprocess.run([*self._ssh[:-1], "-O", "exit", "default"], capture_output=True, check=False)
 
-    def connect(self, whole: bool = True) -> None:
-        """Wait until the machine has started; if ``whole``, fail if one of its units has failed."""
-        end = time.monotonic() + PATIENCE
+    def connect(self, all_units: bool = True) -> None:
+        """Wait until the machine has started; with ``all_units``, fail if a unit has failed."""
+        end = time.monotonic() + STEP_TIMEOUT
         while True:
-            self.hang_up()
+            self.disconnect()
             wait = "systemctl is-system-running --wait || true"
             try:
-                state = self.attempt(wait, limit=PATIENCE / 4).stdout.strip()
+                state = self.attempt(wait, limit=STEP_TIMEOUT / 4).stdout.strip()
             except subprocess.TimeoutExpired:
                 state = ""
             if state:
@@ -87,14 +87,14 @@ class Guest:
             assert time.monotonic() < end, "the machine does not answer"
             time.sleep(0.5)
         failed = self.run("systemctl list-units --failed --no-legend --plain")
-        assert state == "running" or not whole, failed
+        assert state == "running" or not all_units, failed
 
     def reboot(self) -> None:
         before = self.boot_id()
         self.attempt("systemctl reboot")
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + STEP_TIMEOUT
         while True:
-            self.hang_up()
+            self.disconnect()
             if self.attempt("cat /proc/sys/kernel/random/boot_id").stdout.strip() not in (
                 "",
                 before,
@@ -109,19 +109,19 @@ class Guest:
     def power_off(self) -> None:
         """Shut the machine down."""
         self.attempt("systemctl poweroff")
-        self.hang_up()
+        self.disconnect()
         _eventually(lambda: self._state() == "shut off", "the machine does not stop")
 
-    def power_on(self, whole: bool = True) -> None:
+    def power_on(self, all_units: bool = True) -> None:
         _virsh("start", self.domain)
-        self.connect(whole)
+        self.connect(all_units)
 
     def power_cut(self) -> None:
         """End QEMU by SIGKILL: at SIGTERM, which `virsh destroy` sends, it flushes its disks."""
         pid = Path(f"/run/libvirt/qemu/{self.domain}.pid").read_text()
         os.kill(int(pid), signal.SIGKILL)
         _eventually(lambda: self._state() == "shut off", "libvirt does not see the machine's end")
-        self.hang_up()
+        self.disconnect()
 
     def _state(self) -> str:
         return _virsh("domstate", self.domain).strip()
@@ -162,10 +162,10 @@ class VolatileDisks:
 INSTANCES = ("", "ext4", "xfs")
 
 
-def clear(guest: Guest, *instances: str) -> None:
+def remove_all(guest: Guest, *instances: str) -> None:
     """Remove all mounts and snapshots of some instances, by default of all."""
     names = " ".join(_quoted(instance) for instance in instances or INSTANCES)
-    guest.run(f"python3 - {names}", stdin=(HERE / "clearing.py").read_text())
+    guest.run(f"python3 - {names}", stdin=(VM_TESTS / "remove_all.py").read_text())
 
 
 def _with_volatile_disks(description: str) -> tuple[list[Disk], str]:
@@ -184,7 +184,7 @@ def _with_volatile_disks(description: str) -> tuple[list[Disk], str]:
 
 
 def _eventually(condition: Callable[[], bool], otherwise: str) -> None:
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + STEP_TIMEOUT
     while not condition():
         assert time.monotonic() < end, otherwise
         time.sleep(0.1)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from snapd_native.wire.names import MANAGER
-from tests.support.readme import block
-from tests.vm.authorization import attempt, denied
+from tests.support.readme import shell_block
+from tests.vm.authorization import is_denied, try_to_prepare
 from tests.vm.guest import INSTANCES, Guest
 
 BUS = f"busctl call org.snapdnative1 /org/snapdnative1 {MANAGER}"
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("broker")
 @pytest.fixture(scope="module")
 def broker(machine: Guest) -> Iterator[None]:
     """Boot the machine with dbus-broker as its system bus, and then with dbus-daemon again."""
-    policy = block("broker")
+    policy = shell_block("broker")
     assert policy.endswith("systemctl reload dbus\n")
     for instance in filter(None, INSTANCES):
         machine.run(policy.replace("snapdnative1.data", f"snapdnative1.{instance}"))
@@ -35,7 +35,7 @@ def broker(machine: Guest) -> Iterator[None]:
 
 
 def test_the_busctl_calls_of_the_readme_work_on_dbus_broker(guest: Guest) -> None:
-    out = guest.run(block("calls"))
+    out = guest.run(shell_block("calls"))
     assert 'a(ssas) 1 "bind" "/var/lib/snapd-native/snapshots/' in out
 
 
@@ -52,9 +52,9 @@ def test_a_call_activates_the_service(guest: Guest) -> None:
     assert out == "active\n"
 
 
-def test_polkit_decides_what_a_user_may_do(ruled: Guest) -> None:
-    assert attempt(ruled) == "allowed\n"
-    assert denied(ruled, user="nobody")
+def test_polkit_decides_what_a_user_may_do(guest_with_rule: Guest) -> None:
+    assert try_to_prepare(guest_with_rule) == "allowed\n"
+    assert is_denied(guest_with_rule, user="nobody")
 
 
 def test_another_user_cannot_own_a_name_of_the_service(guest: Guest) -> None:
@@ -107,7 +107,7 @@ def test_a_hundred_connections_are_served(guest: Guest) -> None:
     assert guest.run("python3 -", stdin=CONNECTIONS) == "100\n"
 
 
-UNREAD = f"""
+CLIENT_THAT_DOES_NOT_READ = f"""
 import asyncio
 from dbus_next import BusType, Message
 from dbus_next.aio import MessageBus
@@ -140,7 +140,7 @@ def test_a_client_that_does_not_read_does_not_delay_other_clients(guest: Guest) 
         snapd-native check
         systemctl show -P NRestarts snapd-native
         rm /run/unread.py /run/sent""",
-        stdin=UNREAD,
+        stdin=CLIENT_THAT_DOES_NOT_READ,
     )
     assert out.split("\n")[-2] == "0", out
     assert out.count("(ssstta{ss") == 3, out

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from snapd_native.wire.names import MANAGER
-from tests.support.readme import block
+from tests.support.readme import shell_block
 from tests.vm.guest import INSTANCES, Guest
 
 
@@ -16,14 +16,14 @@ def call(instance: str, member: str, arguments: str) -> str:
     return f"busctl call {name} /org/snapdnative1 {MANAGER} {member} {arguments}\n"
 
 
-def prepared(instance: str, key: str, parent: str = "") -> str:
+def prepare_expression(instance: str, key: str, parent: str = "") -> str:
     """Return a shell expression that prepares a snapshot and expands to its directory."""
     prepare = call(instance, "Prepare", f"'ssa{{sv}}' '{key}' '{parent}' 0").strip()
     return f"$({prepare} | cut -d '\"' -f 4)"
 
 
 def test_the_busctl_calls_of_the_readme_work(guest: Guest) -> None:
-    calls = block("calls")
+    calls = shell_block("calls")
     assert calls.startswith("busctl ")
     mounting, unmounting = (calls.index(f" {member} ") for member in ("ListMounts", "Unmount"))
     before, after = (calls.rindex("\n", 0, at) + 1 for at in (mounting, unmounting))
@@ -38,14 +38,14 @@ def test_the_busctl_calls_of_the_readme_work(guest: Guest) -> None:
 
 @pytest.mark.parametrize(("instance", "name"), [("xfs", "commands"), ("ext4", "mounting")])
 def test_the_commands_of_the_readme_work(guest: Guest, instance: str, name: str) -> None:
-    commands = block(name)
+    commands = shell_block(name)
     assert commands.startswith("snapd-native prepare ")
     guest.run(f"export SNAPD_NATIVE_INSTANCE={instance}\n{commands}")
 
 
 def test_a_mount_appears_on_the_host_with_the_mounts_below_it(guest: Guest) -> None:
     out = guest.run(f"""
-        source={prepared("xfs", "tree")}
+        source={prepare_expression("xfs", "tree")}
         mkdir "$source/below" /run/test-target
         trap 'umount -q "$source/below"; rmdir /run/test-target' EXIT
         mount -t tmpfs below "$source/below"
@@ -67,10 +67,10 @@ def test_a_copy_shares_its_blocks_where_reflink_works(
     guest: Guest, instance: str, shared: bool
 ) -> None:
     out = guest.run(f"""
-        first={prepared(instance, "first")}
+        first={prepare_expression(instance, "first")}
         head -c 4M /dev/urandom >"$first/file"
         {call(instance, "Commit", "'ssa{sv}' parent first 0")}
-        second={prepared(instance, "second", "parent")}
+        second={prepare_expression(instance, "second", "parent")}
         sync
         cmp "$first/file" "$second/file"
         filefrag -v "$second/file"
@@ -81,7 +81,7 @@ def test_a_copy_shares_its_blocks_where_reflink_works(
     assert all(("shared" in line) is shared for line in extents), out
 
 
-AWKWARD = """
+MAKE_SPECIAL_FILES = """
 import os, stat, sys
 root = sys.argv[1]
 os.mknod(f"{root}/null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
@@ -106,7 +106,7 @@ os.setxattr(f"{root}/setgid", "user.of", b"a")
 os.system(f"setcap cap_net_raw+ep {root}/capable; setfacl -m u:1000:rwx {root}/capable")
 """
 
-SHOWN = """
+DESCRIBE_TREE = """
 cd "$1"
 export LC_ALL=C
 find . -printf '%p %M %U:%G %n %T@ %l\\n' | sort
@@ -122,14 +122,14 @@ du -s --block-size=512 sparse
 def test_prepare_copies_devices_capabilities_acls_and_holes(guest: Guest, instance: str) -> None:
     out = guest.run(f"""
         show() {{
-            {SHOWN}
+            {DESCRIBE_TREE}
         }}
-        first={prepared(instance, "first")}
+        first={prepare_expression(instance, "first")}
         python3 - "$first" <<'END'
-{AWKWARD}
+{MAKE_SPECIAL_FILES}
 END
         {call(instance, "Commit", "'ssa{sv}' parent first 0")}
-        second={prepared(instance, "second", "parent")}
+        second={prepare_expression(instance, "second", "parent")}
         (show "$first") >/run/first
         (show "$second") >/run/second
         diff /run/first /run/second

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.support.oracle import Book
+from tests.support.oracle import Oracle
 from tests.vm.guest import Guest
-from tests.vm.loading import Load, troubles
-from tests.vm.spare import SpareDisk, made, units
+from tests.vm.guest_load import Load, differences
+from tests.vm.spare_disk import SpareDisk, make_disks, units
 from tests.vm.test_powercut import NO_SYNC
 
 FILE_SYSTEMS = ("ext4", "xfs")
@@ -26,43 +26,46 @@ DATA_LOSS = 8
 @pytest.fixture
 def disks(machine: Guest) -> Iterator[list[SpareDisk]]:
     disks = [SpareDisk(machine, filesystem) for filesystem in FILE_SYSTEMS]
-    with made(machine, *disks):
+    with make_disks(machine, *disks):
         yield disks
 
 
-def ruin(guest: Guest, disks: list[SpareDisk], fail: Callable[[SpareDisk], None]) -> Book:
+def fail_disks_under_load(
+    guest: Guest, disks: list[SpareDisk], fail: Callable[[SpareDisk], None]
+) -> Oracle:
     """Make disks fail under load until each instance has failed 12 calls, and heal the disks."""
     seed = int(time.time())
     print(f"seed {seed}")
-    book = Book(tuple(disk.instance for disk in disks))
-    load = Load(guest, book, seed, patient=True)
+    oracle = Oracle(tuple(disk.instance for disk in disks))
+    load = Load(guest, oracle, seed, patient=True)
     load.until_acknowledged(4)
     for disk in disks:
         fail(disk)
-    load.doubt()
-    load.until(lambda: all(len(one.failures) >= 12 for one in book.ledgers.values()))
+    load.accept_open_calls()
+    load.until(lambda: all(len(one.failures) >= 12 for one in oracle.instances.values()))
     load.end()
     for disk in disks:
-        ledger = book.ledgers[disk.instance]
-        kinds = {failure.split(":")[0] for failure in ledger.failures}
-        print(f"{disk.instance}: {ledger.acknowledged} commits, {len(ledger.failures)} failures")
-        assert kinds <= {"DataLoss", "ResourceExhausted"}, ledger.failures
+        expected = oracle.instances[disk.instance]
+        kinds = {failure.split(":")[0] for failure in expected.failures}
+        failures = len(expected.failures)
+        print(f"{disk.instance}: {expected.acknowledged} commits, {failures} failures")
+        assert kinds <= {"DataLoss", "ResourceExhausted"}, expected.failures
         read = guest.attempt(f"snapd-native --instance {disk.instance} ls")
         assert read.returncode in (0, DATA_LOSS), read.stderr
     guest.run(f"systemctl stop {units(disks)}")
     for disk in disks:
         disk.remount()
-    # If an instance does not start, it gives no answer, and `troubles` reports that.
+    # If an instance does not start, it gives no answer, and `differences` reports that.
     guest.attempt(f"systemctl start {units(disks)}")
-    return book
+    return oracle
 
 
 @pytest.mark.parametrize("fail", [SpareDisk.refuse_writes, SpareDisk.refuse_all])
 def test_acknowledged_commits_survive_a_failing_disk(
     machine: Guest, disks: list[SpareDisk], fail: Callable[[SpareDisk], None]
 ) -> None:
-    book = ruin(machine, disks, fail)
-    assert troubles(machine, book) == []
+    oracle = fail_disks_under_load(machine, disks, fail)
+    assert differences(machine, oracle) == []
     for disk in disks:
         out = disk.journal()
         assert "check the disk and the kernel's log" in out
@@ -80,8 +83,10 @@ def test_the_oracle_finds_losses_when_syncs_are_disabled(machine: Guest) -> None
         printf '[Service]\\n{NO_SYNC}\\n' >{drop_in}/no-sync.conf
         systemctl daemon-reload""")
     try:
-        with made(machine, *disks):
-            listed = troubles(machine, ruin(machine, disks, SpareDisk.refuse_writes))
+        with make_disks(machine, *disks):
+            listed = differences(
+                machine, fail_disks_under_load(machine, disks, SpareDisk.refuse_writes)
+            )
             print("\n".join(listed[:10]))
             assert listed
     finally:
@@ -106,7 +111,7 @@ def test_commit_of_a_file_that_could_not_be_written_raises_data_loss(
 ) -> None:
     """The file system keeps working, and the kernel reports the error only once."""
     disk = SpareDisk(machine, filesystem)
-    with made(machine, disk):
+    with make_disks(machine, disk):
         block = int(disk.run(REWRITE.format(instance=disk.instance)))
         disk.refuse_writes(block, 128)
         commit = f"snapd-native --instance {disk.instance} commit done work"

@@ -13,7 +13,7 @@ BUS = f"busctl call org.snapdnative1.xfs /org/snapdnative1 {MANAGER}"
 
 
 @pytest.fixture
-def mounted(guest: Guest) -> Iterator[Guest]:
+def guest_with_mount(guest: Guest) -> Iterator[Guest]:
     """Yield a machine where a view of a committed snapshot is mounted."""
     guest.run(f"""
         mkdir -p /var/test-target
@@ -29,7 +29,7 @@ def mounted(guest: Guest) -> Iterator[Guest]:
         rmdir /var/test-target""")
 
 
-def shown(guest: Guest) -> list[str]:
+def content_and_target(guest: Guest) -> list[str]:
     return guest.run("cat /var/test-target/file; findmnt -N 1 -rno TARGET /var/test-target").split()
 
 
@@ -46,14 +46,14 @@ while :; do
 done
 """
 
-STANDS = ["content", "/var/test-target"]
+MOUNTED = ["content", "/var/test-target"]
 
 
 def main_pid(guest: Guest, unit: str) -> str:
     return guest.run(f"systemctl show -P MainPID {unit}").strip()
 
 
-def restarted(guest: Guest, unit: str, before: str) -> None:
+def wait_until_restarted(guest: Guest, unit: str, before: str) -> None:
     guest.until(
         f'[ "$(systemctl show -P ActiveState {unit})" = active ] &&'
         f' [ "$(systemctl show -P MainPID {unit})" != {before} ]'
@@ -66,12 +66,12 @@ def test_a_bus_call_starts_the_stopped_daemon(guest: Guest) -> None:
     assert guest.run(f"{version}; systemctl is-active snapd-native").endswith("active\n")
 
 
-def test_a_restart_keeps_mounts(mounted: Guest) -> None:
-    mounted.run("systemctl stop snapd-native@xfs")
-    assert shown(mounted) == STANDS
-    mounted.run("systemctl start snapd-native@xfs")
-    assert shown(mounted) == STANDS
-    assert '"look" true' in mounted.run(f"{BUS} ListMounts s look")
+def test_a_restart_keeps_mounts(guest_with_mount: Guest) -> None:
+    guest_with_mount.run("systemctl stop snapd-native@xfs")
+    assert content_and_target(guest_with_mount) == MOUNTED
+    guest_with_mount.run("systemctl start snapd-native@xfs")
+    assert content_and_target(guest_with_mount) == MOUNTED
+    assert '"look" true' in guest_with_mount.run(f"{BUS} ListMounts s look")
 
 
 def test_systemctl_reload_fails_and_keeps_the_daemon(machine: Guest) -> None:
@@ -82,12 +82,12 @@ def test_systemctl_reload_fails_and_keeps_the_daemon(machine: Guest) -> None:
     assert main_pid(machine, "snapd-native") == before
 
 
-def test_systemd_restarts_a_killed_daemon_and_its_mounts_stay(mounted: Guest) -> None:
-    before = main_pid(mounted, "snapd-native@xfs")
-    mounted.run("systemctl kill -s KILL --kill-whom=main snapd-native@xfs")
-    restarted(mounted, "snapd-native@xfs", before)
-    assert shown(mounted) == STANDS
-    assert mounted.run("snapd-native --instance xfs check") == ""
+def test_systemd_restarts_a_killed_daemon_and_its_mounts_stay(guest_with_mount: Guest) -> None:
+    before = main_pid(guest_with_mount, "snapd-native@xfs")
+    guest_with_mount.run("systemctl kill -s KILL --kill-whom=main snapd-native@xfs")
+    wait_until_restarted(guest_with_mount, "snapd-native@xfs", before)
+    assert content_and_target(guest_with_mount) == MOUNTED
+    assert guest_with_mount.run("snapd-native --instance xfs check") == ""
 
 
 def test_the_watchdog_kills_a_hanging_daemon_and_systemd_restarts_it(guest: Guest) -> None:
@@ -100,7 +100,7 @@ def test_the_watchdog_kills_a_hanging_daemon_and_systemd_restarts_it(guest: Gues
     try:
         before = main_pid(guest, "snapd-native")
         guest.run(f"kill -STOP {before}")
-        restarted(guest, "snapd-native", before)
+        wait_until_restarted(guest, "snapd-native", before)
         out = guest.run("journalctl --sync; journalctl -b -u snapd-native _PID=1 | tail -n 40")
         assert "Watchdog timeout" in out
     finally:
@@ -108,19 +108,21 @@ def test_the_watchdog_kills_a_hanging_daemon_and_systemd_restarts_it(guest: Gues
 
 
 def test_data_and_persistent_mounts_are_restored_after_a_reboot_during_calls(
-    mounted: Guest,
+    guest_with_mount: Guest,
 ) -> None:
     """The calls continue while systemd unmounts everything and stops the service."""
-    mounted.run(
+    guest_with_mount.run(
         "cat >/run/test-calls.sh;"
         " systemd-run --quiet --property DefaultDependencies=no bash /run/test-calls.sh",
         stdin=CALLS,
     )
-    mounted.until("[ -e /run/test-calls ]")
-    mounted.reboot()
+    guest_with_mount.until("[ -e /run/test-calls ]")
+    guest_with_mount.reboot()
     try:
-        assert shown(mounted) == STANDS
-        assert '"look" true "persistent" 0' in mounted.run(f"{BUS} ListMounts s look")
-        assert mounted.run("snapd-native --instance xfs check") == ""
+        assert content_and_target(guest_with_mount) == MOUNTED
+        assert '"look" true "persistent" 0' in guest_with_mount.run(f"{BUS} ListMounts s look")
+        assert guest_with_mount.run("snapd-native --instance xfs check") == ""
     finally:
-        mounted.run(f"{BUS} Unmount 'sa{{sv}}' /var/test-other 0 || true; rmdir /var/test-other")
+        guest_with_mount.run(
+            f"{BUS} Unmount 'sa{{sv}}' /var/test-other 0 || true; rmdir /var/test-other"
+        )

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.readme import ON_A_MACHINE, block
+from tests.support.readme import IN_MACHINE_TESTS, shell_block
 from tests.vm.guest import Guest
 
-TREE = """
+COMMIT_TREE = """
     snapd-native prepare import
     mkdir "$(snapd-native mounts import | cut -f 2)/directory"
     echo data >"$(snapd-native mounts import | cut -f 2)/directory/file"
@@ -19,7 +19,7 @@ TREE = """
 """
 """A script that commits a small tree as v1."""
 
-LOOK = """
+PRINT_CONTENT = """
     look=$(snapd-native view look v1 | cut -f 2)
     cat "$look/directory/file"
     stat -c %h "$look/directory/file"
@@ -27,7 +27,7 @@ LOOK = """
 """
 """A script that prints the content of v1."""
 
-SEEN = "data\n2\nit"
+CONTENT = "data\n2\nit"
 
 
 @pytest.fixture
@@ -47,14 +47,14 @@ def data(guest: Guest) -> Iterator[Guest]:
 
 
 def test_every_documented_operation_has_a_test() -> None:
-    assert set(ON_A_MACHINE) == {
+    assert set(IN_MACHINE_TESTS) == {
         *("install", "instance", "check", "backup", "restore", "move", "rule", "exposure"),
         *("without a package", "broker"),  # in test_package and test_broker
     }
 
 
 def test_the_documented_installation_works(guest: Guest) -> None:
-    build, *commands = block("install").splitlines()
+    build, *commands = shell_block("install").splitlines()
     # tools/vm has already built the installed package, by the same script.
     assert build == "make deb"
     out = guest.run("\n".join(["cd /vagrant", *commands]))
@@ -62,7 +62,7 @@ def test_the_documented_installation_works(guest: Guest) -> None:
 
 
 def test_the_documented_setup_of_an_instance_works(data: Guest) -> None:
-    assert data.run(block("instance")).split() == [
+    assert data.run(shell_block("instance")).split() == [
         "NAME",
         "KIND",
         "PARENT",
@@ -78,23 +78,23 @@ def test_an_instance_without_its_disk_does_not_start(guest: Guest) -> None:
 
 
 def test_the_documented_check_shows_the_calls_in_the_journal(guest: Guest) -> None:
-    guest.run(TREE)
-    out = guest.run(f"journalctl --sync; {block('check')}")
+    guest.run(COMMIT_TREE)
+    out = guest.run(f"journalctl --sync; {shell_block('check')}")
     assert 'Commit name="v1" key="import": done (uid 0, ' in out
 
 
 def test_the_documented_backup_can_be_restored(data: Guest) -> None:
-    data.run(TREE + block("backup"))
+    data.run(COMMIT_TREE + shell_block("backup"))
     data.run("snapd-native rm v1; snapd-native cleanup")
-    data.run(block("restore"))
-    assert SEEN in data.run(LOOK)
+    data.run(shell_block("restore"))
+    assert CONTENT in data.run(PRINT_CONTENT)
     assert data.run("stat -c %a /var/lib/snapd-native") == "700\n"
 
 
 def test_the_documented_move_of_the_state_keeps_the_data(data: Guest) -> None:
-    data.run(TREE + block("move"))
-    out = data.run(LOOK + "\necho; echo $look")
-    assert SEEN in out
+    data.run(COMMIT_TREE + shell_block("move"))
+    out = data.run(PRINT_CONTENT + "\necho; echo $look")
+    assert CONTENT in out
     assert out.splitlines()[-1].startswith("/srv/data/moved/snapshots/")
     # Mounts are visible on the host, also with the state in the new place.
     data.run("snapd-native mount look /mnt; grep -q ' /mnt ' /proc/1/mountinfo")
@@ -105,7 +105,7 @@ def test_the_documented_polkit_rule_allows_a_group(guest: Guest) -> None:
     as_user = "runuser -u vagrant -- snapd-native"
     denied = guest.attempt(f"{as_user} ls")
     assert denied.returncode in (11, 12)
-    guest.run(block("rule"))
+    guest.run(shell_block("rule"))
     try:
         guest.run("gpasswd -a vagrant builders; systemctl restart polkit")
         out = guest.run(f"{as_user} prepare theirs; {as_user} ls")
@@ -122,4 +122,4 @@ def test_the_documented_polkit_rule_allows_a_group(guest: Guest) -> None:
 
 
 def test_the_documented_exposure_command_works(machine: Guest) -> None:
-    assert "Overall exposure level for snapd-native.service" in machine.run(block("exposure"))
+    assert "Overall exposure level for snapd-native.service" in machine.run(shell_block("exposure"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from snapd_native.wire.names import MANAGER
-from tests.support.readme import block
+from tests.support.readme import shell_block
 from tests.vm.guest import Guest
 
 BUS = f"busctl call org.snapdnative1 /org/snapdnative1 {MANAGER}"
@@ -17,7 +17,7 @@ TARGET = "/var/test-target"
 
 
 @pytest.fixture(scope="module")
-def full(machine: Guest) -> Guest:
+def machine_with_mount(machine: Guest) -> Guest:
     """Return a machine with a mounted view."""
     machine.run(f"""
         mkdir -p {TARGET}
@@ -29,9 +29,9 @@ def full(machine: Guest) -> Guest:
     return machine
 
 
-def test_an_upgrade_restarts_the_service_and_keeps_mounts(full: Guest) -> None:
+def test_an_upgrade_restarts_the_service_and_keeps_mounts(machine_with_mount: Guest) -> None:
     """The later version is the same package with a higher version number."""
-    out = full.run(
+    out = machine_with_mount.run(
         f"""
         pids() {{
             systemctl show -P MainPID snapd-native snapd-native@ext4 snapd-native@xfs | xargs
@@ -58,8 +58,8 @@ def test_an_upgrade_restarts_the_service_and_keeps_mounts(full: Guest) -> None:
     assert '"look" true "persistent"' in mounts
 
 
-def test_removal_keeps_data_and_a_new_installation_finds_it(full: Guest) -> None:
-    out = full.run(
+def test_removal_keeps_data_and_a_new_installation_finds_it(machine_with_mount: Guest) -> None:
+    out = machine_with_mount.run(
         f"""
         dpkg -r snapd-native >/dev/null 2>&1
         ls -d /var/lib/snapd-native /srv/ext4/snapd-native /srv/xfs/snapd-native
@@ -78,8 +78,8 @@ def test_removal_keeps_data_and_a_new_installation_finds_it(full: Guest) -> None
     assert lines[7:] == []
 
 
-def test_purge_unmounts_and_deletes_everything(full: Guest) -> None:
-    out = full.run(
+def test_purge_unmounts_and_deletes_everything(machine_with_mount: Guest) -> None:
+    out = machine_with_mount.run(
         f"""
         dpkg -P snapd-native >/dev/null 2>&1
         findmnt -N 1 -rno TARGET {TARGET} || echo unmounted
@@ -96,7 +96,7 @@ def test_make_install_runs_the_service_and_make_uninstall_removes_it(machine: Gu
     out = machine.run(
         f"""
         cd /vagrant
-        {block("without a package")}
+        {shell_block("without a package")}
         systemctl show -P ExecStart snapd-native | grep -o 'path=[^ ]*'
         snapd-native prepare build >/dev/null
         runuser -u nobody -- snapd-native ls 2>&1 | grep -o 'org.snapdnative1.[a-z]*' || true

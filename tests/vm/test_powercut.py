@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from tests.support.oracle import Book
-from tests.vm.guest import Guest, VolatileDisks, clear
-from tests.vm.loading import Load, troubles
+from tests.support.oracle import Oracle
+from tests.vm.guest import Guest, VolatileDisks, remove_all
+from tests.vm.guest_load import Load, differences
 
 INSTANCES = ("ext4", "xfs")
 UNITS = " ".join(f"snapd-native@{instance}" for instance in INSTANCES)
@@ -17,7 +17,7 @@ NO_SYNC = "SystemCallFilter=~fsync:0 fdatasync:0 syncfs:0 sync:0 sync_file_range
 """A setting of a unit by which these system calls do nothing and return 0."""
 
 
-def cut(guest: Guest, disks: VolatileDisks, load: Load) -> str:
+def cut_power(guest: Guest, disks: VolatileDisks, load: Load) -> str:
     load.check()
     guest.power_cut()
     load.end()
@@ -32,30 +32,30 @@ def test_acknowledged_commits_survive_power_cuts(
 ) -> None:
     seed = int(time.time())
     chance = random.Random(seed)
-    clear(machine, *INSTANCES)
-    book = Book(INSTANCES)
+    remove_all(machine, *INSTANCES)
+    oracle = Oracle(INSTANCES)
     with machine.volatile_disks() as disks:
         for number in range(request.config.getoption("--cuts")):
             begin = time.monotonic()
-            done = book.acknowledged()
-            load = Load(machine, book, seed + number)
+            done = oracle.acknowledged()
+            load = Load(machine, oracle, seed + number)
             load.until_acknowledged(done + 2)
             time.sleep(chance.uniform(0, 5))
-            loss = cut(machine, disks, load)
+            loss = cut_power(machine, disks, load)
             machine.power_on()
-            listed = troubles(machine, book)
+            listed = differences(machine, oracle)
             print(
-                f"cut {number + 1}: {book.acknowledged()} commits each, at least; {loss};"
+                f"cut {number + 1}: {oracle.acknowledged()} commits each, at least; {loss};"
                 f" {time.monotonic() - begin:.0f} s",
                 flush=True,
             )
             assert listed == []
-        clear(machine, *INSTANCES)
+        remove_all(machine, *INSTANCES)
 
 
 def test_the_oracle_finds_losses_when_syncs_are_disabled(machine: Guest) -> None:
     """The test above would fail if the service lost data."""
-    clear(machine, *INSTANCES)
+    remove_all(machine, *INSTANCES)
     drop_in = "/etc/systemd/system/snapd-native@.service.d/no-sync.conf"
     with machine.volatile_disks() as disks:
         try:
@@ -65,12 +65,12 @@ def test_the_oracle_finds_losses_when_syncs_are_disabled(machine: Guest) -> None
                 systemctl daemon-reload
                 systemctl restart {UNITS}
                 sync""")
-            book = Book(INSTANCES)
-            load = Load(machine, book, seed=0)
+            oracle = Oracle(INSTANCES)
+            load = Load(machine, oracle, seed=0)
             load.until_acknowledged(4)
-            print(cut(machine, disks, load))
-            machine.power_on(whole=False)
-            listed = troubles(machine, book)
+            print(cut_power(machine, disks, load))
+            machine.power_on(all_units=False)
+            listed = differences(machine, oracle)
             print("\n".join(listed[:10]))
             assert listed
         finally:
@@ -82,7 +82,7 @@ def test_the_oracle_finds_losses_when_syncs_are_disabled(machine: Guest) -> None
                 print(machine.run("lsblk -f; journalctl -b --no-pager | tail -n 200"))
                 # The next boot can find damage that this one has not found.
                 machine.power_cut()
-                machine.power_on(whole=False)
+                machine.power_on(all_units=False)
             machine.run(f"""
                 for instance in {" ".join(INSTANCES)}; do
                     if ! mountpoint -q /srv/$instance; then

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.vm.guest import HERE, Guest
-from tests.vm.spare import SpareDisk, made
+from tests.vm.guest import VM_TESTS, Guest
+from tests.vm.spare_disk import SpareDisk, make_disks
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ def test_an_exhausted_quota_refuses_changes_but_not_reads_and_removals(
     def do(step: str) -> str:
         # Run without the capability, as the service does.
         python = "setpriv --bounding-set=-sys_resource --inh-caps=-sys_resource python3"
-        program = (HERE / "exhaustion.py").read_text()
+        program = (VM_TESTS / "quota_calls.py").read_text()
         return disk.run(f"{python} - {disk.instance} {step}", stdin=program)
 
-    with made(machine, disk):
+    with make_disks(machine, disk):
         do("fill")
         limit(**{scarce: LIMITS[scarce]})
         answers = json.loads(do(f"exhausted {scarce} {disk.root}"))

@@ -13,7 +13,7 @@ from snapd_native.wire.names import JOB_PATH, OBJECT_PATH
 from snapd_native.wire.values import Body
 
 
-class Long(str):
+class LongText(str):
     """A long text, whose representation is short."""
 
     __slots__ = ()
@@ -22,7 +22,7 @@ class Long(str):
         return f"{self[:2]!r}...[{len(self)}]"
 
 
-def mixed(*weighted: tuple[int, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
+def weighted_choice(*weighted: tuple[int, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
     """Choose among strategies with the given weights; ``one_of`` ignores repeated strategies."""
     choices = [strategy for count, strategy in weighted for _ in range(count)]
     return st.sampled_from(range(len(choices))).flatmap(choices.__getitem__)
@@ -32,11 +32,11 @@ def mixed(*weighted: tuple[int, st.SearchStrategy[Any]]) -> st.SearchStrategy[An
 RANDOM = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12
 ).filter(lambda text: not text.startswith("/"))
-KEYS = st.sampled_from(["a", "b", "c", "base", "look", "é/😀 key", Long("k" * 4096), "../a"])
-CANNOT_BE = st.sampled_from(
-    ["", Long("k" * 4097), Long("é" * 2049), Long("😀" * 1025), Long("k" * 100_000)]
+KEYS = st.sampled_from(["a", "b", "c", "base", "look", "é/😀 key", LongText("k" * 4096), "../a"])
+INVALID_KEYS = st.sampled_from(
+    ["", LongText("k" * 4097), LongText("é" * 2049), LongText("😀" * 1025), LongText("k" * 100_000)]
 )
-AWKWARD = st.sampled_from(
+ODD_TEXTS = st.sampled_from(
     [
         "../../etc/passwd",
         "%00\\0",
@@ -46,13 +46,13 @@ AWKWARD = st.sampled_from(
         "two\nlines\r\n",
         "\u2028\u202e\ufeff\u0645\u0631\u062d\u0628\u0627",
         "\ufdd0\uffff\U0010ffff",
-        Long("é" * 2048),
+        LongText("é" * 2048),
     ]
 )
-TEXTS = mixed((20, KEYS), (1, CANNOT_BE), (1, AWKWARD), (1, RANDOM))
+TEXTS = weighted_choice((20, KEYS), (1, INVALID_KEYS), (1, ODD_TEXTS), (1, RANDOM))
 
 DIRECTORIES = ["@/places/0", "@/places/1", "@/places/2", "@/places/é 😀"]
-TARGETS = mixed(
+TARGETS = weighted_choice(
     (6, st.sampled_from(["", *DIRECTORIES])),
     (
         1,
@@ -69,9 +69,9 @@ TARGETS = mixed(
                 "@/places//1",
                 "@/places/../places/2",
                 "@/places/./2",
-                Long("@/places/" + "x" * 255),
-                Long("@/places/" + "x" * 256),
-                Long("@/places" + "/x" * 3000),
+                LongText("@/places/" + "x" * 255),
+                LongText("@/places/" + "x" * 256),
+                LongText("@/places" + "/x" * 3000),
                 "/",
                 "//",
                 "/proc/self",
@@ -89,22 +89,22 @@ TARGETS = mixed(
 )
 
 LABEL_KEYS = st.sampled_from(
-    ["k", "k.l/m", STANDBY_LABEL, DIGEST_LABEL, "", Long("k" * 4097), "é\n"]
+    ["k", "k.l/m", STANDBY_LABEL, DIGEST_LABEL, "", LongText("k" * 4097), "é\n"]
 )
 LABEL_VALUES = st.sampled_from(
-    ["", "1", "2", "65", "x", Long("v" * 4092), "\x1b", "sha256:", "sha256:" + "0" * 64]
+    ["", "1", "2", "65", "x", LongText("v" * 4092), "\x1b", "sha256:", "sha256:" + "0" * 64]
 )
-LABELS = mixed(
+LABELS = weighted_choice(
     (8, st.dictionaries(st.sampled_from(["k", "l", "k.l/m"]), LABEL_VALUES, max_size=2)),
     (2, st.sampled_from([{STANDBY_LABEL: "1"}, {DIGEST_LABEL: "any"}])),
     (1, st.dictionaries(LABEL_KEYS | RANDOM, LABEL_VALUES | RANDOM, max_size=3)),
-    (1, st.just({f"{number:04}": Long("v" * 4092) for number in range(257)})),
+    (1, st.just({f"{number:04}": LongText("v" * 4092) for number in range(257)})),
 )
-FIELD_PATHS = mixed(
+FIELD_PATHS = weighted_choice(
     (6, st.sampled_from(["labels", "labels.k", "labels.k.l/m"])),
     (1, st.sampled_from(["labels.", "kind", "", "name", "labels.snapd-native.", "labels" * 1000])),
 )
-FILTERS = mixed(
+FILTERS = weighted_choice(
     (
         6,
         st.sampled_from(
@@ -132,7 +132,7 @@ FILTERS = mixed(
                 'name~="a**"',
                 'name~="(?<x>"',
                 'name~="\\xff"',
-                Long('name~="' + "a" * 2000 + '"'),
+                LongText('name~="' + "a" * 2000 + '"'),
                 'labels."k',
                 "name==a,",
                 ",",
@@ -156,7 +156,7 @@ OPTIONS: dict[str, st.SearchStrategy[Variant]] = {
         lambda text: Variant("s", text)
     ),
 }
-TAKES: dict[str, list[str]] = {
+OPTIONS_OF: dict[str, list[str]] = {
     "Prepare": ["labels"],
     "PrepareJob": ["labels"],
     "View": ["labels"],
@@ -192,7 +192,7 @@ NUMBERS = [
     _number("t", 0, (1 << 64) - 1),
     _number("h", 0, 2),
 ]
-KEYED = [
+BASIC_TYPES = [
     *NUMBERS,
     Type("b", st.booleans()),
     Type("s", TEXTS),
@@ -231,25 +231,25 @@ def _containers(inner: st.SearchStrategy[Type]) -> st.SearchStrategy[Type]:
     return st.one_of(
         inner.map(_array),
         st.lists(inner, min_size=1, max_size=3).map(_struct),
-        st.tuples(st.sampled_from(KEYED), inner).map(_dictionary),
+        st.tuples(st.sampled_from(BASIC_TYPES), inner).map(_dictionary),
     )
 
 
 VARIANTS: st.SearchStrategy[Variant] = st.deferred(lambda: TYPES.flatmap(_variant))
 TYPES: st.SearchStrategy[Type] = st.recursive(
-    st.sampled_from([*KEYED, DOUBLE, Type("v", VARIANTS)]), _containers, max_leaves=3
+    st.sampled_from([*BASIC_TYPES, DOUBLE, Type("v", VARIANTS)]), _containers, max_leaves=3
 )
 
 
-def _deep(levels: int) -> Variant:
+def _nested_variant(levels: int) -> Variant:
     value = Variant("s", "deep")
     for _ in range(levels):
         value = Variant("v", value)
     return value
 
 
-def _boxed(levels: int) -> Any:  # noqa: ANN401 - a list of lists of lists
-    return [_boxed(levels - 1)] if levels else "deep"
+def _nested_list(levels: int) -> Any:  # noqa: ANN401 - a list of lists of lists
+    return [_nested_list(levels - 1)] if levels else "deep"
 
 
 Arguments = tuple[str, Body]
@@ -263,29 +263,29 @@ def _arguments(types: list[Type]) -> st.SearchStrategy[Arguments]:
 
 
 EXTREME: list[Arguments] = [
-    ("v", [_deep(50)]),
+    ("v", [_nested_variant(50)]),
     ("a" * 32 + "s", [[]]),
-    ("(" * 32 + "s" + ")" * 32, [_boxed(32)]),
+    ("(" * 32 + "s" + ")" * 32, [_nested_list(32)]),
     ("a{sv}" * 20, [{}] * 20),
     ("s" * 255, ["a"] * 255),
-    ("s", [Long("k" * (5 << 20))]),
+    ("s", [LongText("k" * (5 << 20))]),
 ]
-ARGUMENTS: st.SearchStrategy[Arguments] = mixed(
+ARGUMENTS: st.SearchStrategy[Arguments] = weighted_choice(
     (8, st.lists(TYPES, max_size=4).flatmap(_arguments)), (1, st.sampled_from(EXTREME))
 )
 """Any arguments."""
 
 
-def wrong_options(member: str) -> st.SearchStrategy[dict[str, Variant]]:
+def invalid_options(member: str) -> st.SearchStrategy[dict[str, Variant]]:
     """Return a strategy for options of which at least one has an unknown name or a wrong type."""
-    unknown = st.sampled_from(["", "Labels", "force", "\x01", "😀", Long("o" * 5000)])
+    unknown = st.sampled_from(["", "Labels", "force", "\x01", "😀", LongText("o" * 5000)])
     wrong = st.dictionaries(unknown, VARIANTS, min_size=1, max_size=2)
-    if takes := TAKES.get(member):
+    if takes := OPTIONS_OF.get(member):
         mistyped = VARIANTS.filter(lambda of: of.signature not in ("a{ss}", "s", "u", "b"))
         wrong |= st.dictionaries(st.sampled_from(takes), mistyped, min_size=1, max_size=2)
-    return st.builds(lambda some, others: some | others, right_options(member), wrong)
+    return st.builds(lambda some, others: some | others, valid_options(member), wrong)
 
 
-def right_options(member: str) -> st.SearchStrategy[dict[str, Variant]]:
-    optional = {name: OPTIONS[name] for name in TAKES.get(member, [])}
+def valid_options(member: str) -> st.SearchStrategy[dict[str, Variant]]:
+    optional = {name: OPTIONS[name] for name in OPTIONS_OF.get(member, [])}
     return st.fixed_dictionaries({}, optional=optional)

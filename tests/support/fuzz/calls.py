@@ -20,26 +20,26 @@ from snapd_native.wire.names import (
 )
 from tests.support.fuzz.arguments import (
     ARGUMENTS,
-    CANNOT_BE,
     FIELD_PATHS,
     FILTERS,
+    INVALID_KEYS,
     LABELS,
     RANDOM,
     TARGETS,
     TEXTS,
     VARIANTS,
     Arguments,
-    Long,
-    mixed,
-    right_options,
-    wrong_options,
+    LongText,
+    invalid_options,
+    valid_options,
+    weighted_choice,
 )
 from tests.support.fuzz.packets import Packet
 
-SHAPE = shapes(contract())[MANAGER]
+MANAGER_SHAPE = shapes(contract())[MANAGER]
 
 RETURNS = {
-    **{member: out for member, (_, out) in SHAPE.methods.items()},
+    **{member: out for member, (_, out) in MANAGER_SHAPE.methods.items()},
     "Ping": "",
     "GetMachineId": "s",
     "Introspect": "s",
@@ -58,12 +58,12 @@ The path is known only when the message is sent.
 
 def _argument(member: str, name: str) -> st.SearchStrategy[Any]:
     return {
-        "options": mixed((9, right_options(member)), (1, wrong_options(member))),
+        "options": weighted_choice((9, valid_options(member)), (1, invalid_options(member))),
         "target": TARGETS,
         "labels": LABELS,
         "fieldpaths": st.lists(FIELD_PATHS | RANDOM, max_size=3),
         "filters": st.lists(FILTERS, max_size=3),
-        "parent": mixed((3, st.sampled_from(["", "base"])), (1, TEXTS)),
+        "parent": weighted_choice((3, st.sampled_from(["", "base"])), (1, TEXTS)),
         "key": TEXTS,
         "name": TEXTS,
     }[name]
@@ -76,18 +76,18 @@ def _call(member: str, **instead: st.SearchStrategy[Any]) -> st.SearchStrategy[P
     """
     values = [
         instead[name] if name in instead else _argument(member, name)
-        for name in SHAPE.arguments[member]
+        for name in MANAGER_SHAPE.arguments[member]
     ]
     return st.builds(
         lambda body, interface: Packet(
-            member, interface, signature=SHAPE.methods[member][0], body=list(body)
+            member, interface, signature=MANAGER_SHAPE.methods[member][0], body=list(body)
         ),
         st.tuples(*values),
         st.sampled_from([MANAGER, MANAGER, MANAGER, ""]),
     )
 
 
-JOBS = mixed(
+JOBS = weighted_choice(
     (3, st.integers(0, 9).map(lambda number: f"{LAST_JOB}{number}")),
     (
         1,
@@ -96,7 +96,7 @@ JOBS = mixed(
         ),
     ),
 )
-NOWHERE = st.sampled_from(
+UNKNOWN_PATHS = st.sampled_from(
     [
         "/",
         "/org",
@@ -105,26 +105,26 @@ NOWHERE = st.sampled_from(
         f"{OBJECT_PATH}/other",
         f"{OBJECT_PATH}1",
         "/org/freedesktop/DBus",
-        Long("/" + "long/" * 1000 + "path"),
-        Long("/" + "x" * 60_000),
+        LongText("/" + "long/" * 1000 + "path"),
+        LongText("/" + "x" * 60_000),
     ]
 )
-NO_MEMBERS = st.sampled_from(
-    ["None", "prepare", "_", Long("x" * 255), "Hello", "PropertiesChanged"]
+UNKNOWN_MEMBERS = st.sampled_from(
+    ["None", "prepare", "_", LongText("x" * 255), "Hello", "PropertiesChanged"]
 )
-NO_INTERFACES = st.sampled_from(
+UNKNOWN_INTERFACES = st.sampled_from(
     [
         "org.snapdnative1",
         "org.snapdnative1.manager",
         "org.freedesktop.DBus",
         "org.freedesktop.DBus.ObjectManager",
-        Long("a." + "b" * 253),
+        LongText("a." + "b" * 253),
     ]
 )
-MEMBERS = st.sampled_from([*SHAPE.methods])
-MAKING = ("Prepare", "PrepareJob", "View", "Commit", "CommitJob")
+MEMBERS = st.sampled_from([*MANAGER_SHAPE.methods])
+CREATING_METHODS = ("Prepare", "PrepareJob", "View", "Commit", "CommitJob")
 """The methods that make snapshots. The other methods need snapshots to work on."""
-STANDARD = [
+STANDARD_METHODS = [
     *((PEER, member) for member in ("Ping", "GetMachineId")),
     (INTROSPECTABLE, "Introspect"),
     *((PROPERTIES, member) for member in ("Get", "Set", "GetAll")),
@@ -132,10 +132,12 @@ STANDARD = [
 ]
 
 INTERFACES = st.sampled_from(
-    [MANAGER, MANAGER, JOB, PROPERTIES, "", "no.such", "é", Long("k" * 4097)]
+    [MANAGER, MANAGER, JOB, PROPERTIES, "", "no.such", "é", LongText("k" * 4097)]
 )
-PROPERTY_NAMES = st.sampled_from([*SHAPE.properties, "Id", "Key", "BytesDone", "", "None", "\n"])
-OBJECTS = mixed((3, st.just(OBJECT_PATH)), (1, JOBS), (1, NOWHERE))
+PROPERTY_NAMES = st.sampled_from(
+    [*MANAGER_SHAPE.properties, "Id", "Key", "BytesDone", "", "None", "\n"]
+)
+OBJECTS = weighted_choice((3, st.just(OBJECT_PATH)), (1, JOBS), (1, UNKNOWN_PATHS))
 
 PROPERTY_CALLS = st.one_of(
     st.builds(
@@ -148,16 +150,20 @@ PROPERTY_CALLS = st.one_of(
         *(OBJECTS, INTERFACES, PROPERTY_NAMES, VARIANTS),
     ),
 )
-WELL_TYPED = mixed(*((4 if member in MAKING else 1, _call(member)) for member in SHAPE.methods))
-PLAIN = st.builds(
-    lambda what, path: Packet(what[1], what[0], path), st.sampled_from(STANDARD[:3]), OBJECTS
+WELL_TYPED_CALLS = weighted_choice(
+    *((4 if member in CREATING_METHODS else 1, _call(member)) for member in MANAGER_SHAPE.methods)
+)
+PLAIN_CALLS = st.builds(
+    lambda what, path: Packet(what[1], what[0], path),
+    st.sampled_from(STANDARD_METHODS[:3]),
+    OBJECTS,
 )
 JOB_CALLS = st.builds(lambda path: Packet("Cancel", JOB, path), JOBS)
 
 
-def _takes(interface: str, member: str) -> str:
+def _signature_of(interface: str, member: str) -> str:
     own = {"Get": "ss", "GetAll": "s", "Set": "ssv"}
-    return SHAPE.methods[member][0] if interface == MANAGER else own.get(member, "")
+    return MANAGER_SHAPE.methods[member][0] if interface == MANAGER else own.get(member, "")
 
 
 def _mistyped(what: tuple[str, str], path: str, given: Arguments) -> Packet:
@@ -165,49 +171,55 @@ def _mistyped(what: tuple[str, str], path: str, given: Arguments) -> Packet:
     return Packet(member, interface, path, signature, body)
 
 
-ILL_TYPED = st.one_of(
+ILL_TYPED_CALLS = st.one_of(
     st.builds(_mistyped, st.tuples(st.just(MANAGER), MEMBERS), st.just(OBJECT_PATH), ARGUMENTS),
-    st.builds(_mistyped, st.sampled_from(STANDARD), st.just(OBJECT_PATH) | JOBS, ARGUMENTS),
-).filter(lambda packet: packet.signature != _takes(packet.interface, packet.member))
+    st.builds(_mistyped, st.sampled_from(STANDARD_METHODS), st.just(OBJECT_PATH) | JOBS, ARGUMENTS),
+).filter(lambda packet: packet.signature != _signature_of(packet.interface, packet.member))
 
-UNKNOWN = st.one_of(
+CALLS_OF_UNKNOWN = st.one_of(
     st.builds(
         _mistyped,
-        st.tuples(st.sampled_from([MANAGER, PROPERTIES, PEER, ""]), NO_MEMBERS),
+        st.tuples(st.sampled_from([MANAGER, PROPERTIES, PEER, ""]), UNKNOWN_MEMBERS),
         *(st.just(OBJECT_PATH), ARGUMENTS),
     ),
     st.builds(
         _mistyped,
-        st.tuples(NO_INTERFACES, MEMBERS | NO_MEMBERS),
+        st.tuples(UNKNOWN_INTERFACES, MEMBERS | UNKNOWN_MEMBERS),
         *(st.just(OBJECT_PATH), ARGUMENTS),
     ),
-    st.builds(lambda packet, path: replace(packet, path=path), WELL_TYPED, NOWHERE | JOBS),
+    st.builds(
+        lambda packet, path: replace(packet, path=path), WELL_TYPED_CALLS, UNKNOWN_PATHS | JOBS
+    ),
 )
 
-_BAD = {
-    "options": wrong_options,
-    "key": lambda _: CANNOT_BE,
-    "name": lambda _: CANNOT_BE,
+_INVALID_VALUES = {
+    "options": invalid_options,
+    "key": lambda _: INVALID_KEYS,
+    "name": lambda _: INVALID_KEYS,
     "target": lambda _: st.sampled_from(["relative", "..", "@/places/link", "@/state", "/"]),
     "filters": lambda _: st.just(["=bad"]),
     "fieldpaths": lambda _: st.lists(st.sampled_from(["kind", "", "labels."]), min_size=1),
 }
 
 
-def _bad(member: str) -> st.SearchStrategy[Packet]:
+def _invalid_call(member: str) -> st.SearchStrategy[Packet]:
     """Return a strategy for calls with arguments of the right types, one of which is invalid."""
-    names = [name for name in SHAPE.arguments[member] if name in _BAD and member != "ListMounts"]
-    return st.one_of(*(_call(member, **{name: _BAD[name](member)}) for name in names))
+    names = [
+        name
+        for name in MANAGER_SHAPE.arguments[member]
+        if name in _INVALID_VALUES and member != "ListMounts"
+    ]
+    return st.one_of(*(_call(member, **{name: _INVALID_VALUES[name](member)}) for name in names))
 
 
-BAD = st.one_of(*(_bad(member) for member in SHAPE.methods))
-ILL_FORMED = mixed((3, ILL_TYPED), (1, UNKNOWN), (2, BAD))
+INVALID_CALLS = st.one_of(*(_invalid_call(member) for member in MANAGER_SHAPE.methods))
+REFUSED_CALLS = weighted_choice((3, ILL_TYPED_CALLS), (1, CALLS_OF_UNKNOWN), (2, INVALID_CALLS))
 WITH_REPLY = [0] * 20 + [2, 4, 6, 0x80, 0xF8, 0xFE]
 """Flags of calls that want a reply. Some of their bits have no meaning."""
 
 WITHOUT_REPLY = [1, 3, 0xFF]
 
-EXTRA = st.sampled_from(
+EXTRA_FIELDS = st.sampled_from(
     [()] * 20
     + [
         ((4, Variant("s", "org.example.Error")),),
@@ -219,22 +231,29 @@ EXTRA = st.sampled_from(
 )
 
 
-def _dressed(calls: st.SearchStrategy[Packet], flags: list[int]) -> st.SearchStrategy[Packet]:
+def _with_flags_and_fields(
+    calls: st.SearchStrategy[Packet], flags: list[int]
+) -> st.SearchStrategy[Packet]:
     return st.builds(
         lambda packet, flags, extra: replace(packet, flags=flags, extra=extra),
-        *(calls, st.sampled_from(flags), EXTRA),
+        *(calls, st.sampled_from(flags), EXTRA_FIELDS),
     )
 
 
-_ANY = mixed(
-    (30, WELL_TYPED), (2, PROPERTY_CALLS), (3, JOB_CALLS), (1, PLAIN), (2, ILL_TYPED), (1, UNKNOWN)
+_ANY_CALL = weighted_choice(
+    (30, WELL_TYPED_CALLS),
+    (2, PROPERTY_CALLS),
+    (3, JOB_CALLS),
+    (1, PLAIN_CALLS),
+    (2, ILL_TYPED_CALLS),
+    (1, CALLS_OF_UNKNOWN),
 )
 
-REFUSED = _dressed(ILL_FORMED, WITH_REPLY)
+REFUSED = _with_flags_and_fields(REFUSED_CALLS, WITH_REPLY)
 """Calls that the service refuses in any state."""
 
-ANSWERED = _dressed(_ANY, WITH_REPLY)
+ANSWERED = _with_flags_and_fields(_ANY_CALL, WITH_REPLY)
 """Any call that wants a reply."""
 
-CALLS = _dressed(_ANY, WITH_REPLY + WITHOUT_REPLY)
+CALLS = _with_flags_and_fields(_ANY_CALL, WITH_REPLY + WITHOUT_REPLY)
 """Any call."""

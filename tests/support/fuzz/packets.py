@@ -20,7 +20,7 @@ from dbus_next.signature import Variant
 
 from snapd_native.wire.names import BUS_NAME, DRIVER, DRIVER_PATH, MANAGER, OBJECT_PATH
 from snapd_native.wire.values import Body
-from tests.support.service import PATIENCE
+from tests.support.service import HANG_TIMEOUT
 
 _PATH, _INTERFACE, _MEMBER, _DESTINATION, _SIGNATURE = 1, 2, 3, 6, 8
 _REPLIES = (MessageType.METHOD_RETURN, MessageType.ERROR)
@@ -44,12 +44,14 @@ class Packet:
     def wants_reply(self) -> bool:
         return not self.flags & MessageFlag.NO_REPLY_EXPECTED
 
-    def marshalled(self, serial: int, place: Callable[[str], str]) -> bytes:
-        """Return the message as bytes; ``place`` replaces the placeholders in paths and texts."""
-        texts = [place(value) if isinstance(value, str) else value for value in self.body]
+    def marshalled(self, serial: int, fill_placeholder: Callable[[str], str]) -> bytes:
+        """Return the message as bytes, after ``fill_placeholder`` for its path and its texts."""
+        texts = [
+            fill_placeholder(value) if isinstance(value, str) else value for value in self.body
+        ]
         body = Marshaller(self.signature, texts).marshall()
         fields = [
-            [_PATH, Variant("o", place(self.path))],
+            [_PATH, Variant("o", fill_placeholder(self.path))],
             [_MEMBER, Variant("s", self.member)],
             [_DESTINATION, Variant("s", self.destination)],
             *([code, value] for code, value in self.extra),
@@ -66,16 +68,16 @@ class Packet:
         return bytes(header.buffer + body)
 
 
-class Peer:
+class FuzzClient:
     """A blocking client of the bus. It keeps signals that arrive while it waits for a reply."""
 
-    def __init__(self, address: str, place: Callable[[str], str] = str) -> None:
-        self._place = place
+    def __init__(self, address: str, fill_placeholder: Callable[[str], str] = str) -> None:
+        self._fill_placeholder = fill_placeholder
         self._serial = 0
         self.signals: list[Message] = []
         """Signals that have arrived and that `signal` has not returned yet."""
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(PATIENCE)
+        self._socket.settimeout(HANG_TIMEOUT)
         self._socket.connect(address.removeprefix("unix:path="))
         self._greet()
         (self.name,) = self.call(Packet("Hello", DRIVER, DRIVER_PATH, destination=DRIVER)).body
@@ -101,7 +103,7 @@ class Peer:
     def send(self, packet: Packet) -> int:
         """Send a message, and return its serial."""
         self._serial += 1
-        self._socket.sendall(packet.marshalled(self._serial, self._place))
+        self._socket.sendall(packet.marshalled(self._serial, self._fill_placeholder))
         return self._serial
 
     def receive(self) -> Message:
@@ -121,7 +123,7 @@ class Peer:
         assert isinstance(message, Message)
         return message
 
-    def answer(self) -> Message:
+    def next_reply(self) -> Message:
         """Wait for the next reply to a message of this connection, and keep signals."""
         while True:
             message = self.receive()
@@ -133,8 +135,8 @@ class Peer:
     def call(self, packet: Packet) -> Message:
         """Send a message, and return its reply."""
         serial = self.send(packet)
-        answer = self.answer()
-        assert answer.reply_serial == serial, "something else was answered"
+        answer = self.next_reply()
+        assert answer.reply_serial == serial, "the reply is to another call"
         return answer
 
     def signal(self, member: str) -> Message:
@@ -145,7 +147,7 @@ class Peer:
                     self.signals.remove(message)
                     return message
             message = self.receive()
-            assert message.message_type is MessageType.SIGNAL, "an answer that nobody wants"
+            assert message.message_type is MessageType.SIGNAL, "a reply to no call"
             self.signals.append(message)
 
     def _greet(self) -> None:

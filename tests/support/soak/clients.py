@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypedDict
 
 from snapd_native.client import Client
-from tests.support.soak.errands import ERRANDS, leave
+from tests.support.soak.operations import OPERATIONS, leave
 from tests.support.soak.tenants import Report, Tenant
 
 PAUSE = 0.25
@@ -36,11 +36,11 @@ class Order(TypedDict):
     """Snapshots that always exist, with their numbers of inodes."""
     tenants: list[int]
     """The numbers of the tenants."""
-    onlookers: int
+    stat_clients: int
     """The number of clients that call only Stat."""
 
 
-class Crowd:
+class ClientGroup:
     """All clients of one process."""
 
     def __init__(self, order: Order) -> None:
@@ -51,40 +51,43 @@ class Crowd:
             Tenant(number, order["bases"], order["seed"], self._report)
             for number in order["tenants"]
         ]
-        self._onlookers = [Client() for _ in range(order["onlookers"])]
+        self._stat_clients = [Client() for _ in range(order["stat_clients"])]
 
     async def run(self) -> None:
         """Execute the commands from stdin."""
         for tenant in self._tenants:
             await tenant.open()
-        for onlooker in self._onlookers:
-            await onlooker.__aenter__()
+        for client in self._stat_clients:
+            await client.__aenter__()
         while (command := await _line()) == "work":
             self._resting.clear()
-            work = [*map(self._live, self._tenants), *map(self._look_on, self._onlookers)]
-            telling = asyncio.ensure_future(self._tell())
+            work = [
+                *map(self._run_tenant, self._tenants),
+                *map(self._call_stat, self._stat_clients),
+            ]
+            reporting = asyncio.ensure_future(self._report_each_second())
             working = asyncio.ensure_future(_all(work))
             assert await _line() == "rest"
             self._resting.set()
             await working
-            telling.cancel()
+            reporting.cancel()
             self._flush()
             say(at="rest")
         assert command == "leave"
-        await _all([self._guarded(tenant, leave) for tenant in self._tenants])
+        await _all([self._run_or_exit(tenant, leave) for tenant in self._tenants])
         self._flush()
         say(at="end")
 
-    async def _live(self, tenant: Tenant) -> None:
-        await self._guarded(tenant, self._run_errands)
+    async def _run_tenant(self, tenant: Tenant) -> None:
+        await self._run_or_exit(tenant, self._run_operations)
 
-    async def _run_errands(self, tenant: Tenant) -> None:
+    async def _run_operations(self, tenant: Tenant) -> None:
         while not self._resting.is_set():
-            (errand,) = tenant.chance.choices([*ERRANDS], [*ERRANDS.values()])
-            await errand(tenant)
-            await asyncio.sleep(tenant.chance.uniform(0, 2 * PAUSE))
+            (operation,) = tenant.random.choices([*OPERATIONS], [*OPERATIONS.values()])
+            await operation(tenant)
+            await asyncio.sleep(tenant.random.uniform(0, 2 * PAUSE))
 
-    async def _guarded(self, tenant: Tenant, work: Callable[[Tenant], Awaitable[None]]) -> None:
+    async def _run_or_exit(self, tenant: Tenant, work: Callable[[Tenant], Awaitable[None]]) -> None:
         """Run ``work`` for a tenant; if that fails, print the error and end the process."""
         try:
             await work(tenant)
@@ -93,7 +96,7 @@ class Crowd:
             say(failed=f"tenant {tenant.number}, after {[*tenant.recent]}:\n{where}")
             sys.exit(1)
 
-    async def _look_on(self, client: Client) -> None:
+    async def _call_stat(self, client: Client) -> None:
         loop = asyncio.get_running_loop()
         while not self._resting.is_set():
             name = random.choice([*self._order["bases"]])
@@ -103,7 +106,7 @@ class Crowd:
             assert info.name == name
             await asyncio.sleep(STAT_PAUSE)
 
-    async def _tell(self) -> None:
+    async def _report_each_second(self) -> None:
         while True:
             await asyncio.sleep(1)
             self._flush()
@@ -132,4 +135,4 @@ async def _line() -> str:
 
 
 if __name__ == "__main__":
-    asyncio.run(Crowd(json.loads(sys.stdin.readline())).run())
+    asyncio.run(ClientGroup(json.loads(sys.stdin.readline())).run())

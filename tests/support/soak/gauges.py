@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapd_native.bus.lanes import Lane
-from tests.support.descriptors import descriptors, links, workers
+from tests.support.descriptors import descriptor_targets, descriptors, worker_pids
 from tests.support.service import Service
 
 KIB = 1 << 10
 MIB = 1 << 20
 
-SLACK = 2 * MIB
+MEMORY_SLACK = 2 * MIB
 """Bytes by which the daemon's memory may grow between two rests without a leak.
 
 SQLite keeps pages of the database for each connection. glibc returns memory that is freed in the
@@ -25,7 +25,7 @@ the unit. Otherwise glibc keeps 231 KiB for each thread (``tcache`` in malloc/ma
 takes hours to reach that size.
 """
 
-THREAD = 192 * KIB
+THREAD_MEMORY = 192 * KIB
 """Bytes that each new thread may take, with its connection to the database."""
 
 WORKER_SLACK = 4 * MIB
@@ -35,14 +35,14 @@ The largest worker may be a different process at the second rest. If only one wo
 Pss includes all memory that workers share.
 """
 
-WAL = 8 * MIB
+MAX_WAL = 8 * MIB
 """Bytes that the write-ahead log may have at any time, although there are always readers.
 
 SQLite checkpoints the log at 4 MiB, and restarts it when no reader needs its end. A log that is
 never restarted grows by about 10 KiB a change. It exceeds this bound after a thousand changes.
 """
 
-DATABASE = 8 * MIB
+MAX_DATABASE = 8 * MIB
 """Bytes that the database may have; hundreds of snapshots need less than one mebibyte."""
 
 
@@ -69,12 +69,12 @@ class Gauge:
     @classmethod
     def read(cls, service: Service) -> Gauge:
         process = Path("/proc") / str(service.pid)
-        memories = [_memory(Path(f"/proc/{pid}")) for pid in workers(service)]
+        memories = [_memory(Path(f"/proc/{pid}")) for pid in worker_pids(service)]
         return cls(
             memory=_memory(process),
             resident=_field(process / "status", "VmRSS"),
             descriptors=descriptors(service).total(),
-            readers=sum("metadata.db" in link for link in links(service.pid)),
+            readers=sum("metadata.db" in link for link in descriptor_targets(service.pid)),
             threads=len(list((process / "task").iterdir())),
             workers=len(memories),
             worker_memory=max(memories, default=0),
@@ -104,7 +104,10 @@ def growth(rests: Sequence[Gauge], rounds: int) -> list[str]:
     assert before.worker_memory
     threads = max(last.threads - before.threads, 0)
     bounds = {
-        "the daemon's memory": (last.memory, before.memory + SLACK + THREAD * threads),
+        "the daemon's memory": (
+            last.memory,
+            before.memory + MEMORY_SLACK + THREAD_MEMORY * threads,
+        ),
         "the largest worker's memory": (last.worker_memory, before.worker_memory + WORKER_SLACK),
         "descriptors": (last.descriptors, first.descriptors),
         "descriptors of the database": (last.readers, 3 * last.threads),
@@ -112,7 +115,7 @@ def growth(rests: Sequence[Gauge], rounds: int) -> list[str]:
         "workers": (last.workers, most_workers()),
     }
     return [
-        f"{what}: {found} at the last rest, at most {bound} by what there was before ({before})"
+        f"{what}: {found} at the last rest, and at most {bound} is allowed after {before}"
         for what, (found, bound) in bounds.items()
         if found > bound
     ]
@@ -121,8 +124,8 @@ def growth(rests: Sequence[Gauge], rounds: int) -> list[str]:
 def too_large(gauges: Sequence[Gauge]) -> list[str]:
     """Return a message for each file of the database that was too large at any time."""
     most = {
-        "metadata.db": (max(gauge.database for gauge in gauges), DATABASE),
-        "metadata.db-wal": (max(gauge.wal for gauge in gauges), WAL),
+        "metadata.db": (max(gauge.database for gauge in gauges), MAX_DATABASE),
+        "metadata.db-wal": (max(gauge.wal for gauge in gauges), MAX_WAL),
     }
     return [f"{file} had {size} bytes" for file, (size, bound) in most.items() if size > bound]
 

@@ -31,7 +31,7 @@ Signal = tuple[object, ...]
 
 REPLY: Signal = ("reply",)
 
-WORDS = ("a b", "z", "~", "é", "Ω", "豈", "😀")
+KEY_WORDS = ("a b", "z", "~", "é", "Ω", "豈", "😀")
 """Beginnings of keys. Their order in UTF-8 differs from their order in any other encoding."""
 
 
@@ -45,7 +45,7 @@ def expect(found: object, expected: object, what: str) -> None:
 
 
 @dataclass
-class Known:
+class KnownSnapshot:
     """A snapshot of a tenant, as the tenant knows it."""
 
     kind: Kind
@@ -56,7 +56,7 @@ class Known:
     """Whether the tenant has changed its tree, so that it differs from its parent's."""
 
 
-class Ear:
+class SignalLog:
     """The replies, and the signals about a tenant's snapshots and about jobs, as they arrive."""
 
     def __init__(self, prefix: str) -> None:
@@ -69,9 +69,9 @@ class Ear:
         rule = f"type='signal',sender='{BUS_NAME}',interface='{MANAGER}'"
         for more in (f"arg0path='{self._prefix}'", f"arg2path='{self._prefix}'", "member='JobNew'"):
             await bus.ask_driver("AddMatch", "s", [f"{rule},{more}"])
-        bus.add_message_handler(self._hear)
+        bus.add_message_handler(self._record)
 
-    def _hear(self, message: Message) -> None:
+    def _record(self, message: Message) -> None:
         if message.message_type is MessageType.SIGNAL:
             if message.interface == MANAGER:
                 self.arrived.append((message.member, *message.body))
@@ -81,21 +81,21 @@ class Ear:
 
     def begin(self) -> None:
         """Begin a call. No signal of a change may have arrived after the last reply."""
-        expect(self.changes(), [], "heard after the answer")
+        expect(self.changes(), [], "signals after the last reply")
         self.arrived.clear()
 
     def changes(self, until: Signal | None = None) -> list[Signal]:
         """Return the signals of changes since `begin`: all, or those before ``until``."""
         end = len(self.arrived) if until is None else self.arrived.index(until)
-        return [heard for heard in self.arrived[:end] if str(heard[0]).startswith("Snapshot")]
+        return [signal for signal in self.arrived[:end] if str(signal[0]).startswith("Snapshot")]
 
     async def end_of(self, job: str) -> Signal:
         """Wait for the signal that a job has ended, and return the signal."""
         while True:
             self._more.clear()
-            for heard in self.arrived:
-                if heard[0] == "JobRemoved" and heard[2] == job:
-                    return heard
+            for signal in self.arrived:
+                if signal[0] == "JobRemoved" and signal[2] == job:
+                    return signal
             await self._more.wait()
 
 
@@ -118,11 +118,11 @@ class Tenant:
         self.number = number
         self.prefix = f"/{number}/"
         self.bases = bases
-        self.chance = random.Random(f"{seed} {number}")
-        self.there: dict[str, Known] = {}
+        self.random = random.Random(f"{seed} {number}")
+        self.snapshots: dict[str, KnownSnapshot] = {}
         self.mounted: dict[str, tuple[str, Lifetime]] = {}
         """Keys by targets."""
-        self.garbage = 0
+        self.undeleted_inodes = 0
         """The inodes of removed snapshots that may not be deleted yet."""
         self.recent: deque[str] = deque(maxlen=12)
         """The last calls, for the message of a failure."""
@@ -133,39 +133,41 @@ class Tenant:
         """Connect to the bus."""
         self.client = await Client().__aenter__()
         self.bus = self.client._connected()
-        self.ear = Ear(self.prefix)
-        await self.ear.open(self.bus)
+        self.signal_log = SignalLog(self.prefix)
+        await self.signal_log.open(self.bus)
 
     async def close(self) -> None:
         """Disconnect from the bus."""
         await self.client.__aexit__(None, None, None)
 
-    async def ask(self, what: str, coming: Awaitable[_T], *changes: Signal) -> _T:
+    async def expect_success(self, what: str, call: Awaitable[_T], *changes: Signal) -> _T:
         """Make a call that must succeed; before its reply, exactly ``changes`` must arrive."""
-        self.ear.begin()
-        answer = await self.time(what, coming)
-        expect(self.ear.changes(REPLY), [*changes], f"heard before the answer to {what}")
+        self.signal_log.begin()
+        result = await self.time(what, call)
+        expect(self.signal_log.changes(REPLY), [*changes], f"signals before the reply to {what}")
         self.acknowledge(*changes)
-        return answer
+        return result
 
-    async def refused(self, kind: type[SnapdError], what: str, coming: Awaitable[object]) -> None:
+    async def expect_error(
+        self, kind: type[SnapdError], what: str, call: Awaitable[object]
+    ) -> None:
         """Make a call that must fail with ``kind`` and cause no signal of a change."""
-        self.ear.begin()
+        self.signal_log.begin()
         self._report.refused += 1
         try:
-            answer = await self.time(f"{what}, refused", coming)
+            result = await self.time(f"{what}, refused", call)
         except kind:
-            changes = self.ear.changes()
+            changes = self.signal_log.changes()
         else:
-            raise AssertionError(f"{what} was to fail with {kind.__name__}, and returned {answer}")
-        expect(changes, [], f"heard of what was refused, {what}")
+            raise AssertionError(f"{what} was to fail with {kind.__name__}, and returned {result}")
+        expect(changes, [], f"signals of the refused call {what}")
 
-    async def time(self, what: str, coming: Awaitable[_T]) -> _T:
+    async def time(self, what: str, call: Awaitable[_T]) -> _T:
         """Make a call, and report its duration."""
         self.recent.append(what)
         begun = time.perf_counter()
         try:
-            return await coming
+            return await call
         finally:
             self._report.seconds[what].append(time.perf_counter() - begun)
 
@@ -173,19 +175,19 @@ class Tenant:
         """Report changes whose replies and signals have arrived, and forget the signals."""
         self._report.changes += [(self.number, change) for change in changes]
         for change in changes:
-            self.ear.arrived.remove(change)
+            self.signal_log.arrived.remove(change)
 
     def new_name(self) -> str:
         """Return a name that was never used before."""
-        return f"{self.prefix}{self.chance.choice(WORDS)} {next(self._numbers)}"
+        return f"{self.prefix}{self.random.choice(KEY_WORDS)} {next(self._numbers)}"
 
-    def choose(self, fits: Callable[[str, Known], bool]) -> str | None:
+    def choose(self, fits: Callable[[str, KnownSnapshot], bool]) -> str | None:
         """Return one of the tenant's snapshots that fit, or None if none fits."""
-        found = [name for name, known in self.there.items() if fits(name, known)]
-        return self.chance.choice(found) if found else None
+        found = [name for name, known in self.snapshots.items() if fits(name, known)]
+        return self.random.choice(found) if found else None
 
     def has_children(self, name: str) -> bool:
-        return any(known.parent == name for known in self.there.values())
+        return any(known.parent == name for known in self.snapshots.values())
 
     def is_mounted(self, name: str) -> bool:
         return any(key == name for key, _ in self.mounted.values())
@@ -194,22 +196,22 @@ class Tenant:
         """Return the number of inodes that a copy of ``parent`` has."""
         if not parent:
             return 1
-        return self.bases.get(parent) or self.there[parent].inodes
+        return self.bases.get(parent) or self.snapshots[parent].inodes
 
     def write(self, key: str, source: str) -> None:
         """Add a directory with some files to an active snapshot."""
         root = os.path.join(source, f"{len(os.listdir(source))} of {self.number}")
-        files = self.chance.randrange(1, 10)
+        files = self.random.randrange(1, 10)
         os.mkdir(root)
         for number in range(files):
             with open(os.path.join(root, f"{number}"), "wb") as file:
-                file.write(self.chance.randbytes(self.chance.randrange(6000)))
-        self.there[key].inodes += files + 1
-        self.there[key].changed = True
+                file.write(self.random.randbytes(self.random.randrange(6000)))
+        self.snapshots[key].inodes += files + 1
+        self.snapshots[key].changed = True
 
     def check_info(self, info: Info) -> None:
         """Compare the record of one of the tenant's snapshots with the expected one."""
-        known = self.there[info.name]
+        known = self.snapshots[info.name]
         found = (info.kind, info.parent, dict(info.labels))
         expect(found, (known.kind, known.parent, known.labels), f"the record of {info.name}")
         assert info.created <= info.updated
@@ -225,10 +227,10 @@ class Tenant:
             return name > after and (not last or name <= last)
 
         own = [name for name in names if name.startswith(self.prefix)]
-        expected = sorted(name for name in self.there if on_page(name))
+        expected = sorted(name for name in self.snapshots if on_page(name))
         expect(own, expected, f"the page after {after} up to {last}")
         for info in page:
-            if info.name in self.there:
+            if info.name in self.snapshots:
                 self.check_info(info)
             # A page shows one moment, and a parent exists as long as its children.
             if info.parent and on_page(info.parent):

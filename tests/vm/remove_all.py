@@ -8,7 +8,7 @@ from snapd_native.client import BlockingClient
 from snapd_native.errors import FailedPrecondition
 
 
-def clear(client: BlockingClient) -> None:
+def remove_all(client: BlockingClient) -> None:
     for mounted in client.list_mounts():
         client.unmount(mounted.target)
     left = [info.name for info in client.walk()]
@@ -28,4 +28,4 @@ def clear(client: BlockingClient) -> None:
 if __name__ == "__main__":
     for instance in sys.argv[1:]:
         with BlockingClient(instance) as client:
-            clear(client)
+            remove_all(client)

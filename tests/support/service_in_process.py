@@ -17,7 +17,7 @@ from snapd_native.wire.names import BUS_NAME
 
 
 @asynccontextmanager
-async def dispatching(state: Path) -> AsyncIterator[Dispatcher]:
+async def serve_in_process(state: Path) -> AsyncIterator[Dispatcher]:
     """Answer calls in the block, on the bus of `on_bus`. Clients can be in this process, too."""
     loop = asyncio.get_running_loop()
 

@@ -62,7 +62,7 @@ class SpareDisk:
         self._change(f"0 {SECTORS} linear $loop 0")
 
     def remount(self) -> None:
-        """Heal the disk, and mount the file system anew; the instance must have ended."""
+        """Heal the disk, and mount the file system again; the instance must have ended."""
         self.run(f"umount {self.root}")
         self.heal()
         self.run(f"""
@@ -101,7 +101,7 @@ class SpareDisk:
 
 
 @contextmanager
-def made(guest: Guest, *disks: SpareDisk) -> Iterator[None]:
+def make_disks(guest: Guest, *disks: SpareDisk) -> Iterator[None]:
     """Make disks with an instance on each for the block, and remove them afterwards."""
     with ExitStack() as undo:
         for disk in disks:

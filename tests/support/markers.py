@@ -22,12 +22,12 @@ import pytest
 
 from tests.support import PROJECT
 
-_GATE = PROJECT / "tests"
-_ROOM = PROJECT / "tests" / "support"
+_QUEUE_LOCK = PROJECT / "tests"
+_RUN_LOCK = PROJECT / "tests" / "support"
 """Directories whose locks (flock(2)) the processes of a run share; nothing is written to them."""
 
 
-def needs(program: str) -> pytest.MarkDecorator:
+def needs_program(program: str) -> pytest.MarkDecorator:
     """Return a mark that skips a test in ``tests/unit`` where a program is not installed.
 
     `make test` installs all programs, so it skips nothing.
@@ -48,19 +48,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(hookwrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Wait for the locks, then run a test. The wait does not count against its time limit."""
-    with _turn(alone=item.get_closest_marker("alone") is not None):
+    with _hold_locks(alone=item.get_closest_marker("alone") is not None):
         yield
 
 
 @contextmanager
-def _turn(*, alone: bool) -> Iterator[None]:
-    gate, room = (os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in (_GATE, _ROOM))
+def _hold_locks(*, alone: bool) -> Iterator[None]:
+    queue, run = (os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in (_QUEUE_LOCK, _RUN_LOCK))
     try:
-        # A test that waits to be alone keeps the lock of the gate, so that no other test begins.
-        fcntl.flock(gate, fcntl.LOCK_EX)
-        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        fcntl.flock(gate, fcntl.LOCK_UN)
+        # A test that waits to be alone holds this lock, so that no other test begins.
+        fcntl.flock(queue, fcntl.LOCK_EX)
+        fcntl.flock(run, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(queue, fcntl.LOCK_UN)
         yield
     finally:
-        os.close(gate)
-        os.close(room)
+        os.close(queue)
+        os.close(run)

@@ -54,7 +54,7 @@ class Disk:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._gone = threading.Event()
         self.port: int = self._listener.getsockname()[1]
-        self.chance = random.Random()
+        self.random = random.Random()
         self.losses: list[Loss] = []
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
@@ -120,14 +120,14 @@ class Disk:
         for write in reversed(writes):
             os.pwrite(self._file, write.before, write.offset)
         kept = torn = 0
-        fortune = self.chance.choice([0.0, 0.5, 1.0])
+        probability = self.random.choice([0.0, 0.5, 1.0])
         for write in writes:
-            if self.chance.random() < fortune:
+            if self.random.random() < probability:
                 kept += 1
                 os.pwrite(self._file, write.after, write.offset)
-            elif fortune and len(write.after) > SECTOR:
+            elif probability and len(write.after) > SECTOR:
                 torn += 1
-                size = self.chance.randrange(0, len(write.after), SECTOR)
+                size = self.random.randrange(0, len(write.after), SECTOR)
                 os.pwrite(self._file, write.after[:size], write.offset)
         return Loss(len(writes), kept, torn)
 

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 
 from tests.support import PROJECT
-from tests.support.oracle import Book
-from tests.vm.guest import PATIENCE, Guest
+from tests.support.oracle import Oracle
+from tests.vm.guest import STEP_TIMEOUT, Guest
 
 WORKERS = 3
 """The number of clients of each instance."""
@@ -18,16 +18,16 @@ WORKERS = 3
 class Load:
     """The clients in the guest, and a thread that reads their reports."""
 
-    def __init__(self, guest: Guest, book: Book, seed: int, patient: bool = False) -> None:
+    def __init__(self, guest: Guest, oracle: Oracle, seed: int, patient: bool = False) -> None:
         """Start the clients; ``patient`` ones continue when a disk has failed or is full."""
-        self._book = book
+        self._oracle = oracle
         self._lock = threading.Lock()
         guest.run("cat >/run/load.py", stdin=(PROJECT / "tests/support/storm_load.py").read_text())
         self._process = guest.start("python3 -u /run/load.py")
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         assert self._process.stdin is not None
-        self._process.stdin.write(book.order(seed, WORKERS, patient) + "\n")
+        self._process.stdin.write(oracle.load_input(seed, WORKERS, patient) + "\n")
         self._process.stdin.flush()
 
     def _read(self) -> None:
@@ -36,15 +36,15 @@ class Load:
             # The last line can be incomplete.
             if line.endswith("\n"):
                 with self._lock:
-                    self._book.read(line)
+                    self._oracle.read(line)
 
     def until_acknowledged(self, commits: int) -> None:
         """Wait until each instance has acknowledged ``commits`` commits in all."""
-        self.until(lambda: self._book.acknowledged() >= commits)
+        self.until(lambda: self._oracle.acknowledged() >= commits)
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait until the reports of the clients make ``condition`` true."""
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + STEP_TIMEOUT
         while True:
             with self._lock:
                 if condition():
@@ -53,10 +53,10 @@ class Load:
             assert time.monotonic() < end, "the load gets nothing done"
             time.sleep(0.02)
 
-    def doubt(self) -> None:
+    def accept_open_calls(self) -> None:
         """Accept that open calls have happened, whatever their answers are."""
         with self._lock:
-            self._book.doubt()
+            self._oracle.accept_open_calls()
 
     def check(self) -> None:
         """Fail if the load has ended before the call of `end`."""
@@ -69,17 +69,17 @@ class Load:
         self._process.kill()
         self._reader.join(30)
         self._process.wait()
-        self._book.end()
+        self._oracle.end()
 
 
-def troubles(guest: Guest, book: Book) -> list[str]:
+def differences(guest: Guest, oracle: Oracle) -> list[str]:
     """Return all differences from the acknowledged changes, and all findings of Check."""
     program = (PROJECT / "tests/support/inspection.py").read_text()
-    out = guest.run(f"python3 - {' '.join(book.ledgers)}", stdin=program)
+    out = guest.run(f"python3 - {' '.join(oracle.instances)}", stdin=program)
     found = json.loads(out)
     listed = []
-    for instance, ledger in book.ledgers.items():
-        listed += [f"{instance}: {trouble}" for trouble in ledger.compare(found[instance])]
+    for instance, expected in oracle.instances.items():
+        listed += [f"{instance}: {difference}" for difference in expected.compare(found[instance])]
         checked = guest.attempt(f"snapd-native --instance {instance} check")
         if checked.returncode != 0 or checked.stdout:
             listed.append(f"{instance}: check: {checked.stdout}{checked.stderr}")
