@@ -81,7 +81,7 @@ vm-down: development ## destroy the virtual machine of vm-up (root)
 vm-powercut: development ## cut the power of a virtual machine 20 times (root, an hour)
 	@$(bin)/python -m tools.vm powercut
 
-deb: ## build the Debian package into dist/ (root)
+deb: ## build the Debian packages into dist/ (root)
 	@tools/build-deb
 
 install: ## install the program below PREFIX (default /usr/local) without a package (root)
@@ -95,7 +95,7 @@ dist: development ## build a wheel and a source archive into dist/
 	@mkdir -p build
 	@$(bin)/python -m build --no-isolation --outdir dist >build/dist.log 2>&1 || { cat build/dist.log >&2; exit 1; }
 
-rpm: dist ## build an RPM package into dist/, on Debian (root)
+rpm: dist ## build the RPM packages into dist/, on Debian (root)
 	@tools/build-rpm
 
 bench: benchmark ## measure beside containerd and cp, for docs/benchmarks.md (root, 10 minutes)

@@ -1,1 +1,1 @@
-"""The Debian package and the documents."""
+"""The Debian packages and the documents."""

@@ -11,6 +11,7 @@ import pytest
 from tests.support import PROJECT
 from tests.support.commands import run_command
 from tests.support.debian import SUITES, Machine, dependencies, install_release, start_machine
+from tests.support.package import Packages
 
 pytestmark = pytest.mark.long
 
@@ -39,10 +40,10 @@ warnings.filterwarnings("error", category=DeprecationWarning, module=r"snapd_nat
 
 
 @pytest.fixture(params=SUITES)
-def debian(request: pytest.FixtureRequest, package: Path, tmp_path: Path) -> Iterator[Machine]:
-    """Start a Debian with the package's dependencies, the package, and the tests without it."""
+def debian(request: pytest.FixtureRequest, built: Packages, tmp_path: Path) -> Iterator[Machine]:
+    """Start a Debian with the packages, what they depend on, and the tests without the program."""
     root, files = tmp_path / "debian", tmp_path / "files"
-    install_release(request.param, root, [*TOOLS, *dependencies(package)])
+    install_release(request.param, root, [*TOOLS, *dependencies(built)])
     source = files / "source"
     listed = run_command("git", "-c", f"safe.directory={PROJECT}", "-C", PROJECT, "ls-files", "-z")
     for name in filter(None, listed.split("\0")):
@@ -51,10 +52,11 @@ def debian(request: pytest.FixtureRequest, package: Path, tmp_path: Path) -> Ite
             shutil.copy(PROJECT / name, source / name, follow_symlinks=False)
     (files / "strict").mkdir()
     (files / "strict" / "sitecustomize.py").write_text(STRICT)
-    shutil.copy(package, files / "new.deb")
+    for package in (built.service, built.plugin):
+        shutil.copy(package, files)
     try:
         with start_machine(root, files) as machine:
-            machine("dpkg --install /root/new.deb")
+            machine("dpkg --install /root/*.deb")
             yield machine
     finally:
         shutil.rmtree(root)
@@ -68,7 +70,7 @@ def test_the_contract_holds_with_the_libraries_of_debian(debian: Machine) -> Non
         cd /root/source
         python3 -P -c 'import snapd_native; print(snapd_native.__file__)'
         python3 -m pytest -q -p no:cacheprovider -k 'not xfs' \\
-            tests/contract tests/bus/test_service.py tests/client
+            tests/contract tests/bus/test_service.py tests/client tests/containerd/test_calls.py
         """
     )
     print(version, shown.stdout)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,9 +16,11 @@ import pytest
 from snapd_native.bus.introspection import contract, shapes
 from snapd_native.cli.exits import STATUSES
 from snapd_native.cli.main import cli
+from snapd_native.cli.processes import containerd
 from snapd_native.private import private_bus, private_daemon
 from snapd_native.wire.names import JOB, MANAGER
 from tests.support import PROJECT
+from tests.support.commands import run_command
 from tests.support.readme import IN_MACHINE_TESTS, IN_PACKAGING_TESTS, code_blocks, shell_block
 
 
@@ -106,6 +109,30 @@ def test_the_documented_python_program_works(environment: dict[str, str]) -> Non
         check=True,
     )
     assert "name='v1'" in outcome.stdout
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_the_documented_configurations_of_containerd_name_the_socket(version: int) -> None:
+    (socket,) = (option for option in containerd.params if option.name == "socket")
+    (configuration,) = (
+        parsed for parsed in map(tomllib.loads, code_blocks("toml")) if parsed["version"] == version
+    )
+    assert configuration["proxy_plugins"]["snapd-native"] == {
+        "type": "snapshot",
+        "address": str(socket.default),
+        "exports": {"root": "/var/lib/snapd-native"},
+    }
+
+
+def test_containerd_reads_the_documented_configuration(tmp_path: Path) -> None:
+    """Debian 12 and 13 have the versions that read the first one."""
+    (configuration,) = (block for block in code_blocks("toml") if block.startswith("version = 2\n"))
+    path = tmp_path / "config.toml"
+    path.write_text(configuration)
+    dumped = tomllib.loads(run_command("containerd", "--config", path, "config", "dump"))
+    assert dumped["proxy_plugins"]["snapd-native"]["type"] == "snapshot"
+    images = dumped["plugins"]["io.containerd.grpc.v1.cri"]["containerd"]
+    assert images["snapshotter"] == "snapd-native"
 
 
 def test_the_demo_command_works_and_leaves_no_files(tmp_path: Path) -> None:

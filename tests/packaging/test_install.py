@@ -1,4 +1,4 @@
-"""The program without Debian's package: make install, a wheel, a source archive, an RPM package."""
+"""The program without Debian's package: make install, a wheel, a source archive, RPM packages."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from snapd_native import __version__
 from snapd_native.private import private_bus
 from tests.support import PROJECT
 from tests.support.commands import run_command
+from tests.support.package import Packages
 from tests.support.readme import shell_block
 from tests.support.waiting import wait_until
 
@@ -49,9 +50,16 @@ def files(top: Path) -> set[str]:
     return {f"/{path.removesuffix('.gz')}" for path in found if "__pycache__" not in path}
 
 
-def test_make_install_has_the_files_of_the_debian_package(package: Path, tmp_path: Path) -> None:
+def extract(built: Packages, directory: Path) -> Path:
+    """Extract both packages into a directory."""
+    for package in (built.service, built.plugin):
+        run_command("dpkg-deb", "--extract", package, directory)
+    return directory
+
+
+def test_make_install_has_the_files_of_the_debian_packages(built: Packages, tmp_path: Path) -> None:
     make("install", DESTDIR=tmp_path / "made", **DEBIAN_DIRECTORIES)
-    run_command("dpkg-deb", "--extract", package, tmp_path / "debian")
+    extract(built, tmp_path / "debian")
     only_there = ("/usr/share/doc/", "/usr/share/lintian/", ".dist-info/")
     packaged = files(tmp_path / "debian")
     assert files(tmp_path / "made") == {
@@ -65,6 +73,15 @@ def test_make_install_has_the_files_of_the_debian_package(package: Path, tmp_pat
             assert one.stat().st_mode == other.stat().st_mode, path
 
 
+def programs(directory: Path) -> Path:
+    """Make a directory with the programs that `tools/install` needs besides Python."""
+    directory.mkdir()
+    for tool in TOOLS.split():
+        if found := shutil.which(tool):
+            (directory / tool).symlink_to(found)
+    return directory
+
+
 def test_make_uninstall_removes_every_file(tmp_path: Path) -> None:
     make("install", DESTDIR=tmp_path, **DEBIAN_DIRECTORIES)
     make("uninstall", DESTDIR=tmp_path, **DEBIAN_DIRECTORIES)
@@ -72,11 +89,7 @@ def test_make_uninstall_removes_every_file(tmp_path: Path) -> None:
 
 
 def test_the_installed_program_serves_on_a_system_without_debians_tools(tmp_path: Path) -> None:
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    for tool in TOOLS.split():
-        if found := shutil.which(tool):
-            (tools / tool).symlink_to(found)
+    tools = programs(tmp_path / "tools")
     root = tmp_path / "root"
     python = root / "python"
     subprocess.run(
@@ -143,28 +156,79 @@ def test_make_install_names_the_python_that_does_not_search_the_prefix(tmp_path:
     assert files(tmp_path) == set()
 
 
+def test_make_install_without_protoc_names_it(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    # -S: without grpcio-tools.
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    outcome = subprocess.run(
+        [PROJECT / "tools/install", "program"],
+        env={
+            "PATH": str(programs(tmp_path / "tools")),
+            "PYTHON": str(python),
+            "PYTHONDIR": "/python",
+            "DESTDIR": str(tmp_path / "root"),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert outcome.returncode == 1
+    assert outcome.stderr == (
+        "The messages of the containerd plugin need protoc: install protobuf-compiler, or"
+        f" grpcio-tools for {python}.\n"
+    )
+    assert files(tmp_path / "root") == set()
+
+
+def test_make_install_compiles_the_messages_without_protoc_by_grpcio_tools(
+    tmp_path: Path,
+) -> None:
+    subprocess.run(
+        [PROJECT / "tools/install", "program"],
+        env={
+            "PATH": str(programs(tmp_path / "tools")),
+            "PYTHON": sys.executable,
+            "PYTHONDIR": "/python",
+            "DESTDIR": str(tmp_path / "root"),
+        },
+        check=True,
+    )
+    where = tmp_path / "root" / "python" / "snapd_native" / "containerd"
+    assert "snapshots_pb2.py" in {path.name for path in where.iterdir()}
+    assert not {*where.glob("*.pyi")}
+
+
 @pytest.mark.long
-def test_wheel_source_archive_and_rpm_carry_the_same_data(package: Path, tmp_path: Path) -> None:
+def test_wheel_source_archive_and_rpms_carry_the_same_data(built: Packages, tmp_path: Path) -> None:
     assert shell_block("archives") == "make dist\nmake rpm\n"
     source = tmp_path / "source"
     listed = run_command("git", "-c", f"safe.directory={PROJECT}", "-C", PROJECT, "ls-files", "-z")
     for name in filter(None, listed.split("\0")):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(PROJECT / name, source / name, follow_symlinks=False)
+    # As in a tree for development.
+    for suffix in ("py", "pyi"):
+        (source / "snapd_native" / "containerd" / f"snapshots_pb2.{suffix}").write_text("stray")
     # The environment of this tree serves the copy too.
     own = ("-o", "development", f"bin={Path(sys.executable).parent}")
     for goal in ("dist", "rpm"):
         run_command("make", "--no-print-directory", "-C", source, *own, goal)
 
-    run_command("dpkg-deb", "--extract", package, tmp_path / "debian")
-    data = set(filter(is_data, files(tmp_path / "debian")))
+    data = set(filter(is_data, files(extract(built, tmp_path / "debian"))))
     dist = source / "dist"
     with zipfile.ZipFile(dist / f"snapd_native-{__version__}-py3-none-any.whl") as wheel:
         prefix = f"snapd_native-{__version__}.data/data"
-        inside = {name.removeprefix(prefix) for name in wheel.namelist() if name.startswith(prefix)}
+        names = wheel.namelist()
+    inside = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     assert {f"/usr{name}" for name in inside} == data
-    run_command("tar", "-xf", dist / f"snapd-native-{__version__}.tar.gz", "-C", tmp_path)
-    unpacked = tmp_path / f"snapd-native-{__version__}"
+    # The messages, and neither their description nor their type stubs.
+    room = "snapd_native/containerd/snapshots"
+    compiled = {name.removeprefix(room) for name in names if name.startswith(room)}
+    assert compiled == {".py", "_pb2.py"}
+    run_command("tar", "-xf", dist / f"snapd_native-{__version__}.tar.gz", "-C", tmp_path)
+    unpacked = tmp_path / f"snapd_native-{__version__}"
+    assert not {*unpacked.rglob("snapshots_pb2.*")}
     subprocess.run(
         [unpacked / "tools/install", "data"],
         env={
@@ -176,9 +240,13 @@ def test_wheel_source_archive_and_rpm_carry_the_same_data(package: Path, tmp_pat
         check=True,
     )
     assert data <= files(tmp_path / "made")
-    (rpm,) = dist.glob("*.rpm")
-    packaged = run_command("rpm", "--query", "--list", "--package", rpm).splitlines()
-    assert data <= {path.removesuffix(".gz") for path in packaged}
+    service, plugin = (
+        run_command("rpm", "--query", "--list", "--package", dist / f"{name}.noarch.rpm")
+        for name in (f"snapd-native-{__version__}-1", f"snapd-native-containerd-{__version__}-1")
+    )
+    assert plugin == "/usr/lib/systemd/system/snapd-native-containerd.service\n"
+    assert data - {plugin.strip()} <= {path.removesuffix(".gz") for path in service.splitlines()}
+    assert plugin.strip() not in service.splitlines()
 
 
 def test_the_rpm_specification_has_the_version_of_the_program() -> None:

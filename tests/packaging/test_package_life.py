@@ -1,4 +1,4 @@
-"""The package in three releases of Debian: installed, upgraded, removed and purged."""
+"""The packages in three releases of Debian: installed, upgraded, removed and purged."""
 
 from __future__ import annotations
 
@@ -12,29 +12,34 @@ import pytest
 
 from snapd_native import __version__
 from tests.support.debian import SUITES, Machine, dependencies, lend_release, start_machine
+from tests.support.package import Packages
 
 pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module", params=SUITES)
 def debian(
-    request: pytest.FixtureRequest, package: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, built: Packages, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
-    """Make a Debian that contains the dependencies of the package, and little else."""
+    """Make a Debian that contains the dependencies of the packages, and little else."""
     # Processes of a run have directories next to each other.
     own = tmp_path_factory.getbasetemp()
     place = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    wanted = ["e2fsprogs", *dependencies(package)]
+    wanted = ["e2fsprogs", *dependencies(built)]
     with lend_release(request.param, place / "debian", wanted) as root:
         yield root
 
 
 @pytest.fixture(scope="module")
-def packages(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with the package, ``new.deb``, and an older version, ``old.deb``."""
+def packages(built: Packages, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with the packages, and with an older version of the service, ``old.deb``.
+
+    ``new.deb`` is the package of the service, and ``plugin.deb`` that of the plugin.
+    """
     directory = tmp_path_factory.mktemp("packages")
-    shutil.copy(package, directory / "new.deb")
-    subprocess.run(["dpkg-deb", "--raw-extract", package, directory / "old"], check=True)
+    shutil.copy(built.service, directory / "new.deb")
+    shutil.copy(built.plugin, directory / "plugin.deb")
+    subprocess.run(["dpkg-deb", "--raw-extract", built.service, directory / "old"], check=True)
     control = directory / "old" / "DEBIAN" / "control"
     control.write_text(control.read_text().replace(f"Version: {__version__}", "Version: 0.0.9"))
     subprocess.run(
@@ -267,3 +272,68 @@ def test_bash_completes_commands_and_options(machine: Machine, words: str) -> No
         """
     )
     assert found.strip() == {"st": "stat", "--inst": "--instance"}[words]
+
+
+SERVE_PLUGIN = """
+snapd-native containerd >/root/plugin.log 2>&1 & echo $! >/root/plugin
+for _ in $(seq 200); do
+    ! grep -q serving /root/plugin.log || exit 0
+    sleep 0.05
+done
+cat /root/plugin.log >&2
+exit 1
+"""
+
+CALLS = """
+import grpc
+from snapd_native.containerd import snapshots_pb2 as wire
+from snapd_native.containerd.service import SERVICE
+
+with grpc.insecure_channel("unix:/run/snapd-native-containerd/containerd.sock") as channel:
+    prepare = channel.unary_unary(
+        f"/{SERVICE}/Prepare",
+        wire.CreateRequest.SerializeToString,
+        wire.MountsResponse.FromString,
+    )
+    prepare(wire.CreateRequest(key="key", labels={"label": "value"}))
+    listed = channel.unary_stream(
+        f"/{SERVICE}/List", wire.ListRequest.SerializeToString, wire.ListResponse.FromString
+    )
+    for block in listed(wire.ListRequest()):
+        for info in block.info:
+            print(info.name, dict(info.labels))
+"""
+
+
+def test_the_plugin_of_containerd_serves_with_the_libraries_of_debian(machine: Machine) -> None:
+    machine(BUS)
+    machine("dpkg --install /root/new.deb /root/plugin.deb")
+    machine(SERVE)
+    machine(SERVE_PLUGIN)
+    assert machine(f"python3 -c '{CALLS}'") == "key {'label': 'value'}\n"
+    assert "containerd/key" in machine("snapd-native ls")
+    machine(KILL_AND_WAIT.format("/root/plugin"))
+    machine(STOP)
+    assert machine("ls /run/snapd-native-containerd") == ""
+
+
+def test_the_plugin_of_containerd_names_a_library_that_is_missing(machine: Machine) -> None:
+    machine("dpkg --install /root/new.deb && dpkg --remove python3-grpcio")
+    assert machine.expect_failure("snapd-native containerd") == (
+        "snapd-native: the Python package grpc is missing: install the package"
+        " snapd-native-containerd, or snapd-native[containerd] with pip\n"
+    )
+
+
+def test_purge_of_the_plugin_leaves_only_the_service(machine: Machine) -> None:
+    machine("dpkg --install /root/new.deb")
+    files = "find / -xdev -name '*snapd*native*' -not -path '/root/*' -not -path '/proc/*' | sort"
+    before = machine(files)
+    machine("dpkg --install /root/plugin.deb")
+    enabled = "/etc/systemd/system/multi-user.target.wants/snapd-native-containerd.service"
+    assert machine(f"readlink {enabled}").endswith(
+        "/lib/systemd/system/snapd-native-containerd.service\n"
+    )
+    assert "snapd-native-containerd" in machine.expect_failure("dpkg --remove snapd-native")
+    machine("dpkg --purge snapd-native-containerd")
+    assert machine(files) == before

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.support.commands import run_command
+from tests.support.package import Packages
 
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -115,7 +116,11 @@ def lend_release(suite: str, directory: Path, packages: list[str]) -> Iterator[P
                 shutil.rmtree(root)
 
 
-def dependencies(package: Path) -> list[str]:
-    """Name the packages that a package depends on; of alternatives the first."""
-    depends = run_command("dpkg-deb", "--field", package, "Depends")
-    return re.findall(r"(?:^|, )([a-z0-9.+-]+)", depends)
+def dependencies(built: Packages) -> list[str]:
+    """Name the packages of Debian that both packages depend on; of alternatives the first."""
+    fields = [
+        run_command("dpkg-deb", "--field", package, "Depends")
+        for package in (built.service, built.plugin)
+    ]
+    names = re.findall(r"(?:^|, )([a-z0-9.+-]+)", "".join(fields), re.MULTILINE)
+    return [name for name in names if name != "snapd-native"]

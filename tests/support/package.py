@@ -1,15 +1,24 @@
-"""The Debian package of this tree."""
+"""The Debian packages of this tree."""
 
 from __future__ import annotations
 
-import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support import PROJECT
+from tests.support.commands import run_command
 
 
-def build_package(directory: Path) -> Path:
-    """Build the package from this tree, including uncommitted changes, in ``directory``."""
-    subprocess.run([PROJECT / "tools" / "build-deb", directory], check=True, capture_output=True)
-    (package,) = directory.glob("*.deb")
-    return package
+@dataclass(frozen=True)
+class Packages:
+    """The files of both packages."""
+
+    service: Path
+    plugin: Path
+
+
+def build_packages(directory: Path) -> Packages:
+    """Build the packages from this tree, including uncommitted changes, in ``directory``."""
+    printed = run_command(PROJECT / "tools" / "build-deb", directory)
+    plugin, service = map(Path, printed.splitlines())
+    return Packages(service, plugin)

@@ -1,4 +1,4 @@
-"""The shell blocks of the documents for users, by name, and the tests that run each block."""
+"""The code blocks of the documents for users: those of the shell have names, and tests run each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.support import PROJECT
 
 _TEXT = "".join(
     (PROJECT / document).read_text()
-    for document in ("README.md", "docs/operations.md", "docs/security.md")
+    for document in ("README.md", "docs/containerd.md", "docs/operations.md", "docs/security.md")
 )
 
 

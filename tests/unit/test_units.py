@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from snapd_native.cli.processes import containerd
 from snapd_native.wire.names import BUS_NAME, bus_name
 from tests.support import PROJECT
 
@@ -31,6 +32,9 @@ def settings(path: Path) -> list[tuple[str, str]]:
 
 UNIT = dict(settings(SYSTEMD / "snapd-native.service"))
 INSTANCE = dict(settings(SYSTEMD / "snapd-native@.service.d" / "instance.conf"))
+
+
+PLUGIN = dict(settings(SYSTEMD / "snapd-native-containerd.service"))
 
 
 def test_the_units_have_no_setting_that_hides_mounts() -> None:
@@ -74,7 +78,10 @@ def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", ["snapd-native.service", "snapd-native@one.service"])
+@pytest.mark.parametrize(
+    "name",
+    ["snapd-native.service", "snapd-native@one.service", "snapd-native-containerd.service"],
+)
 def test_systemd_analyze_verifies_the_units(units: Path, name: str) -> None:
     if "@" in name:
         (units / name).symlink_to("snapd-native@.service")
@@ -85,6 +92,23 @@ def test_systemd_analyze_verifies_the_units(units: Path, name: str) -> None:
         if "/snapd-native" in line and "is not executable" not in line
     ]
     assert lines == []
+
+
+def test_the_plugin_of_containerd_has_no_capability() -> None:
+    assert PLUGIN["CapabilityBoundingSet"] == ""
+    assert PLUGIN["NoNewPrivileges"] == "yes"
+
+
+def test_the_directory_of_the_plugins_socket_is_that_of_the_program_with_mode_0700() -> None:
+    (socket,) = (option for option in containerd.params if option.name == "socket")
+    assert Path(str(socket.default)).parent == Path("/run") / PLUGIN["RuntimeDirectory"]
+    assert PLUGIN["RuntimeDirectoryMode"] == "0700"
+
+
+def test_the_exposure_level_of_the_plugin_is_at_most_0_7(units: Path) -> None:
+    path = str(units / "snapd-native-containerd.service")
+    outcome = analyze("security", "--offline=yes", "--threshold=7", path)
+    assert outcome.returncode == 0, outcome.stdout
 
 
 def test_the_exposure_level_of_the_unit_is_at_most_4_1(units: Path) -> None:
