@@ -1,0 +1,90 @@
+"""The package of containerd's plugin, and Debian's containerd as the documents configure it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.images import IMAGE, layer, programs, write_image
+from tests.support.readme import code_blocks
+from tests.vm.guest import Guest
+
+UNIT = "snapd-native-containerd"
+PACKAGE = f"$(ls -t /vagrant/dist/{UNIT}_*_all.deb | head -n 1)"
+RUN = f"ctr run --rm --net-host --snapshotter snapd-native {IMAGE}"
+
+
+@pytest.fixture(scope="module")
+def containerd(machine: Guest) -> Iterator[None]:
+    """Install the package in the machine, and run containerd with the documented configuration."""
+    (configuration,) = (block for block in code_blocks("toml") if block.startswith("version = 2\n"))
+    machine.run(
+        f"""
+        dpkg -i {PACKAGE} </dev/null >/dev/null
+        mkdir -p /etc/containerd
+        touch /etc/containerd/config.toml
+        cp -p /etc/containerd/config.toml /var/tmp/config.toml
+        cat >/etc/containerd/config.toml
+        systemctl restart containerd""",
+        stdin=configuration,
+    )
+    try:
+        yield
+    finally:
+        machine.run(f"""
+            systemctl stop containerd
+            mv /var/tmp/config.toml /etc/containerd/config.toml
+            dpkg -P {UNIT} >/dev/null 2>&1""")
+
+
+pytestmark = pytest.mark.usefixtures("containerd")
+
+
+@pytest.fixture
+def imported(guest: Guest, tmp_path: Path) -> Iterator[Guest]:
+    """Yield a machine whose containerd has an image of two layers with a shell."""
+    path = tmp_path / "image.tar"
+    write_image(path, [programs(), layer(("text", b"from the image\n"))])
+    guest.run(
+        """
+        base64 -d >/var/tmp/image.tar
+        ctr images import --snapshotter snapd-native /var/tmp/image.tar
+        rm /var/tmp/image.tar""",
+        stdin=base64.b64encode(path.read_bytes()).decode(),
+    )
+    yield guest
+    guest.run(f"ctr images rm --sync {IMAGE}")
+    assert guest.run("snapd-native ls | tail -n +2") == ""
+
+
+def test_the_package_starts_and_enables_the_plugin(guest: Guest) -> None:
+    out = guest.run(f"""
+        systemctl is-active {UNIT}
+        systemctl is-enabled {UNIT}
+        stat -c %a /run/{UNIT} /run/{UNIT}/containerd.sock
+        grep CapEff "/proc/$(systemctl show -P MainPID {UNIT})/status" | tr -d '\\t'""")
+    assert out.splitlines() == ["active", "enabled", "700", "600", "CapEff:0000000000000000"]
+
+
+def test_containerd_runs_an_image_from_snapshots_of_the_service(imported: Guest) -> None:
+    out = imported.run(f"{RUN} c1 /bin/sh -ec 'cat /text; echo new >/new; cat /new'")
+    assert out == "from the image\nnew\n"
+    kinds = imported.run("snapd-native ls | tail -n +2 | grep -o '^containerd/.* committed '")
+    assert len(kinds.splitlines()) == 2
+
+
+def test_the_plugin_serves_again_after_a_restart_of_the_service(imported: Guest) -> None:
+    imported.run("systemctl restart snapd-native")
+    assert imported.run(f"{RUN} c1 /bin/cat /text") == "from the image\n"
+
+
+def test_an_end_of_the_plugin_leaves_no_socket(guest: Guest) -> None:
+    out = guest.run(f"""
+        systemctl stop {UNIT}
+        systemctl show -P Result {UNIT}
+        ls -d /run/{UNIT} 2>/dev/null || true
+        systemctl start {UNIT}""")
+    assert out == "success\n"
