@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection, Mapping
-from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from traceback import clear_frames
@@ -21,7 +20,6 @@ from dbus_next.message import Message
 from dbus_next.signature import Variant
 
 from snapd_native.bus.authority import Action, Authority
-from snapd_native.bus.backlog import LARGE, Backlog
 from snapd_native.bus.connection import ServiceConnection, close
 from snapd_native.bus.incoming import MAX_TEXT, Call
 from snapd_native.bus.introspection import contract, document, shapes
@@ -29,6 +27,7 @@ from snapd_native.bus.jobs import Jobs
 from snapd_native.bus.lanes import Lane, Lanes
 from snapd_native.bus.log import logged
 from snapd_native.bus.manager import Caller, Manager, Method, signal
+from snapd_native.bus.outbox import OWN, Account, Outbox
 from snapd_native.bus.replies import ERROR, Answer, check_signature, failure, marshalled, result
 from snapd_native.errors import Cancelled, ResourceExhausted, Unavailable
 from snapd_native.jobs import Job
@@ -67,7 +66,7 @@ class Dispatcher:
         self._stopping = False
         self.connection = ServiceConnection(self._on_call)
         self._authority = Authority(self.connection)
-        self._backlog = Backlog(self.connection)
+        self._outbox = Outbox(self.connection)
         self.connection.add_message_handler(self._on_message)
 
     async def start(self) -> None:
@@ -97,7 +96,7 @@ class Dispatcher:
         """From now on, refuse every call with Unavailable, and cancel questions to persons."""
         self._stopping = True
         self._authority.close()
-        self._backlog.close()
+        self._outbox.close()
         self.connection.leave()
 
     async def finish(self, seconds: float | None) -> bool:
@@ -110,51 +109,45 @@ class Dispatcher:
         if message.message_type is MessageType.SIGNAL and message.member == "NameOwnerChanged":
             sender = message.body[0]
             self._authority.forget(sender)
-            self._backlog.forget(sender)
+            self._outbox.forget(sender)
             if (owner := self._owner(sender)) in self._mounter.owners():
                 self._mounter.release(owner)
 
     def _on_call(self, call: Call) -> None:
-        self._backlog.meet(call)
-        self._track(asyncio.get_running_loop().create_task(self._answer(call)))
+        client = self._outbox.account(call)
+        self._track(asyncio.get_running_loop().create_task(self._answer(call, client)))
 
     def _track(self, task: asyncio.Task[None] | asyncio.Task[Body]) -> None:
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    async def _answer(self, call: Call) -> None:
+    async def _answer(self, call: Call, client: Account) -> None:
         serial = self.connection.next_serial()
-        async with AsyncExitStack() as until_sent:
-            try:
-                self._backlog.check(call)
-                answer = await self._handle(call, serial, until_sent)
-            except Exception as error:
-                answer = failure(call, error, serial)
-                # Frames whose variables refer to the error keep the call, which can be large,
-                # until the garbage collector runs.
-                clear_frames(error.__traceback__)
-            if call.wants_reply:
-                await self._send(call, answer, serial, until_sent)
-            else:
-                close(answer.fds)
-
-    async def _send(
-        self, call: Call, answer: Answer, serial: int, until_sent: AsyncExitStack
-    ) -> None:
         method = self._manager.methods.get(call.member)
-        changes = method is not None and method.action is not Action.READ
-        # The caller can call again.
-        can_be_dropped = bool(answer.fds) or (len(answer.data) > LARGE and not changes)
-        if can_be_dropped and not await self._backlog.admit(call.sender, answer, may_drop=True):
+        changes = method is not None and method.changes
+        async with self._outbox.room(client, method.room if method else OWN) as reserved:
+            answer = await self._outcome(call, serial)
+            # A change has happened; the caller of a read can call again.
+            if not changes and not await self._outbox.has_room(client, answer, reserved):
+                close(answer.fds)
+                answer = failure(call, _no_room(call), serial)
+        if call.wants_reply:
+            self._outbox.reply(client, answer)
+        else:
             close(answer.fds)
-            answer, can_be_dropped = failure(call, _no_room(call), serial), False
-        if not can_be_dropped:
-            await until_sent.aclose()
-            await self._backlog.admit(call.sender, answer)
-        self.connection.send_marshalled(*answer)
 
-    async def _handle(self, call: Call, serial: int, until_sent: AsyncExitStack) -> Answer:
-        """Return the marshalled reply to ``call``; ``until_sent`` is closed when it is sent."""
+    async def _outcome(self, call: Call, serial: int) -> Answer:
+        try:
+            return await self._handle(call, serial)
+        except Exception as error:
+            answer = failure(call, error, serial)
+            # Frames whose variables refer to the error keep the call, which can be large, until the
+            # garbage collector runs.
+            clear_frames(error.__traceback__)
+            return answer
+
+    async def _handle(self, call: Call, serial: int) -> Answer:
+        """Return the marshalled reply to ``call``."""
         match self._interface(call):
             case names.PEER | names.INTROSPECTABLE:
                 return result(call, *self._standard(call), serial)
@@ -167,9 +160,9 @@ class Dispatcher:
                     check_signature(call, _JOB)
                     await self._jobs.get(call.path).cancel()
                 return result(call, "", [], serial)
-        return await self._manage(call, serial, until_sent)
+        return await self._manage(call, serial)
 
-    async def _manage(self, call: Call, serial: int, until_sent: AsyncExitStack) -> Answer:
+    async def _manage(self, call: Call, serial: int) -> Answer:
         """Call a method of the manager."""
         method = self._manager.methods.get(call.member)
         if method is None:
@@ -184,8 +177,7 @@ class Dispatcher:
         if method.lane.may_take_long:
             return result(call, returns, await self._work(call, method, caller), serial)
         extra = [caller] if method.lane in (Lane.MOUNT, Lane.LIST) else []
-
-        # List pages are large and descriptors scarce: the next is made after this one is sent.
+        # Pages of List are large and descriptors scarce.
         is_large = method.lane is Lane.LIST or "h" in returns
 
         def run() -> Answer:
@@ -198,12 +190,7 @@ class Dispatcher:
             except Exception as error:
                 return failure(call, error, serial)
 
-        turn = self._lanes.turn(method.lane, caller.uid)
-        async with AsyncExitStack() as until_done:
-            pool = await (until_sent if is_large else until_done).enter_async_context(turn)
-            # The caller can have stopped reading while the call waited for its turn.
-            self._backlog.check(call)
-            answer = await asyncio.get_running_loop().run_in_executor(pool, run)
+        answer = await self._lanes.run(method.lane, caller.uid, run)
         if method.lane is Lane.MOUNT and not caller.is_there():
             # The caller has left, so that nothing would unmount its mounts.
             self._mounter.release(caller.owner)
@@ -254,8 +241,7 @@ class Dispatcher:
 
     def _perform(self, call: Call, method: Method, caller: Caller, *extra: Job | Caller) -> Body:
         """Run a method in a worker thread."""
-        changes = method.action is not Action.READ
-        with logged(call, caller.uid, self._texts(call), changes=changes):
+        with logged(call, caller.uid, self._texts(call), changes=method.changes):
             check_signature(call, {call.member: self._shape.methods[call.member][0]})
             return method.run(*extra, *call.arguments())
 
@@ -341,8 +327,7 @@ class Dispatcher:
         signals = self._shape.signals if interface == MANAGER else _PROPERTY_SIGNALS
         message = Message.new_signal(path, interface, member, signals[member], body)
         data = marshalled(message, self.connection.next_serial())
-        self._backlog.count(len(data))
-        self.connection.send_marshalled(data)
+        self._outbox.signal(data)
 
 
 _PEER = {"Ping": "", "GetMachineId": ""}
@@ -354,8 +339,8 @@ _JOB = {"Cancel": ""}
 
 def _no_room(call: Call) -> ResourceExhausted:
     return ResourceExhausted(
-        f"the answer to {call.member} has found no room at the bus: read what waits there,"
-        " ask for less, or try again later"
+        f"the reply to {call.member} has no room at the bus, because other clients do not read"
+        " theirs: ask for less, or try again later"
     )
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from enum import Enum
 from typing import TypeVar
 
@@ -72,9 +71,8 @@ class Lanes:
         """Return the semaphore for jobs of ``lane`` and ``uid``; None if they need none."""
         return self._places.get((lane, uid == 0))
 
-    @asynccontextmanager
-    async def turn(self, lane: Lane, uid: int) -> AsyncIterator[ThreadPoolExecutor]:
-        """Wait for a thread of ``lane`` that is free for ``uid``, and reserve it for the block.
+    async def run(self, lane: Lane, uid: int, work: Callable[[], _T]) -> _T:
+        """Run ``work`` for ``uid`` in a thread of ``lane`` and return its result.
 
         Raises:
             ResourceExhausted: the lane is full.
@@ -86,18 +84,11 @@ class Lanes:
             )
         self._admitted[way] += 1
         try:
+            # A thread gets no work before the event loop has taken its last result.
             async with self._turns[way]:
-                yield self._pools[way]
+                return await asyncio.get_running_loop().run_in_executor(self._pools[way], work)
         finally:
             self._admitted[way] -= 1
-
-    async def run(self, lane: Lane, uid: int, work: Callable[[], _T]) -> _T:
-        """Run ``work`` for ``uid`` in a thread of ``lane`` and return its result.
-
-        Raises as `turn`.
-        """
-        async with self.turn(lane, uid) as pool:
-            return await asyncio.get_running_loop().run_in_executor(pool, work)
 
     def waits_for_disk(self) -> bool:
         """Tell whether a thread waits uninterruptibly, as for a slow or frozen disk."""

@@ -15,9 +15,20 @@ from snapd_native.bus.authority import Action
 from snapd_native.bus.jobs import Jobs
 from snapd_native.bus.lanes import Lane
 from snapd_native.bus.options import unpack
+from snapd_native.bus.outbox import DESCRIPTOR
 from snapd_native.errors import InvalidArgument
 from snapd_native.jobs import Job
-from snapd_native.model import Added, Change, Committed, Lifetime, Removed, Updated, quote
+from snapd_native.metastore.listing import MAX_PAGE
+from snapd_native.model import (
+    MAX_LABELS,
+    Added,
+    Change,
+    Committed,
+    Lifetime,
+    Removed,
+    Updated,
+    quote,
+)
 from snapd_native.snapshotter import Snapshotter
 from snapd_native.wire.values import (
     Body,
@@ -52,10 +63,17 @@ class Method:
     run: Callable[..., Body]
     """Gets the arguments of the call; before them a job in a lane that can take long, and the
     caller in that of mounts."""
+    room: int = 4 << 10
+    """Bytes of the reply, for which there must be room before the call begins."""
     returns_job: bool = False
     """Whether the reply is the path of the job, as soon as the work has begun."""
     user: Callable[..., int | None] | None = None
     """Gets the leading text arguments, and returns the uid of the owner, who may call."""
+
+    @property
+    def changes(self) -> bool:
+        """Whether it can change anything."""
+        return self.action is not Action.READ
 
 
 class Manager:
@@ -71,11 +89,11 @@ class Manager:
             "View": Method(Action.MANAGE, Lane.CHANGE, self._view),
             "Commit": Method(Action.MANAGE, Lane.TREE, self._commit),
             "Mounts": Method(Action.READ, Lane.READ, self._mounts),
-            "Stat": Method(Action.READ, Lane.READ, self._stat),
-            "Update": Method(Action.MANAGE, Lane.CHANGE, self._update),
+            "Stat": Method(Action.READ, Lane.READ, self._stat, room=MAX_LABELS),
+            "Update": Method(Action.MANAGE, Lane.CHANGE, self._update, room=MAX_LABELS),
             "Usage": Method(Action.READ, Lane.SURVEY, self._usage),
             "BackgroundUsage": Method(Action.READ, Lane.SURVEY, self._background_usage),
-            "List": Method(Action.READ, Lane.LIST, self._list),
+            "List": Method(Action.READ, Lane.LIST, self._list, room=MAX_PAGE),
             "Remove": Method(Action.MANAGE, Lane.CHANGE, self._remove),
             "Cleanup": Method(Action.MANAGE, Lane.TREE, self._cleanup),
             "Check": Method(Action.READ, Lane.SURVEY, self._check),
@@ -86,7 +104,7 @@ class Manager:
                 Action.MOUNT, Lane.MOUNT, self._unmount, user=snapshotter.mounter.user
             ),
             "ListMounts": Method(Action.READ, Lane.MOUNT, self._list_mounts),
-            "OpenTree": Method(Action.MOUNT, Lane.MOUNT, self._open_tree),
+            "OpenTree": Method(Action.MOUNT, Lane.MOUNT, self._open_tree, room=DESCRIPTOR),
             "PrepareJob": Method(Action.MANAGE, Lane.TREE, self._prepare, returns_job=True),
             "CommitJob": Method(Action.MANAGE, Lane.TREE, self._commit, returns_job=True),
             "VerifyJob": Method(Action.READ, Lane.VERIFY, self._verify, returns_job=True),
