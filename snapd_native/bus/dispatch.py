@@ -22,7 +22,7 @@ from dbus_next.signature import Variant
 from snapd_native.bus.authority import Action, Authority
 from snapd_native.bus.connection import ServiceConnection, close
 from snapd_native.bus.incoming import MAX_TEXT, Call
-from snapd_native.bus.introspection import contract, document, shapes
+from snapd_native.bus.introspection import contract, describe, interfaces
 from snapd_native.bus.jobs import Jobs
 from snapd_native.bus.lanes import Lane, Lanes
 from snapd_native.bus.log import logged
@@ -61,7 +61,7 @@ class Dispatcher:
         self._bus = ""
         self._jobs = Jobs(self._emit)
         self._manager = Manager(snapshotter, self._jobs)
-        self._shape = shapes(contract())[MANAGER]
+        self._contract = interfaces(contract())[MANAGER]
         self._running: set[asyncio.Task[None] | asyncio.Task[Body]] = set()
         self._stopping = False
         self.connection = ServiceConnection(self._on_call)
@@ -173,7 +173,7 @@ class Dispatcher:
         caller = await self._authorised(call, method)
         if self._stopping:
             raise Unavailable(f"{call.member} cannot be called: the service is stopping")
-        _, returns = self._shape.methods[call.member]
+        _, returns = self._contract.methods[call.member]
         if method.lane.may_take_long:
             return result(call, returns, await self._work(call, method, caller), serial)
         extra = [caller] if method.lane in (Lane.MOUNT, Lane.LIST) else []
@@ -231,9 +231,9 @@ class Dispatcher:
 
     def _texts(self, call: Call) -> dict[str, str]:
         """Return the leading text arguments of a call, by their names in the contract."""
-        if call.signature != self._shape.methods[call.member][0]:
+        if call.signature != self._contract.methods[call.member][0]:
             return {}
-        return dict(zip(self._shape.arguments[call.member], call.texts(), strict=False))
+        return dict(zip(self._contract.arguments[call.member], call.texts(), strict=False))
 
     def _owner(self, sender: str) -> str:
         # A new bus uses the same unique names again.
@@ -242,7 +242,7 @@ class Dispatcher:
     def _perform(self, call: Call, method: Method, caller: Caller, *extra: Job | Caller) -> Body:
         """Run a method in a worker thread."""
         with logged(call, caller.uid, self._texts(call), changes=method.changes):
-            check_signature(call, {call.member: self._shape.methods[call.member][0]})
+            check_signature(call, {call.member: self._contract.methods[call.member][0]})
             return method.run(*extra, *call.arguments())
 
     async def _work(self, call: Call, method: Method, caller: Caller) -> Body:
@@ -272,7 +272,7 @@ class Dispatcher:
             interfaces |= {PROPERTIES: _PROPERTIES, MANAGER: self._manager.methods}
         elif self._jobs.may_be_at(call.path):
             interfaces |= {PROPERTIES: _PROPERTIES, JOB: _JOB}
-        elif document(call.path, self._jobs.ids()) is None:
+        elif describe(call.path, self._jobs.ids()) is None:
             raise DBusError(
                 f"{ERROR}UnknownObject", f"there is no object {quote(call.path)}: use {OBJECT_PATH}"
             )
@@ -299,7 +299,7 @@ class Dispatcher:
             return "s", [_machine_id()]
         if self._jobs.may_be_at(call.path):
             self._jobs.get(call.path)
-        return "s", [document(call.path, self._jobs.ids())]
+        return "s", [describe(call.path, self._jobs.ids())]
 
     def _property(self, call: Call) -> tuple[str, Body]:
         check_signature(call, _PROPERTIES)
@@ -324,7 +324,7 @@ class Dispatcher:
         return "v", [values[name]]
 
     def _emit(self, path: str, interface: str, member: str, body: Body) -> None:
-        signals = self._shape.signals if interface == MANAGER else _PROPERTY_SIGNALS
+        signals = self._contract.signals if interface == MANAGER else _PROPERTY_SIGNALS
         message = Message.new_signal(path, interface, member, signals[member], body)
         data = marshalled(message, self.connection.next_serial())
         self._outbox.signal(data)

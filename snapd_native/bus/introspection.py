@@ -59,7 +59,7 @@ _STANDARD = f"""
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class Interface:
     """The types of an interface's members, as signatures."""
 
     methods: dict[str, tuple[str, str]]
@@ -75,24 +75,24 @@ def contract() -> str:
     return resources.files(__package__).joinpath("org.snapdnative1.xml").read_text("utf-8")
 
 
-def shapes(xml: str) -> dict[str, Shape]:
+def interfaces(xml: str) -> dict[str, Interface]:
     """Return the interfaces that an introspection document describes."""
     # The documents are part of the package, so a hardened parser is not needed.
     node = ElementTree.fromstring(xml)  # noqa: S314
-    return {interface.attrib["name"]: _shape(interface) for interface in node.iter("interface")}
+    return {interface.attrib["name"]: _interface(interface) for interface in node.iter("interface")}
 
 
-def document(path: str, jobs: Sequence[str]) -> str | None:
+def describe(path: str, jobs: Sequence[str]) -> str | None:
     """Return the result of Introspect at ``path``, or None if there is no object.
 
     ``jobs`` are the last parts of the paths of all jobs.
     """
     if path == OBJECT_PATH:
-        return _document(_interface(MANAGER), _STANDARD, _children(["job"] if jobs else []))
+        return _document(_definition(MANAGER), _STANDARD, _children(["job"] if jobs else []))
     if jobs and path == JOB_PATH:
         return _document(_children(jobs))
     if path in {f"{JOB_PATH}/{job}" for job in jobs}:
-        return _document(_interface(JOB), _STANDARD)
+        return _document(_definition(JOB), _STANDARD)
     below = OBJECT_PATH.removeprefix(path.rstrip("/") + "/")
     if below == OBJECT_PATH:
         return None
@@ -104,7 +104,7 @@ def _document(*parts: str) -> str:
     return f"{_DOCTYPE}<node>\n{body}\n</node>\n"
 
 
-def _interface(name: str) -> str:
+def _definition(name: str) -> str:
     begin, end = f'  <interface name="{name}">', "  </interface>"
     return begin + contract().partition(begin)[2].partition(end)[0] + end
 
@@ -113,22 +113,20 @@ def _children(names: Sequence[str]) -> str:
     return "\n".join(f'  <node name="{name}"/>' for name in names)
 
 
-def _shape(interface: ElementTree.Element) -> Shape:
-    return Shape(
+def _interface(node: ElementTree.Element) -> Interface:
+    return Interface(
         methods={
             method.attrib["name"]: (_signature(method, "in"), _signature(method, "out"))
-            for method in interface.iter("method")
+            for method in node.iter("method")
         },
         arguments={
             method.attrib["name"]: [
                 arg.attrib["name"] for arg in method.iter("arg") if arg.get("direction") == "in"
             ]
-            for method in interface.iter("method")
+            for method in node.iter("method")
         },
-        signals={
-            signal.attrib["name"]: _signature(signal, "") for signal in interface.iter("signal")
-        },
-        properties={p.attrib["name"]: p.attrib["type"] for p in interface.iter("property")},
+        signals={signal.attrib["name"]: _signature(signal, "") for signal in node.iter("signal")},
+        properties={p.attrib["name"]: p.attrib["type"] for p in node.iter("property")},
     )
 
 

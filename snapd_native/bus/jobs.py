@@ -23,8 +23,8 @@ Emit = Callable[[str, str, str, Body], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """A job that has an object."""
+class JobObject:
+    """A job with an object on the bus."""
 
     id: int
     job: Job
@@ -73,22 +73,22 @@ class Jobs:
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
         self._ids = cycle(range(1, 1 << 32))
-        self._shown: dict[str, Shown] = {}
+        self._objects: dict[str, JobObject] = {}
 
-    def get(self, path: str) -> Shown:
+    def get(self, path: str) -> JobObject:
         """Return the job at ``path``, for which `may_be_at` is true.
 
         Raises:
             NotFound: the job has ended or never existed.
         """
-        if path not in self._shown:
+        if path not in self._objects:
             number = path.rpartition("/")[2][:20]
             raise NotFound(f"there is no job {number}: it has ended, or never was")
-        return self._shown[path]
+        return self._objects[path]
 
     def is_of(self, path: str, uid: int) -> bool:
         """Tell whether there is a job of ``uid`` at ``path``."""
-        return path in self._shown and self._shown[path].uid == uid
+        return path in self._objects and self._objects[path].uid == uid
 
     @staticmethod
     def may_be_at(path: str) -> bool:
@@ -98,41 +98,39 @@ class Jobs:
     def listing(self) -> Body:
         """Return all jobs as the rows of ListJobs; any thread may call this."""
         return [
-            [shown.id, str(shown.job.operation), shown.job.key, shown.uid, shown.path]
-            for shown in list(self._shown.values())
+            [one.id, str(one.job.operation), one.job.key, one.uid, one.path]
+            for one in list(self._objects.values())
         ]
 
     def ids(self) -> list[str]:
         """Return the last parts of the paths of all objects."""
-        return [str(shown.id) for shown in self._shown.values()]
+        return [str(one.id) for one in self._objects.values()]
 
-    def show(self, job: Job, uid: int, work: asyncio.Task[Body]) -> Shown:
+    def show(self, job: Job, uid: int, work: asyncio.Task[Body]) -> JobObject:
         """Show a job as an object until ``work`` is done."""
-        shown = Shown(next(self._ids), job, uid, asyncio.get_running_loop().create_future())
-        self._shown[shown.path] = shown
-        self._emit(OBJECT_PATH, MANAGER, "JobNew", [shown.id, shown.path])
-        telling = asyncio.get_running_loop().create_task(self._tell(shown))
+        new = JobObject(next(self._ids), job, uid, asyncio.get_running_loop().create_future())
+        self._objects[new.path] = new
+        self._emit(OBJECT_PATH, MANAGER, "JobNew", [new.id, new.path])
+        reporting = asyncio.get_running_loop().create_task(self._report(new))
 
         def end(work: asyncio.Task[Body]) -> None:
-            telling.cancel()
-            del self._shown[shown.path]
+            reporting.cancel()
+            del self._objects[new.path]
             outcome = _outcome(work.exception())
-            self._emit(
-                OBJECT_PATH, MANAGER, "JobRemoved", [shown.id, shown.path, job.key, *outcome]
-            )
-            shown.ended.set_result(None)
+            self._emit(OBJECT_PATH, MANAGER, "JobRemoved", [new.id, new.path, job.key, *outcome])
+            new.ended.set_result(None)
 
         work.add_done_callback(end)
-        return shown
+        return new
 
-    async def _tell(self, shown: Shown) -> None:
-        told = shown.progress()
+    async def _report(self, job: JobObject) -> None:
+        told = job.progress()
         while True:
             await asyncio.sleep(PERIOD)
-            now = shown.progress()
+            now = job.progress()
             changed = {name: value for name, value in now.items() if value != told[name]}
             if changed:
-                self._emit(shown.path, PROPERTIES, "PropertiesChanged", [JOB, changed, []])
+                self._emit(job.path, PROPERTIES, "PropertiesChanged", [JOB, changed, []])
             told = now
 
 

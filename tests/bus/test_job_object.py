@@ -11,7 +11,7 @@ import pytest
 from dbus_next.constants import MessageType
 from dbus_next.signature import Variant
 
-from snapd_native.bus.introspection import contract, shapes
+from snapd_native.bus.introspection import contract, interfaces
 from snapd_native.client import BlockingClient, Client
 from snapd_native.errors import Cancelled, FailedPrecondition, NotFound
 from snapd_native.metastore import Metastore
@@ -198,8 +198,8 @@ def test_introspection_shows_a_job_until_it_ends(waiting_job: str) -> None:
     node = introspect(waiting_job)
     names = {interface.get("name") for interface in node.findall("interface")}
     assert names == {JOB, PEER, INTROSPECTABLE, PROPERTIES}
-    served = shapes(ElementTree.tostring(node, encoding="unicode"))
-    assert served[JOB] == shapes(contract())[JOB]
+    served = interfaces(ElementTree.tostring(node, encoding="unicode"))
+    assert served[JOB] == interfaces(contract())[JOB]
     ask_manager(path=waiting_job, interface=JOB, member="Cancel")
     assert child_names(OBJECT_PATH) == []
     reply = ask_manager(path=JOB_PATH, interface=INTROSPECTABLE, member="Introspect")

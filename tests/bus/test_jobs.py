@@ -14,7 +14,7 @@ import pytest
 from dbus_next.constants import MessageFlag
 from dbus_next.message import Message
 
-from snapd_native.bus.introspection import contract, shapes
+from snapd_native.bus.introspection import contract, interfaces
 from snapd_native.client import BlockingClient, Client
 from snapd_native.errors import (
     AlreadyExists,
@@ -153,7 +153,7 @@ def test_a_job_shows_its_operation_key_and_progress(
                 "BytesTotal": total[1],
             }
             types = {name: value.signature for name, value in values.items()}
-            assert types == shapes(contract())[JOB].properties
+            assert types == interfaces(contract())[JOB].properties
         await watcher.wait_for_signal("JobRemoved", path)
 
     run_with_watcher(scenario)

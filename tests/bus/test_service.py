@@ -66,7 +66,7 @@ def test_introspect_returns_the_shipped_xml(shared_service: Service) -> None:
 
 
 def test_the_manager_has_the_members_and_signals_of_the_xml(scratch: Path) -> None:
-    shape = introspection.shapes(introspection.contract())[MANAGER]
+    shape = introspection.interfaces(introspection.contract())[MANAGER]
     snapshotter = Snapshotter(scratch / "state", lambda *_: None)
     try:
         manager = Manager(snapshotter, Jobs(lambda *_: None))

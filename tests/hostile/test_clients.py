@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from dbus_next.constants import MessageFlag
 
-from snapd_native.bus.introspection import document
+from snapd_native.bus.introspection import describe
 from snapd_native.bus.lanes import Lane
 from snapd_native.bus.outbox import DESCRIPTOR, OWN_IN_ALL, ROOM
 from snapd_native.client import BlockingClient, Client
@@ -277,7 +277,7 @@ def test_other_users_that_stop_reading_do_not_delay_root(populated_service: Serv
     """A reply that every user may request is small, but many replies need much memory."""
     check_root_is_served()
     grown = peak_memory(populated_service.pid)
-    rounds = 2 * ROOM // len(document(OBJECT_PATH, []) or "") // (100 * MAX_OPEN_CALLS) + 1
+    rounds = 2 * ROOM // len(describe(OBJECT_PATH, []) or "") // (100 * MAX_OPEN_CALLS) + 1
     with connect_many(populated_service.address, 100, NOBODY) as denied:
         for _ in range(rounds):
             for number, raw in enumerate(denied):

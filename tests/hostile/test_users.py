@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from dbus_next.message import Message
 
-from snapd_native.bus.introspection import contract, shapes
+from snapd_native.bus.introspection import contract, interfaces
 from snapd_native.client import BlockingClient
 from snapd_native.errors import FailedPrecondition
 from snapd_native.private import private_bus
@@ -28,7 +28,7 @@ from tests.support.service import NOBODY, Service, as_user, check_sentence, run_
 
 pytestmark = on_ext4
 
-METHODS = shapes(contract())[MANAGER].methods
+METHODS = interfaces(contract())[MANAGER].methods
 VALUES: dict[str, object] = {"a{sv}": {}, "a{ss}": {}, "as": []}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from snapd_native.bus.introspection import contract, shapes
+from snapd_native.bus.introspection import contract, interfaces
 from snapd_native.cli.exits import STATUSES
 from snapd_native.cli.main import cli
 from snapd_native.cli.processes import containerd
@@ -174,7 +174,7 @@ def test_make_demo_runs_the_demo_command() -> None:
 
 def test_the_reference_names_every_member() -> None:
     text = (PROJECT / "docs" / "dbus.md").read_text()
-    shape, job = (shapes(contract())[name] for name in (MANAGER, JOB))
+    shape, job = (interfaces(contract())[name] for name in (MANAGER, JOB))
     methods = set(re.findall(r"^\| ([A-Z]\w+) \| \w", text, re.MULTILINE))
     assert set(shape.methods) <= methods
     assert all(f"`{name}" in text for name in [*shape.signals, *shape.properties])

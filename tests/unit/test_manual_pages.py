@@ -10,7 +10,7 @@ import click
 import pytest
 
 from snapd_native.bus.authority import Action
-from snapd_native.bus.introspection import contract, shapes
+from snapd_native.bus.introspection import contract, interfaces
 from snapd_native.cli.exits import STATUSES
 from snapd_native.cli.main import cli
 from snapd_native.model import Trouble
@@ -81,7 +81,7 @@ def test_the_manual_documents_each_exit_status() -> None:
 
 
 def test_the_manual_documents_the_whole_interface() -> None:
-    shape, job = (shapes(contract())[name] for name in (MANAGER, JOB))
+    shape, job = (interfaces(contract())[name] for name in (MANAGER, JOB))
     named = set(re.findall(r"^\.It Fn (\w+)", INTERFACE, re.MULTILINE))
     assert named == {*shape.methods, *shape.signals, *job.methods}
     for properties in (shape.properties, job.properties):
@@ -95,13 +95,13 @@ def test_the_manual_documents_the_whole_interface() -> None:
 
 
 def test_the_manual_names_the_arguments_as_the_contract_does() -> None:
-    for name, arguments in shapes(contract())[MANAGER].arguments.items():
+    for name, arguments in interfaces(contract())[MANAGER].arguments.items():
         (line,) = re.findall(rf"^\.It Fn {name}\b(.*)", INTERFACE, re.MULTILINE)
         assert [text.split()[-1] for text in re.findall('"([^"]+)"', line)] == [*arguments]
 
 
 def test_the_manual_documents_the_journal_fields_that_are_written() -> None:
-    shape = shapes(contract())[MANAGER]
+    shape = interfaces(contract())[MANAGER]
     arguments: set[str] = set()
     for method, names in shape.arguments.items():
         takes = shape.methods[method][0]

@@ -9,7 +9,7 @@ import uuid
 import pytest
 from testinfra.host import Host
 
-from snapd_native.bus.introspection import contract, shapes
+from snapd_native.bus.introspection import contract, interfaces
 from snapd_native.wire.names import MANAGER
 from tests.vm.guest import INSTANCES, Guest
 
@@ -89,7 +89,7 @@ asyncio.run(main())
 
 
 def test_introspection_shows_the_members_of_the_contract(machine: Guest) -> None:
-    shape = shapes(contract())[MANAGER]
+    shape = interfaces(contract())[MANAGER]
     ask = f"busctl introspect org.snapdnative1 /org/snapdnative1 {MANAGER}"
     lines = [line.split() for line in machine.run(ask).splitlines()[1:]]
     shown: dict[str, dict[str, list[str]]] = {"method": {}, "signal": {}, "property": {}}

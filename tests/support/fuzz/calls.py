@@ -8,7 +8,7 @@ from typing import Any
 from dbus_next.signature import Variant
 from hypothesis import strategies as st
 
-from snapd_native.bus.introspection import contract, shapes
+from snapd_native.bus.introspection import contract, interfaces
 from snapd_native.wire.names import (
     INTROSPECTABLE,
     JOB,
@@ -36,7 +36,7 @@ from tests.support.fuzz.arguments import (
 )
 from tests.support.fuzz.packets import Packet
 
-MANAGER_SHAPE = shapes(contract())[MANAGER]
+MANAGER_SHAPE = interfaces(contract())[MANAGER]
 
 RETURNS = {
     **{member: out for member, (_, out) in MANAGER_SHAPE.methods.items()},
