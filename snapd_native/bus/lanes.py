@@ -35,11 +35,11 @@ class Lane(Enum):
     VERIFY = (64, 64, 2)
     """Reads whole trees at idle priority; a call can take hours."""
 
-    def __init__(self, threads: int, bound: int, places: int = 0) -> None:
+    def __init__(self, threads: int, bound: int, places: int | None = None) -> None:
         self.threads = threads
         self.bound = bound
-        self.places = places
-        """How many of the calls work at a time; 0 if all do."""
+        self.places = places or threads
+        """How many of the calls work at a time; the others can already be seen as jobs."""
 
     @property
     def may_take_long(self) -> bool:
@@ -47,29 +47,48 @@ class Lane(Enum):
         return self in (Lane.TREE, Lane.SURVEY, Lane.VERIFY)
 
 
+class _Workers:
+    """The worker threads of one lane."""
+
+    def __init__(self, lane: Lane, start: Callable[[], None]) -> None:
+        """``start`` is called in each new thread."""
+        self.lane = lane
+        self.admitted = 0
+        self.places = threading.Semaphore(lane.places)
+        self.pool = ThreadPoolExecutor(
+            lane.threads, thread_name_prefix=lane.name.lower(), initializer=start
+        )
+        self._idle = asyncio.Semaphore(lane.threads)
+
+    async def run(self, work: Callable[[], _T]) -> _T:
+        if self.admitted >= self.lane.bound:
+            raise ResourceExhausted(
+                f"{self.lane.bound} operations of this kind are running:"
+                " try again when some are done"
+            )
+        self.admitted += 1
+        try:
+            # A thread gets no work before the event loop has taken its last result.
+            async with self._idle:
+                return await asyncio.get_running_loop().run_in_executor(self.pool, work)
+        finally:
+            self.admitted -= 1
+
+
 class Lanes:
     """The worker threads of all lanes. Each lane exists twice: for root, and for all others."""
 
     def __init__(self) -> None:
         self._threads: list[int] = []
-        self._pools = {
-            (lane, root): ThreadPoolExecutor(
-                lane.threads,
-                thread_name_prefix=lane.name.lower(),
-                initializer=lambda: self._threads.append(threading.get_native_id()),
-            )
+        self._workers = {
+            (lane, root): _Workers(lane, lambda: self._threads.append(threading.get_native_id()))
             for lane in Lane
             for root in (True, False)
         }
-        self._turns = {way: asyncio.Semaphore(way[0].threads) for way in self._pools}
-        self._admitted = dict.fromkeys(self._pools, 0)
-        self._places = {
-            way: threading.Semaphore(way[0].places) for way in self._pools if way[0].places
-        }
 
-    def places(self, lane: Lane, uid: int) -> threading.Semaphore | None:
-        """Return the semaphore for jobs of ``lane`` and ``uid``; None if they need none."""
-        return self._places.get((lane, uid == 0))
+    def places(self, lane: Lane, uid: int) -> threading.Semaphore:
+        """Return the semaphore of the jobs of ``lane`` and ``uid`` that work at a time."""
+        return self._workers[lane, uid == 0].places
 
     async def run(self, lane: Lane, uid: int, work: Callable[[], _T]) -> _T:
         """Run ``work`` for ``uid`` in a thread of ``lane`` and return its result.
@@ -77,18 +96,7 @@ class Lanes:
         Raises:
             ResourceExhausted: the lane is full.
         """
-        way = lane, uid == 0
-        if self._admitted[way] >= lane.bound:
-            raise ResourceExhausted(
-                f"{lane.bound} operations of this kind are running: try again when some are done"
-            )
-        self._admitted[way] += 1
-        try:
-            # A thread gets no work before the event loop has taken its last result.
-            async with self._turns[way]:
-                return await asyncio.get_running_loop().run_in_executor(self._pools[way], work)
-        finally:
-            self._admitted[way] -= 1
+        return await self._workers[lane, uid == 0].run(work)
 
     def waits_for_disk(self) -> bool:
         """Tell whether a thread waits uninterruptibly, as for a slow or frozen disk."""
@@ -96,5 +104,5 @@ class Lanes:
 
     def close(self) -> None:
         """Wait for all threads to end."""
-        for pool in self._pools.values():
-            pool.shutdown(wait=True)
+        for workers in self._workers.values():
+            workers.pool.shutdown(wait=True)
