@@ -8,42 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Mapping
 from functools import partial
-from pathlib import Path
 from traceback import clear_frames
 from typing import Any
 
 from dbus_next.constants import MessageType
 from dbus_next.errors import DBusError
 from dbus_next.message import Message
-from dbus_next.signature import Variant
 
 from snapd_native.bus.authority import Action, Authority
 from snapd_native.bus.connection import ServiceConnection, close
 from snapd_native.bus.incoming import MAX_TEXT, Call
-from snapd_native.bus.introspection import contract, describe, interfaces
+from snapd_native.bus.introspection import contract, interfaces
 from snapd_native.bus.jobs import Jobs
 from snapd_native.bus.lanes import Lane, Lanes
 from snapd_native.bus.log import logged
-from snapd_native.bus.manager import Caller, Manager, Method, signal
+from snapd_native.bus.manager import Caller, Context, Manager, Method, signal
+from snapd_native.bus.objects import JOB_METHODS, Objects
 from snapd_native.bus.outbox import OWN, Account, Outbox
 from snapd_native.bus.replies import ERROR, Answer, check_signature, failure, marshalled, result
 from snapd_native.errors import Cancelled, ResourceExhausted, Unavailable
 from snapd_native.jobs import Job
-from snapd_native.model import Change, quote
+from snapd_native.model import Change
 from snapd_native.mounts import plain
 from snapd_native.snapshotter import Snapshotter
 from snapd_native.wire import names
-from snapd_native.wire.names import (
-    DRIVER,
-    INTROSPECTABLE,
-    JOB,
-    MANAGER,
-    OBJECT_PATH,
-    PEER,
-    PROPERTIES,
-)
+from snapd_native.wire.names import DRIVER, MANAGER, OBJECT_PATH
 from snapd_native.wire.values import Body
 
 log = logging.getLogger(__name__)
@@ -61,6 +51,7 @@ class Dispatcher:
         self._bus = ""
         self._jobs = Jobs(self._emit)
         self._manager = Manager(snapshotter, self._jobs)
+        self._objects = Objects(self._manager, self._jobs)
         self._contract = interfaces(contract())[MANAGER]
         self._running: set[asyncio.Task[None] | asyncio.Task[Body]] = set()
         self._stopping = False
@@ -81,12 +72,12 @@ class Dispatcher:
         (self._bus,) = await self.connection.ask_driver("GetId", "", [])
         for owner in self._mounter.owners():
             bus, _, sender = owner.partition(" ")
-            if bus != self._bus or not await self._is_there(sender):
+            if bus != self._bus or not await self._is_connected(sender):
                 self._mounter.release(owner)
 
-    async def _is_there(self, sender: str) -> bool:
-        (there,) = await self.connection.ask_driver("NameHasOwner", "s", [sender])
-        return bool(there)
+    async def _is_connected(self, sender: str) -> bool:
+        (is_connected,) = await self.connection.ask_driver("NameHasOwner", "s", [sender])
+        return bool(is_connected)
 
     def announce(self, change: Change) -> None:
         """Send the signal of a change."""
@@ -148,16 +139,16 @@ class Dispatcher:
 
     async def _handle(self, call: Call, serial: int) -> Answer:
         """Return the marshalled reply to ``call``."""
-        match self._interface(call):
+        match self._objects.interface(call):
             case names.PEER | names.INTROSPECTABLE:
-                return result(call, *self._standard(call), serial)
+                return result(call, *self._objects.standard(call), serial)
             case names.PROPERTIES:
                 await self._authority.check(call, Action.READ)
-                return result(call, *self._property(call), serial)
+                return result(call, *self._objects.property(call), serial)
             case names.JOB:
                 uid = await self._canceller(call)
                 with logged(call, uid, {"job": call.path}, changes=True):
-                    check_signature(call, _JOB)
+                    check_signature(call, JOB_METHODS)
                     await self._jobs.get(call.path).cancel()
                 return result(call, "", [], serial)
         return await self._manage(call, serial)
@@ -176,25 +167,22 @@ class Dispatcher:
         _, returns = self._contract.methods[call.member]
         if method.lane.may_take_long:
             return result(call, returns, await self._work(call, method, caller), serial)
-        extra = [caller] if method.lane in (Lane.MOUNT, Lane.LIST) else []
-        # Pages of List are large and descriptors scarce.
-        is_large = method.lane is Lane.LIST or "h" in returns
 
         def run() -> Answer:
-            if is_large:
+            # Pages of List are large, and descriptors scarce.
+            if method.lane is Lane.LIST or returns == "h":
                 self.connection.has_room.wait()
-            try:
-                if method.lane is Lane.LIST and not caller.is_there():
-                    raise Cancelled("the caller has left the bus: nothing is read")
-                return result(call, returns, self._perform(call, method, caller, *extra), serial)
-            except Exception as error:
-                return failure(call, error, serial)
+            if method.lane is Lane.LIST and not caller.is_connected():
+                raise Cancelled("the caller has left the bus: nothing is read")
+            body = self._perform(call, method, Context(caller, Job()))
+            return result(call, returns, body, serial)
 
-        answer = await self._lanes.run(method.lane, caller.uid, run)
-        if method.lane is Lane.MOUNT and not caller.is_there():
-            # The caller has left, so that nothing would unmount its mounts.
-            self._mounter.release(caller.owner)
-        return answer
+        try:
+            return await self._lanes.run(method.lane, caller.uid, run)
+        finally:
+            if method.lane is Lane.MOUNT and not caller.is_connected():
+                # The caller has left, so that nothing would unmount its mounts.
+                self._mounter.release(caller.owner)
 
     async def _authorised(self, call: Call, method: Method) -> Caller:
         """Return the caller, if they may call the method.
@@ -203,21 +191,21 @@ class Dispatcher:
             AccessDenied: they may not.
         """
         uid, owner = await self._authority.uid(call.sender), self._owner(call.sender)
-        is_there = partial(self._authority.knows, call.sender)
+        is_connected = partial(self._authority.knows, call.sender)
         if uid == 0:
-            return Caller(uid, owner, is_there)
+            return Caller(uid, owner, is_connected)
         texts = self._texts(call)
         if texts and method.user is not None:
             asking = partial(method.user, *texts.values())
             user = await self._lanes.run(Lane.USER, uid, asking)
             if uid == user:
-                return Caller(uid, owner, is_there, only_own=True)
+                return Caller(uid, owner, is_connected, only_own=True)
         if (target := texts.get("target", "")).startswith("/"):
             # With ".." a path could lead out of the directory that a polkit rule permits.
             texts["target"] = plain(target)
         details = {name: text[:MAX_TEXT] for name, text in texts.items()}
         await self._authority.check(call, method.action, details)
-        return Caller(uid, owner, is_there)
+        return Caller(uid, owner, is_connected)
 
     async def _canceller(self, call: Call) -> int:
         """Return the uid of the caller of Cancel, if they may; the job's own user always may.
@@ -239,20 +227,23 @@ class Dispatcher:
         # A new bus uses the same unique names again.
         return f"{self._bus} {sender}"
 
-    def _perform(self, call: Call, method: Method, caller: Caller, *extra: Job | Caller) -> Body:
+    def _perform(self, call: Call, method: Method, context: Context) -> Body:
         """Run a method in a worker thread."""
-        with logged(call, caller.uid, self._texts(call), changes=method.changes):
+        uid = context.caller.uid
+        with logged(call, uid, self._texts(call), changes=method.changes):
             check_signature(call, {call.member: self._contract.methods[call.member][0]})
-            return method.run(*extra, *call.arguments())
+            return method.run(context, *call.arguments())
 
     async def _work(self, call: Call, method: Method, caller: Caller) -> Body:
         """Run a method that can take long; if it does, show it as a job."""
         loop = asyncio.get_running_loop()
         begun: asyncio.Future[None] = loop.create_future()
-        places = self._lanes.places(method.lane, caller.uid)
-        job = Job(partial(loop.call_soon_threadsafe, begun.set_result, None), places)
-        doing = partial(self._perform, call, method, caller, job)
-        work = loop.create_task(self._lanes.run(method.lane, caller.uid, doing))
+        job = Job(
+            partial(loop.call_soon_threadsafe, begun.set_result, None),
+            self._lanes.places(method.lane, caller.uid),
+        )
+        perform = partial(self._perform, call, method, Context(caller, job))
+        work = loop.create_task(self._lanes.run(method.lane, caller.uid, perform))
         self._track(work)
         either: set[asyncio.Future[Any]] = {work, begun}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -263,66 +254,6 @@ class Dispatcher:
             self._jobs.show(job, caller.uid, work)
         return await work
 
-    def _interface(self, call: Call) -> str:
-        """Return the interface of a call; if the call names none, the member determines it."""
-        if call.interface == PEER:
-            return PEER
-        interfaces: dict[str, Collection[str]] = {PEER: _PEER, INTROSPECTABLE: _INTROSPECTABLE}
-        if call.path == OBJECT_PATH:
-            interfaces |= {PROPERTIES: _PROPERTIES, MANAGER: self._manager.methods}
-        elif self._jobs.may_be_at(call.path):
-            interfaces |= {PROPERTIES: _PROPERTIES, JOB: _JOB}
-        elif describe(call.path, self._jobs.ids()) is None:
-            raise DBusError(
-                f"{ERROR}UnknownObject", f"there is no object {quote(call.path)}: use {OBJECT_PATH}"
-            )
-        if not call.interface:
-            for name, members in interfaces.items():
-                if call.member in members:
-                    return name
-            raise DBusError(
-                f"{ERROR}UnknownMethod",
-                f"{quote(call.path)} has no method {call.member}: introspect it",
-            )
-        if call.interface not in interfaces:
-            raise DBusError(
-                f"{ERROR}UnknownInterface",
-                f"{quote(call.path)} has no interface {call.interface}: introspect it",
-            )
-        return call.interface
-
-    def _standard(self, call: Call) -> tuple[str, Body]:
-        check_signature(call, _PEER if call.member in _PEER else _INTROSPECTABLE)
-        if call.member == "Ping":
-            return "", []
-        if call.member == "GetMachineId":
-            return "s", [_machine_id()]
-        if self._jobs.may_be_at(call.path):
-            self._jobs.get(call.path)
-        return "s", [describe(call.path, self._jobs.ids())]
-
-    def _property(self, call: Call) -> tuple[str, Body]:
-        check_signature(call, _PROPERTIES)
-        asked, *rest = call.arguments()
-        own, properties = MANAGER, self._manager.properties
-        if self._jobs.may_be_at(call.path):
-            own, properties = JOB, self._jobs.get(call.path).properties()
-        if asked not in (own, PEER, INTROSPECTABLE, PROPERTIES, ""):
-            raise DBusError(
-                f"{ERROR}UnknownInterface", f"{quote(call.path)} has no interface {quote(asked)}"
-            )
-        values: Mapping[str, Variant] = properties if asked in (own, "") else {}
-        if call.member == "GetAll":
-            return "a{sv}", [values]
-        name = rest[0]
-        if name not in values:
-            raise DBusError(
-                f"{ERROR}UnknownProperty", f"{asked or own} has no property {quote(name)}"
-            )
-        if call.member == "Set":
-            raise DBusError(f"{ERROR}PropertyReadOnly", f"{name} cannot be set")
-        return "v", [values[name]]
-
     def _emit(self, path: str, interface: str, member: str, body: Body) -> None:
         signals = self._contract.signals if interface == MANAGER else _PROPERTY_SIGNALS
         message = Message.new_signal(path, interface, member, signals[member], body)
@@ -330,24 +261,11 @@ class Dispatcher:
         self._outbox.signal(data)
 
 
-_PEER = {"Ping": "", "GetMachineId": ""}
-_INTROSPECTABLE = {"Introspect": ""}
-_PROPERTIES = {"Get": "ss", "GetAll": "s", "Set": "ssv"}
 _PROPERTY_SIGNALS = {"PropertiesChanged": "sa{sv}as"}
-_JOB = {"Cancel": ""}
 
 
 def _no_room(call: Call) -> ResourceExhausted:
     return ResourceExhausted(
-        f"the reply to {call.member} has no room at the bus, because other clients do not read"
-        " theirs: ask for less, or try again later"
+        f"the reply to {call.member} has no room at the bus, because clients do not read theirs:"
+        " ask for less, or try again later"
     )
-
-
-def _machine_id() -> str:
-    for path in (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id")):
-        try:
-            return path.read_text("ascii").strip()
-        except OSError:
-            continue
-    raise DBusError(f"{ERROR}Failed", "this machine has no machine-id: run dbus-uuidgen --ensure")
