@@ -26,7 +26,7 @@ class ServiceConnection(Connection):
     """Passes every method call to ``on_call``, instead of dbus-next's own dispatch.
 
     The bus stops reading while too many messages wait for clients that do not read. Then no calls
-    are read and `has_room` is not set, so that memory does not grow.
+    are read and `bus_reads` is not set, so that memory does not grow.
     """
 
     def __init__(self, on_call: Callable[[Call], None]) -> None:
@@ -36,8 +36,8 @@ class ServiceConnection(Connection):
         self._passing: dict[asyncio.Future[None], Sequence[int]] = {}
         self._reading_on = False
         self._leaving = False
-        self.has_room = threading.Event()
-        self.has_room.set()
+        self.bus_reads = threading.Event()
+        self.bus_reads.set()
 
     def leave(self) -> None:
         """Do not wait for room any more, because calls are only refused from now on."""
@@ -60,7 +60,7 @@ class ServiceConnection(Connection):
         self._writer.schedule_write()
         is_full = self._writer.waiting > MOST_WAITING or len(self._passing) > MOST_PASSING
         if is_full and not self._leaving:
-            self.has_room.clear()
+            self.bus_reads.clear()
 
     def _close_passed(self, sent: asyncio.Future[None]) -> None:
         close(self._passing.pop(sent, ()))
@@ -68,14 +68,14 @@ class ServiceConnection(Connection):
             sent.exception()
 
     def _on_written(self) -> None:
-        if not self.has_room.is_set():
-            self.has_room.set()
+        if not self.bus_reads.is_set():
+            self.bus_reads.set()
             self._loop.add_reader(self._fd, self._message_reader)
             self._message_reader()
 
     def _finalize(self, err: Exception | None = None) -> None:
         super()._finalize(err)
-        self.has_room.set()
+        self.bus_reads.set()
         for sent in list(self._passing):
             close(self._passing.pop(sent))
 
@@ -88,7 +88,7 @@ class ServiceConnection(Connection):
         self._reading_on = False
         if self._disconnected:
             return
-        if not self.has_room.is_set():
+        if not self.bus_reads.is_set():
             self._loop.remove_reader(self._fd)
             return
         try:

@@ -25,9 +25,9 @@ from snapd_native.bus.lanes import Lane, Lanes
 from snapd_native.bus.log import logged
 from snapd_native.bus.manager import Caller, Context, Manager, Method, signal
 from snapd_native.bus.objects import JOB_METHODS, Objects
-from snapd_native.bus.outbox import OWN, Account, Outbox
+from snapd_native.bus.outbox import Account, Outbox
 from snapd_native.bus.replies import ERROR, Answer, check_signature, failure, marshalled, result
-from snapd_native.errors import Cancelled, ResourceExhausted, Unavailable
+from snapd_native.errors import Cancelled, Unavailable
 from snapd_native.jobs import Job
 from snapd_native.model import Change
 from snapd_native.mounts import plain
@@ -114,30 +114,20 @@ class Dispatcher:
 
     async def _answer(self, call: Call, client: Account) -> None:
         serial = self.connection.next_serial()
-        method = self._manager.methods.get(call.member)
-        changes = method is not None and method.changes
-        async with self._outbox.room(client, method.room if method else OWN) as reserved:
-            answer = await self._outcome(call, serial)
-            # A change has happened; the caller of a read can call again.
-            if not changes and not await self._outbox.has_room(client, answer, reserved):
-                close(answer.fds)
-                answer = failure(call, _no_room(call), serial)
-        if call.wants_reply:
-            self._outbox.reply(client, answer)
-        else:
-            close(answer.fds)
-
-    async def _outcome(self, call: Call, serial: int) -> Answer:
+        await self._outbox.turn(client)
         try:
-            return await self._handle(call, serial)
+            answer = await self._handle(call, client, serial)
         except Exception as error:
             answer = failure(call, error, serial)
             # Frames whose variables refer to the error keep the call, which can be large, until the
             # garbage collector runs.
             clear_frames(error.__traceback__)
-            return answer
+        if call.wants_reply:
+            self._outbox.reply(client, answer)
+        else:
+            close(answer.fds)
 
-    async def _handle(self, call: Call, serial: int) -> Answer:
+    async def _handle(self, call: Call, client: Account, serial: int) -> Answer:
         """Return the marshalled reply to ``call``."""
         match self._objects.interface(call):
             case names.PEER | names.INTROSPECTABLE:
@@ -151,9 +141,9 @@ class Dispatcher:
                     check_signature(call, JOB_METHODS)
                     await self._jobs.get(call.path).cancel()
                 return result(call, "", [], serial)
-        return await self._manage(call, serial)
+        return await self._manage(call, client, serial)
 
-    async def _manage(self, call: Call, serial: int) -> Answer:
+    async def _manage(self, call: Call, client: Account, serial: int) -> Answer:
         """Call a method of the manager."""
         method = self._manager.methods.get(call.member)
         if method is None:
@@ -162,16 +152,24 @@ class Dispatcher:
                 f"{MANAGER} has no method {call.member}: introspect it to see which there are",
             )
         caller = await self._authorised(call, method)
-        if self._stopping:
-            raise Unavailable(f"{call.member} cannot be called: the service is stopping")
-        _, returns = self._contract.methods[call.member]
-        if method.lane.may_take_long:
-            return result(call, returns, await self._work(call, method, caller), serial)
+        async with self._outbox.room(client, method.room) as reserved:
+            if self._stopping:
+                raise Unavailable(f"{call.member} cannot be called: the service is stopping")
+            run = self._work if method.lane.may_take_long else self._run
+            answer = await run(call, method, caller, serial)
+            if answer.fds or not method.changes:
+                # Nothing has changed: the caller can call again.
+                await self._outbox.check(client, answer, reserved)
+            return answer
+
+    async def _run(self, call: Call, method: Method, caller: Caller, serial: int) -> Answer:
+        """Run a method that ends soon."""
+        returns = self._returns(call)
 
         def run() -> Answer:
             # Pages of List are large, and descriptors scarce.
             if method.lane is Lane.LIST or returns == "h":
-                self.connection.has_room.wait()
+                self.connection.bus_reads.wait()
             if method.lane is Lane.LIST and not caller.is_connected():
                 raise Cancelled("the caller has left the bus: nothing is read")
             body = self._perform(call, method, Context(caller, Job()))
@@ -183,6 +181,30 @@ class Dispatcher:
             if method.lane is Lane.MOUNT and not caller.is_connected():
                 # The caller has left, so that nothing would unmount its mounts.
                 self._mounter.release(caller.owner)
+
+    async def _work(self, call: Call, method: Method, caller: Caller, serial: int) -> Answer:
+        """Run a method that can take long; if it does, show it as a job."""
+        loop = asyncio.get_running_loop()
+        begun: asyncio.Future[None] = loop.create_future()
+        job = Job(
+            partial(loop.call_soon_threadsafe, begun.set_result, None),
+            self._lanes.places(method.lane, caller.uid),
+        )
+        perform = partial(self._perform, call, method, Context(caller, job))
+        work = loop.create_task(self._lanes.run(method.lane, caller.uid, perform))
+        self._track(work)
+        either: set[asyncio.Future[Any]] = {work, begun}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if begun.done() and method.returns_job:
+            path = self._jobs.show(job, caller.uid, work).path
+            return result(call, "o", [path], serial)
+        await asyncio.wait({work}, timeout=JOB_AFTER)
+        if not work.done():
+            self._jobs.show(job, caller.uid, work)
+        return result(call, self._returns(call), await work, serial)
+
+    def _returns(self, call: Call) -> str:
+        return self._contract.methods[call.member][1]
 
     async def _authorised(self, call: Call, method: Method) -> Caller:
         """Return the caller, if they may call the method.
@@ -234,26 +256,6 @@ class Dispatcher:
             check_signature(call, {call.member: self._contract.methods[call.member][0]})
             return method.run(context, *call.arguments())
 
-    async def _work(self, call: Call, method: Method, caller: Caller) -> Body:
-        """Run a method that can take long; if it does, show it as a job."""
-        loop = asyncio.get_running_loop()
-        begun: asyncio.Future[None] = loop.create_future()
-        job = Job(
-            partial(loop.call_soon_threadsafe, begun.set_result, None),
-            self._lanes.places(method.lane, caller.uid),
-        )
-        perform = partial(self._perform, call, method, Context(caller, job))
-        work = loop.create_task(self._lanes.run(method.lane, caller.uid, perform))
-        self._track(work)
-        either: set[asyncio.Future[Any]] = {work, begun}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if begun.done() and method.returns_job:
-            return [self._jobs.show(job, caller.uid, work).path]
-        await asyncio.wait({work}, timeout=JOB_AFTER)
-        if not work.done():
-            self._jobs.show(job, caller.uid, work)
-        return await work
-
     def _emit(self, path: str, interface: str, member: str, body: Body) -> None:
         signals = self._contract.signals if interface == MANAGER else _PROPERTY_SIGNALS
         message = Message.new_signal(path, interface, member, signals[member], body)
@@ -262,10 +264,3 @@ class Dispatcher:
 
 
 _PROPERTY_SIGNALS = {"PropertiesChanged": "sa{sv}as"}
-
-
-def _no_room(call: Call) -> ResourceExhausted:
-    return ResourceExhausted(
-        f"the reply to {call.member} has no room at the bus, because clients do not read theirs:"
-        " ask for less, or try again later"
-    )

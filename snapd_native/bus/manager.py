@@ -39,9 +39,6 @@ from snapd_native.wire.values import (
 
 Options = Mapping[str, Variant]
 
-SMALL = 4 << 10
-"""Bytes of most replies: a few names and paths."""
-
 LARGE = 1 << 20
 """Bytes of a reply with the labels of a snapshot, or with many rows."""
 
@@ -75,8 +72,8 @@ class Method:
     lane: Lane
     run: Callable[..., Body]
     """Gets a `Context` and the arguments of the call."""
-    room: int = SMALL
-    """Bytes of the reply, for which there must be room before the call begins."""
+    room: int = 0
+    """Bytes of the reply if it can be large: there must be room for it before the call begins."""
     returns_job: bool = False
     """Whether the reply is the path of the job, as soon as the work has begun."""
     user: Callable[..., int | None] | None = None

@@ -20,10 +20,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
-from snapd_native.bus.connection import ServiceConnection
+from snapd_native.bus.connection import ServiceConnection, close
 from snapd_native.bus.incoming import Call
 from snapd_native.bus.replies import Answer
-from snapd_native.errors import SnapdError
+from snapd_native.errors import ResourceExhausted, SnapdError
 from snapd_native.wire.names import DRIVER, DRIVER_PATH
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,9 @@ DESCRIPTOR = ROOM // 48
 
 PAUSE = 1.0
 """Seconds at most between two questions to the bus about a client that does not read."""
+
+SHORT_PAUSE = 0.01
+"""Seconds between two looks at the room while only running calls reserve it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -85,12 +88,17 @@ class Outbox:
             return Account(call.sender, is_limited=False)
         return self._clients.setdefault(call.sender, Account(call.sender))
 
+    async def turn(self, client: Account) -> None:
+        """Wait until a client that has much to read has read some of it."""
+        async with client.queue:
+            await self._wait(client, OWN)
+
     @asynccontextmanager
     async def room(self, client: Account, size: int) -> AsyncIterator[int]:
         """Wait for room for a reply of ``size`` bytes, and reserve it for the block.
 
         Yield how much is reserved. That is less than ``size`` if others have left too little room:
-        they cannot keep a client that reads from beginning a call.
+        they cannot keep a client that reads from calling.
         """
         async with client.queue:
             reserved = await self._wait(client, size)
@@ -102,12 +110,22 @@ class Outbox:
             client.reserved -= reserved
             self._all.reserved -= reserved
 
-    async def has_room(self, client: Account, answer: Answer, reserved: int) -> bool:
-        """Tell whether there is room for a reply, for which so much is reserved."""
-        more = _size(answer) - reserved
-        if more > 0 and not self._fits(client, more):
-            await self._ask(client)
-        return more <= 0 or self._fits(client, more)
+    async def check(self, client: Account, answer: Answer, reserved: int) -> None:
+        """Refuse a large reply that has no room; its descriptors are closed.
+
+        Raises:
+            ResourceExhausted: it has more bytes than are reserved and free.
+        """
+        size = _size(answer)
+        if size <= max(reserved, OWN) or self._fits(client, size - reserved):
+            return
+        await self._ask(client)
+        if not self._fits(client, size - reserved):
+            close(answer.fds)
+            raise ResourceExhausted(
+                "the reply has no room at the bus, because clients do not read theirs:"
+                " ask for less, or try again later"
+            )
 
     def reply(self, client: Account, answer: Answer) -> None:
         """Send a reply."""
@@ -129,18 +147,27 @@ class Outbox:
         """End all limits."""
         self._closed.set()
 
-    def _fits(self, client: Account, size: int) -> bool:
+    def _fits(self, client: Account, size: int, *, with_running: bool = True) -> bool:
+        """Tell whether there is room, with or without what is reserved for running calls."""
         if self._closed.is_set() or not client.is_limited:
             return True
-        left = ROOM - self._all.used - size
-        return client.used + size <= max(left, OWN) and left > -OWN_IN_ALL
+        own, of_all = client.waiting, self._all.waiting
+        if with_running:
+            own, of_all = client.used, self._all.used
+        left = ROOM - of_all - size
+        return own + size <= max(left, OWN) and left > -OWN_IN_ALL
 
     async def _wait(self, client: Account, size: int) -> int:
-        """Wait until a call may begin, and return how much to reserve for its reply."""
-        pause = 0.0
-        while True:
-            if self._fits(client, size):
-                return size
+        """Wait until there is room for a reply, and return how much to reserve for it."""
+        pause = 0.001
+        while not self._fits(client, size):
+            if self._fits(client, size, with_running=False):
+                # The running calls end soon.
+                await asyncio.sleep(SHORT_PAUSE)
+                continue
+            await self._ask(client)
+            if self._fits(client, size, with_running=False):
+                continue
             if client.used <= OWN and self._fits(client, OWN):
                 return OWN
             if pause == PAUSE and client.waiting > OWN and not client.is_reported:
@@ -148,8 +175,8 @@ class Outbox:
                 log.warning("%s reads its replies slowly, or not: its calls wait", client.name)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._closed.wait(), pause)
-            await self._ask(client)
-            pause = min(2 * pause + 0.001, PAUSE)
+            pause = min(2 * pause, PAUSE)
+        return size
 
     async def _ask(self, client: Account) -> None:
         """Ask the bus how much waits for a client, and for all."""
