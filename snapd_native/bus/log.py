@@ -29,9 +29,6 @@ def logged(call: Call, uid: int, texts: Mapping[str, str], *, changes: bool) -> 
         Internal: the block has a bug, which is logged.
     """
     begun = time.monotonic()
-    # PrepareJob does the same as Prepare, but the caller does not wait.
-    operation = call.member.removesuffix("Job")
-    given = {name: text for name, text in texts.items() if text}
     outcome, level, error = "done", logging.INFO if changes else logging.DEBUG, []
     try:
         yield
@@ -42,27 +39,27 @@ def logged(call: Call, uid: int, texts: Mapping[str, str], *, changes: bool) -> 
             raise Internal(outcome) from failure
         raise
     finally:
+        # PrepareJob does the same as Prepare, but the caller does not wait.
+        operation = call.member.removesuffix("Job")
+        given = [(name, text) for name, text in texts.items() if text]
         # The message and the field have the same number.
         microseconds = round((time.monotonic() - begun) * 1_000_000)
+        title = " ".join([operation, *(f"{name}={quote(text)}" for name, text in given)])
+        fields = [
+            ("operation", operation),
+            *given,
+            # An entry is found by the key and by the name of a snapshot.
+            *(("key", text) for name, text in given if name == "name"),
+            *error,
+            ("duration_usec", str(microseconds)),
+            ("caller_uid", str(uid)),
+            ("sender", call.sender),
+        ]
         log.log(
             level,
             "%s: %s (uid %d, %.1f ms)",
-            " ".join([operation, *(f"{name}={quote(text)}" for name, text in given.items())]),
-            outcome,
-            uid,
-            microseconds / 1000,
-            extra=logs.fields(
-                [
-                    ("operation", operation),
-                    *given.items(),
-                    # An entry is found by the key and by the name of a snapshot.
-                    *([("key", given["name"])] if "name" in given else []),
-                    *error,
-                    ("duration_usec", str(microseconds)),
-                    ("caller_uid", str(uid)),
-                    ("sender", call.sender),
-                ]
-            ),
+            *(title, outcome, uid, microseconds / 1000),
+            extra=logs.fields(fields),
         )
 
 
