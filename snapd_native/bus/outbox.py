@@ -8,8 +8,9 @@ among their ports do the same (Choudhury and Hahne, Dynamic Queue Length Thresho
 reserve a little for each port.
 
 A call begins when there is room for its reply, and waits until then. So no reply waits in the
-service, and no result is lost. Replies are counted when they are sent, as if no client read them.
-While a call waits, the service asks the bus how much really waits there, which root may.
+service, no result of a change is lost, and a client that reads slowly gets every reply. Replies are
+counted when they are sent, as if no client read them. While a call waits, the service asks the bus
+how much really waits there, which root may.
 """
 
 from __future__ import annotations
