@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from dbus_next import message as dbus_message
+from dbus_next._private.marshaller import Marshaller
 from dbus_next.constants import MessageType
 from dbus_next.errors import DBusError
 from dbus_next.message import Message
@@ -21,6 +23,21 @@ log = logging.getLogger(__name__)
 
 ERROR = "org.freedesktop.DBus.Error."
 """The prefix of the names of standard errors."""
+
+
+class _Marshaller(Marshaller):
+    """Writes a message, and does not refer to itself afterwards.
+
+    That of dbus-next would keep a page of List in memory until a garbage collection.
+    """
+
+    def marshall(self) -> bytearray:
+        data: bytearray = super().marshall()
+        self.writers.clear()
+        return data
+
+
+dbus_message.Marshaller = _Marshaller  # type: ignore[attr-defined]
 
 
 def check_signature(call: Call, members: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dbus_next._private.marshaller import Marshaller
 from dbus_next.aio.message_bus import MessageBus
 from dbus_next.constants import MessageFlag, MessageType
 from dbus_next.message import Message
@@ -73,10 +74,10 @@ pytestmark = long_on_xfs
 def test_an_answered_call_is_freed_without_the_garbage_collector(
     on_bus: str, scratch: Path, member: str, signature: str, body: Body
 ) -> None:
-    """The collector runs rarely, and a call can be large."""
+    """The collector runs rarely, and a call and its reply can be large."""
 
-    def calls() -> list[Call]:
-        return [found for found in gc.get_objects() if isinstance(found, Call)]
+    def kept() -> list[Call | Marshaller]:
+        return [found for found in gc.get_objects() if isinstance(found, (Call, Marshaller))]
 
     async def scenario() -> None:
         async with (
@@ -85,8 +86,8 @@ def test_an_answered_call_is_freed_without_the_garbage_collector(
             asyncio.timeout(WAIT_TIMEOUT),
         ):
             await bus.ask(member=member, signature=signature, body=body)
-            # The reply arrives a moment before the service frees the call.
-            while calls():
+            # The reply arrives a moment before the service frees the call and the reply.
+            while kept():
                 await asyncio.sleep(0)
 
     gc.collect()
