@@ -44,9 +44,6 @@ DESCRIPTOR = ROOM // 48
 PAUSE = 1.0
 """Seconds at most between two questions to the bus about a client that does not read."""
 
-SHORT_PAUSE = 0.01
-"""Seconds between two looks at the room while only running calls reserve it."""
-
 
 @dataclass(eq=False, slots=True)
 class Account:
@@ -81,6 +78,7 @@ class Outbox:
         self._connection = connection
         self._all = Account("")
         self._clients: dict[str, Account] = {}
+        self._freed = asyncio.Event()
         self._closed = asyncio.Event()
 
     def account(self, call: Call) -> Account:
@@ -110,6 +108,7 @@ class Outbox:
         finally:
             client.reserved -= reserved
             self._all.reserved -= reserved
+            self._freed.set()
 
     async def check(self, client: Account, answer: Answer, reserved: int) -> None:
         """Refuse a large reply that has no room; its descriptors are closed.
@@ -120,7 +119,9 @@ class Outbox:
         size = _size(answer)
         if size <= max(reserved, OWN) or self._fits(client, size - reserved):
             return
-        await self._ask(client)
+        if reserved != OWN:
+            # Else the bus was asked just before the call.
+            await self._ask(client)
         if not self._fits(client, size - reserved):
             close(answer.fds)
             raise ResourceExhausted(
@@ -143,10 +144,12 @@ class Outbox:
         """End the limit of a connection that has left; the bus discards what waits for it."""
         if client := self._clients.pop(sender, None):
             client.is_limited = False
+            self._freed.set()
 
     def close(self) -> None:
         """End all limits."""
         self._closed.set()
+        self._freed.set()
 
     def _fits(self, client: Account, size: int, *, with_running: bool = True) -> bool:
         """Tell whether there is room, with or without what is reserved for running calls."""
@@ -164,7 +167,8 @@ class Outbox:
         while not self._fits(client, size):
             if self._fits(client, size, with_running=False):
                 # The running calls end soon.
-                await asyncio.sleep(SHORT_PAUSE)
+                self._freed.clear()
+                await self._freed.wait()
                 continue
             await self._ask(client)
             if self._fits(client, size, with_running=False):
