@@ -64,7 +64,7 @@ class FakeBus:
         return [{f"{direction}Bytes": Variant("u", size), f"{direction}FDs": Variant("u", fds)}]
 
 
-class Sending:
+class OutboxOnFakeBus:
     """An outbox, and the bus that its replies go to."""
 
     def __init__(self) -> None:
@@ -139,20 +139,20 @@ async def is_done(task: asyncio.Task[bool]) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the service ask the bus often."""
     monkeypatch.setattr(outbox, "PAUSE", 0.001)
 
 
 def scenario(
-    test: Callable[[Sending], Coroutine[Any, Any, None]],
+    test: Callable[[OutboxOnFakeBus], Coroutine[Any, Any, None]],
 ) -> Callable[[], None]:
     """Run a test with a new outbox."""
 
     def run() -> None:
         async def limited() -> None:
             async with asyncio.timeout(WAIT_TIMEOUT):
-                await test(Sending())
+                await test(OutboxOnFakeBus())
 
         asyncio.run(limited())
 
@@ -161,24 +161,26 @@ def scenario(
 
 
 @scenario
-async def test_a_client_that_reads_gets_every_reply(sending: Sending) -> None:
+async def test_a_client_that_reads_gets_every_reply(fake: OutboxOnFakeBus) -> None:
     for _ in range(100):
-        assert await sending.send(READER, PAGE)
-        sending.read(READER)
+        assert await fake.send(READER, PAGE)
+        fake.read(READER)
 
 
 @scenario
-async def test_a_client_that_does_not_read_gets_half_of_the_room(sending: Sending) -> None:
-    await sending.fill(READER)
-    assert ROOM // 2 - PAGE < sending.bus.sizes[READER] <= ROOM // 2
+async def test_a_client_that_does_not_read_gets_half_of_the_room(fake: OutboxOnFakeBus) -> None:
+    await fake.fill(READER)
+    assert ROOM // 2 - PAGE < fake.bus.sizes[READER] <= ROOM // 2
     # Another client gets its reply at once.
-    assert await sending.send(OTHER, PAGE)
+    assert await fake.send(OTHER, PAGE)
 
 
 @scenario
-async def test_two_clients_that_do_not_read_get_a_third_of_the_room_each(sending: Sending) -> None:
-    sizes = sending.bus.sizes
-    calls = [sending.begin(client, 1 << 20) for _ in range(96) for client in (READER, OTHER)]
+async def test_two_clients_that_do_not_read_get_a_third_of_the_room_each(
+    fake: OutboxOnFakeBus,
+) -> None:
+    sizes = fake.bus.sizes
+    calls = [fake.begin(client, 1 << 20) for _ in range(96) for client in (READER, OTHER)]
     assert not await is_done(calls[-1])
     assert sizes[READER] == sizes[OTHER] == ROOM // 3
     for one in calls:
@@ -186,120 +188,120 @@ async def test_two_clients_that_do_not_read_get_a_third_of_the_room_each(sending
 
 
 @scenario
-async def test_calls_wait_until_their_client_has_read(sending: Sending) -> None:
-    await sending.fill(READER)
-    calls = [sending.begin(READER, OWN) for _ in range(100)]
-    large = sending.begin(READER, PAGE)
-    assert not await is_done(calls[0]) or sending.bus.sizes[READER] <= ROOM // 2
+async def test_calls_wait_until_their_client_has_read(fake: OutboxOnFakeBus) -> None:
+    await fake.fill(READER)
+    calls = [fake.begin(READER, OWN) for _ in range(100)]
+    large = fake.begin(READER, PAGE)
+    assert not await is_done(calls[0]) or fake.bus.sizes[READER] <= ROOM // 2
     assert not await is_done(large)
-    sending.read(READER)
+    fake.read(READER)
     assert all(await asyncio.gather(*calls, large))
 
 
 @scenario
-async def test_a_client_that_reads_slowly_gets_every_reply(sending: Sending) -> None:
-    calls = [sending.begin(READER, PAGE) for _ in range(50)]
+async def test_a_client_that_reads_slowly_gets_every_reply(fake: OutboxOnFakeBus) -> None:
+    calls = [fake.begin(READER, PAGE) for _ in range(50)]
     while not all(one.done() for one in calls):
         await asyncio.sleep(0)
-        sending.bus.sizes[READER] = max(sending.bus.sizes[READER] - PAGE // 10, 0)
+        fake.bus.sizes[READER] = max(fake.bus.sizes[READER] - PAGE // 10, 0)
     assert all(one.result() for one in calls)
 
 
 @scenario
-async def test_running_calls_reserve_room_for_their_replies(sending: Sending) -> None:
+async def test_running_calls_reserve_room_for_their_replies(fake: OutboxOnFakeBus) -> None:
     end = asyncio.Event()
-    calls = [sending.begin(READER, PAGE, end=end) for _ in range(20)]
+    calls = [fake.begin(READER, PAGE, end=end) for _ in range(20)]
     assert not await is_done(calls[0])
-    assert sending.begun == ROOM // 2 // PAGE
+    assert fake.begun == ROOM // 2 // PAGE
     # The replies are smaller than what was reserved.
-    small = [sending.begin(OTHER, 100, room=1 << 20) for _ in range(1000)]
+    small = [fake.begin(OTHER, 100, room=1 << 20) for _ in range(1000)]
     assert all(await asyncio.gather(*small))
     end.set()
     while not all(one.done() for one in calls):
         await asyncio.sleep(0)
-        sending.read(READER)
+        fake.read(READER)
     assert all(one.result() for one in calls)
 
 
 @scenario
 async def test_a_client_that_reads_may_begin_a_call_whatever_others_have_left(
-    sending: Sending,
+    fake: OutboxOnFakeBus,
 ) -> None:
     others = [f":2.{number}" for number in range(100)]
-    calls = [sending.begin(other, OWN) for other in others * 20]
+    calls = [fake.begin(other, OWN) for other in others * 20]
     assert not await is_done(calls[-1])
-    assert ROOM * 0.9 < sending.bus.sizes.total() <= ROOM + OWN_IN_ALL
-    assert await sending.send(READER, 100, room=PAGE)
+    assert ROOM * 0.9 < fake.bus.sizes.total() <= ROOM + OWN_IN_ALL
+    assert await fake.send(READER, 100, room=PAGE)
     # There is no room for a large reply.
-    assert not await sending.send(READER, PAGE)
-    assert not await sending.send(READER, 0, fds=[os.open(os.devnull, os.O_RDONLY)])
-    sending.read(READER)
-    assert await sending.send(READER, OWN)
+    assert not await fake.send(READER, PAGE)
+    assert not await fake.send(READER, 0, fds=[os.open(os.devnull, os.O_RDONLY)])
+    fake.read(READER)
+    assert await fake.send(READER, OWN)
     for one in calls:
         one.cancel()
 
 
 @scenario
-async def test_large_replies_wait_for_the_running_calls_of_others(sending: Sending) -> None:
+async def test_large_replies_wait_for_the_running_calls_of_others(fake: OutboxOnFakeBus) -> None:
     """Otherwise a reply could be refused although every client reads."""
     end = asyncio.Event()
-    others = [sending.begin(f":2.{number}", 100, room=PAGE, end=end) for number in range(12)]
-    page = sending.begin(READER, PAGE)
+    others = [fake.begin(f":2.{number}", 100, room=PAGE, end=end) for number in range(12)]
+    page = fake.begin(READER, PAGE)
     assert not await is_done(page)
     end.set()
     assert all(await asyncio.gather(page, *others))
 
 
 @scenario
-async def test_the_own_bytes_of_all_clients_are_limited(sending: Sending) -> None:
+async def test_the_own_bytes_of_all_clients_are_limited(fake: OutboxOnFakeBus) -> None:
     for number in range(20):
-        await sending.fill(f":2.{number}")
-    calls = [sending.begin(f":3.{number}", OWN) for number in range(500)]
+        await fake.fill(f":2.{number}")
+    calls = [fake.begin(f":3.{number}", OWN) for number in range(500)]
     assert not await is_done(calls[-1])
-    assert ROOM < sending.bus.sizes.total() <= ROOM + OWN_IN_ALL
+    assert ROOM < fake.bus.sizes.total() <= ROOM + OWN_IN_ALL
     for one in calls:
         one.cancel()
 
 
 @scenario
-async def test_a_descriptor_counts_as_a_part_of_the_room(sending: Sending) -> None:
-    calls = [sending.begin(READER, 0, fds=[0]) for _ in range(50)]
+async def test_a_descriptor_counts_as_a_part_of_the_room(fake: OutboxOnFakeBus) -> None:
+    calls = [fake.begin(READER, 0, fds=[0]) for _ in range(50)]
     assert not await is_done(calls[-1])
-    assert sending.bus.descriptors[READER] == ROOM // DESCRIPTOR // 2
+    assert fake.bus.descriptors[READER] == ROOM // DESCRIPTOR // 2
     while not all(one.done() for one in calls):
         await asyncio.sleep(0)
-        sending.read(READER)
+        fake.read(READER)
     assert all(one.result() for one in calls)
 
 
 @scenario
-async def test_a_call_without_a_reply_does_not_wait(sending: Sending) -> None:
-    await sending.fill(READER)
-    silent = sending.outbox.account(call(READER, MessageFlag.NO_REPLY_EXPECTED))
-    async with sending.outbox.room(silent, PAGE):
+async def test_a_call_without_a_reply_does_not_wait(fake: OutboxOnFakeBus) -> None:
+    await fake.fill(READER)
+    silent = fake.outbox.account(call(READER, MessageFlag.NO_REPLY_EXPECTED))
+    async with fake.outbox.room(silent, PAGE):
         pass
 
 
 @pytest.mark.parametrize("how", ["close", "forget"])
 def test_calls_do_not_wait_when_the_client_leaves_or_the_service_stops(how: str) -> None:
-    async def test(sending: Sending) -> None:
-        await sending.fill(READER)
-        waiting = [sending.begin(READER, PAGE) for _ in range(20)]
+    async def test(fake: OutboxOnFakeBus) -> None:
+        await fake.fill(READER)
+        waiting = [fake.begin(READER, PAGE) for _ in range(20)]
         assert not await is_done(waiting[0])
         if how == "close":
-            sending.outbox.close()
+            fake.outbox.close()
         else:
-            sending.outbox.forget(READER)
+            fake.outbox.forget(READER)
         assert all(await asyncio.gather(*waiting))
 
     scenario(test)()
 
 
 def test_nothing_waits_on_a_bus_without_statistics(caplog: pytest.LogCaptureFixture) -> None:
-    async def test(sending: Sending) -> None:
-        sending.bus.has_statistics = False
+    async def test(fake: OutboxOnFakeBus) -> None:
+        fake.bus.has_statistics = False
         for _ in range(20):
-            assert await sending.send(READER, PAGE)
+            assert await fake.send(READER, PAGE)
 
     scenario(test)()
     assert "no limit for clients that do not read" in caplog.text
@@ -307,9 +309,9 @@ def test_nothing_waits_on_a_bus_without_statistics(caplog: pytest.LogCaptureFixt
 
 
 def test_a_client_that_does_not_read_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    async def test(sending: Sending) -> None:
-        await sending.fill(READER)
-        await sending.fill(READER)
+    async def test(fake: OutboxOnFakeBus) -> None:
+        await fake.fill(READER)
+        await fake.fill(READER)
 
     scenario(test)()
     (record,) = caplog.records
