@@ -186,7 +186,7 @@ def _namespaces() -> Iterator[tuple[list[Namespace], list[int]]]:
         found: list[Namespace] = []
         closed: list[int] = []
         # A thread can have a namespace of its own, and live longer than the first thread.
-        for thread in Path("/proc").glob("[0-9]*/task/[0-9]*"):
+        for thread in _threads():
             # A thread can end meanwhile.
             with suppress(FileNotFoundError, ProcessLookupError):
                 try:
@@ -208,6 +208,13 @@ def _namespaces() -> Iterator[tuple[list[Namespace], list[int]]]:
                     seen.add(os.fstat(other).st_ino)
                     found.append(Namespace(other, 0))
         yield found, closed
+
+
+def _threads() -> Iterator[Path]:
+    for process in Path("/proc").glob("[0-9]*"):
+        # A process can end meanwhile.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            yield from (process / "task").iterdir()
 
 
 def _entering(work: Callable[[int], bool], of: Hashable) -> bool:

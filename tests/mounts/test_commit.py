@@ -7,10 +7,11 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -146,6 +147,30 @@ def test_commit_makes_mounts_in_the_namespace_of_a_thread_read_only(
         process.stdin.flush()
         assert process.stdout.readline() == "Read-only file system\n"
     populated.upkeep.verify("done")
+
+
+def test_commit_succeeds_when_a_process_ends_while_its_threads_are_listed(
+    populated: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with subprocess.Popen(["sleep", "infinity"]) as process:
+
+        def ending(call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            def listing(path: Any = ".") -> Any:  # noqa: ANN401 - as the functions of os
+                if str(path) == f"/proc/{process.pid}/task":
+                    process.kill()
+                    process.wait()
+                return call(path)
+
+            return listing
+
+        # A glob uses the first of them, and iterdir the second.
+        monkeypatch.setattr(os, "scandir", ending(os.scandir))
+        monkeypatch.setattr(os, "listdir", ending(os.listdir))
+        try:
+            populated.commit("done", "work")
+            assert process.returncode is not None
+        finally:
+            process.kill()
 
 
 def test_commit_makes_mounts_in_a_namespace_without_a_process_read_only(
