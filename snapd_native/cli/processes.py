@@ -106,7 +106,7 @@ def containerd(instance: str, socket: Path, name: str, usage_age: float) -> None
     logs.configure(logging.INFO)
     if os.geteuid() != 0:
         raise AccessDenied("the plugin needs root: run it as root")
-    sys.exit(run(instance, socket.absolute(), name, usage_age))
+    run(instance, socket.absolute(), name, usage_age)
 
 
 @click.command()

@@ -15,7 +15,7 @@ from sdnotify import SystemdNotifier
 
 from snapd_native.containerd.service import Service
 from snapd_native.containerd.snapshots import Snapshots
-from snapd_native.errors import FailedPrecondition, InvalidArgument, SnapdError, Unavailable
+from snapd_native.errors import FailedPrecondition, InvalidArgument, Unavailable
 from snapd_native.model import quote_path
 
 log = logging.getLogger(__name__)
@@ -27,15 +27,14 @@ MAX_SOCKET = 107
 """Bytes in the path of a Unix socket at most; see unix(7)."""
 
 
-def run(instance: str, path: Path, name: str, usage_age: float) -> int:
-    """Serve the containerd ``name`` until SIGTERM or SIGINT; return the process's exit status."""
+def run(instance: str, path: Path, name: str, usage_age: float) -> None:
+    """Serve the containerd ``name`` until SIGTERM or SIGINT.
+
+    Raises:
+        SnapdError: the plugin cannot start.
+    """
     os.umask(0o077)
-    try:
-        asyncio.run(_serve(Snapshots(instance, name, usage_age), path))
-    except SnapdError as error:
-        log.critical("%s", error)
-        return 1
-    return 0
+    asyncio.run(_serve(Snapshots(instance, name, usage_age), path))
 
 
 async def _serve(snapshots: Snapshots, path: Path) -> None:

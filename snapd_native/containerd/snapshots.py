@@ -9,7 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -67,9 +75,12 @@ class Snapshots:
         self._long = asyncio.Semaphore(LONG_CALLS)
         self._measurements = asyncio.Semaphore(MEASUREMENTS)
         self._usages = _Usages(usage_age)
+        self._changes: set[asyncio.Task[Any]] = set()
+        """The calls that change snapshots, and are undone when their callers cancel them."""
 
     async def close(self) -> None:
-        """Disconnect from the bus."""
+        """Cancel the calls that change snapshots, and disconnect from the bus."""
+        await _cancel({*self._changes})
         await self._connection.close()
 
     async def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> Mount:
@@ -77,7 +88,7 @@ class Snapshots:
         stored, of, marked = await self._creation(key, parent, labels)
         async with self._calling(self._long) as client:
             preparing = client.prepare(stored, of, marked)
-            return await _cancellable(client, stored, preparing, undo=client.remove)
+            return await self._change(client, stored, preparing, undo=client.remove)
 
     async def view(self, key: str, parent: str, labels: Mapping[str, str]) -> Mount:
         """Create a view."""
@@ -95,7 +106,7 @@ class Snapshots:
         old, new = self._stored(key), self._stored(name)
         of = self._stored(parent) if parent else ""
         async with self._calling(self._long) as client:
-            await _cancellable(client, old, client.commit(new, old, marked, of))
+            await self._change(client, old, client.commit(new, old, marked, of))
         self._usages.forget(old)
 
     async def mounts(self, key: str) -> Mount:
@@ -157,6 +168,23 @@ class Snapshots:
         """Wait for one of the calls that ``bound`` permits, and yield a connected client."""
         async with bound:
             yield await self._connection.client()
+
+    async def _change(
+        self,
+        client: Client,
+        key: str,
+        call: Coroutine[Any, Any, _T],
+        undo: Callable[[str], Awaitable[object]] | None = None,
+    ) -> _T:
+        """Await a Prepare or Commit of ``key``; see `_undone_if_cancelled`."""
+        task = asyncio.create_task(_undone_if_cancelled(client, key, call, undo))
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await _cancel({task})
+            raise
 
     async def _creation(
         self, key: str, parent: str, labels: Mapping[str, str]
@@ -272,11 +300,11 @@ class _Usages:
             del self._measuring[key]
 
 
-async def _cancellable(
+async def _undone_if_cancelled(
     client: Client,
     key: str,
     call: Coroutine[Any, Any, _T],
-    undo: Callable[[str], Awaitable[object]] | None = None,
+    undo: Callable[[str], Awaitable[object]] | None,
 ) -> _T:
     """Await a Prepare or Commit of ``key``.
 
@@ -297,6 +325,15 @@ async def _cancellable(
             with suppress(SnapdError):
                 await undo(key)
         raise
+
+
+async def _cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancel the tasks that are not cancelled yet, and wait until all have ended."""
+    for task in tasks:
+        if not task.cancelling():
+            task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
 
 
 def _is_hidden(label: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import tarfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,13 +68,6 @@ def running(shared_service: Service, lasting_plugin: Plugin) -> Iterator[Contain
         yield daemon
 
 
-def run(daemon: Containerd, snapshotter: str, script: str) -> str:
-    """Run a shell in a new container, and return its output."""
-    name = f"c{uuid.uuid4().hex}"
-    options = ["--rm", "--net-host", "--snapshotter", snapshotter]
-    return daemon.ctr("run", *options, IMAGE, name, "/bin/sh", "-ec", script)
-
-
 def test_an_image_is_unpacked_and_run_as_by_the_native_snapshotter(
     running: Containerd, shared_client: BlockingClient, image: Path, tmp_path: Path
 ) -> None:
@@ -85,7 +77,7 @@ def test_an_image_is_unpacked_and_run_as_by_the_native_snapshotter(
         script = (
             "echo new >/etc/new; cat /etc/changed /etc/new; busybox ls -lR /etc /opaque /dev/full"
         )
-        outputs.append(run(running, snapshotter, script))
+        outputs.append(running.run(snapshotter, script))
         tree = tmp_path / snapshotter
         tree.mkdir()
         running.ctr("images", "mount", "--snapshotter", snapshotter, "--rw", IMAGE, str(tree))
@@ -138,7 +130,7 @@ def test_two_containerds_unpack_the_same_image_into_one_store(
         assert len([*shared_client.walk()]) == 6
         second.ctr("images", "rm", "--sync", IMAGE)
         assert len([*shared_client.walk()]) == 3
-        assert run(running, "snapd-native", "cat /etc/changed") == "second"
+        assert running.run("snapd-native", "cat /etc/changed") == "second"
 
 
 def test_containerd_forgets_a_layer_whose_snapshot_has_gone(
@@ -155,4 +147,4 @@ def test_containerd_forgets_a_layer_whose_snapshot_has_gone(
     assert "not found" in error
     running.ctr("images", "rm", "--sync", IMAGE)
     running.ctr("images", "import", "--snapshotter", "snapd-native", str(image))
-    assert run(running, "snapd-native", "cat /etc/changed") == "second"
+    assert running.run("snapd-native", "cat /etc/changed") == "second"

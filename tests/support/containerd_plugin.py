@@ -116,14 +116,30 @@ class Plugin:
         return self.process.wait(HANG_TIMEOUT)
 
 
-def command(path: Path, name: str, *options: str) -> list[str]:
-    program = [sys.executable, "-P", "-m", "snapd_native", "containerd"]
-    return [*program, "--socket", str(path), "--name", name, *options]
+PROGRAM = ("-P", "-m", "snapd_native")
+"""The arguments of Python for the program."""
+
+WITHOUT_GRACE = (
+    "-P",
+    "-c",
+    "from snapd_native.containerd import server; from snapd_native.cli import main;"
+    " server.GRACE = 0; main()",
+)
+"""Arguments for a plugin that gives running calls no time when it ends."""
+
+
+def command(path: Path, name: str, *options: str, program: Sequence[str] = PROGRAM) -> list[str]:
+    """Return the command of a plugin; ``program`` are the arguments of Python for the program."""
+    return [sys.executable, *program, "containerd", "--socket", str(path), "--name", name, *options]
 
 
 @contextmanager
 def plugin(
-    address: str, directory: Path, name: str = "containerd", *options: str
+    address: str,
+    directory: Path,
+    name: str = "containerd",
+    *options: str,
+    program: Sequence[str] = PROGRAM,
 ) -> Iterator[Plugin]:
     """Run a plugin for the block, with its socket and its log in ``directory``."""
     path, log = directory / f"{name}.sock", directory / f"{name}.log"
@@ -133,7 +149,7 @@ def plugin(
     ):
         notify.bind(str(directory / f"{name}.notify"))
         process = subprocess.Popen(
-            command(path, name, *options),
+            command(path, name, *options, program=program),
             env={
                 **os.environ,
                 "DBUS_SYSTEM_BUS_ADDRESS": address,

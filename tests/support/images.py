@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,6 +147,17 @@ class Containerd:
             if target.startswith(f"{self.directory}/"):
                 subprocess.run(["umount", target], check=True)
 
+    def wait_until_connected(self) -> None:
+        """Wait until containerd has connected to the plugin again.
+
+        It tries this again after at most three seconds.
+        """
+        list_all = ["snapshots", "--snapshotter", "snapd-native", "ls"]
+        command = ["ctr", "--address", self.address, *list_all]
+        wait_until(
+            lambda: subprocess.run(command, check=False, capture_output=True).returncode == 0
+        )
+
     def _answers(self) -> bool:
         if not os.path.exists(self.address):
             return False
@@ -167,6 +179,12 @@ class Containerd:
         )
         assert (done.returncode != 0) == fails, done.stderr
         return done.stderr if fails else done.stdout
+
+    def run(self, snapshotter: str, script: str) -> str:
+        """Run a shell in a new container of `IMAGE`, and return its output."""
+        options = ["--rm", "--net-host", "--snapshotter", snapshotter]
+        name = f"c{uuid.uuid4().hex}"
+        return self.ctr("run", *options, IMAGE, name, "/bin/sh", "-ec", script)
 
     def snapshots(self, snapshotter: str) -> list[str]:
         """Return the keys of the snapshots that containerd knows."""
