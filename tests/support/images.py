@@ -53,7 +53,12 @@ def special(
     return info
 
 
-def write_image(path: Path, layers: Sequence[bytes], name: str = IMAGE) -> None:
+def write_image(
+    path: Path,
+    layers: Sequence[bytes],
+    name: str = IMAGE,
+    command: Sequence[str] = ("/bin/sh",),
+) -> None:
     """Write an image as an archive in the OCI layout, as ``ctr images import`` reads it."""
     with tarfile.open(path, "w") as archive:
 
@@ -75,7 +80,7 @@ def write_image(path: Path, layers: Sequence[bytes], name: str = IMAGE) -> None:
         digests = [f"sha256:{hashlib.sha256(data).hexdigest()}" for data in layers]
         configuration = {
             **platform,
-            "config": {"Cmd": ["/bin/sh"], "Env": ["PATH=/bin"]},
+            "config": {"Cmd": [*command], "Env": ["PATH=/bin"]},
             "rootfs": {"type": "layers", "diff_ids": digests},
         }
         manifest = {
@@ -110,7 +115,6 @@ address = "{directory}/containerd.sock"
 [proxy_plugins.snapd-native]
 type = "snapshot"
 address = "{socket}"
-{more}
 """
 
 
@@ -168,10 +172,13 @@ class Containerd:
     def address(self) -> str:
         return f"{self.directory}/containerd.sock"
 
-    def ctr(self, *arguments: str, fails: bool = False) -> str:
-        """Run ctr, which must succeed, and return its output; if it ``fails``, the error."""
+    def ctr(self, *arguments: str, fails: bool = False, space: str = "default") -> str:
+        """Run ctr in a namespace of containerd.
+
+        It must succeed, and its output is returned; if it ``fails``, the error.
+        """
         done = subprocess.run(
-            ["ctr", "--address", self.address, *arguments],
+            ["ctr", "--address", self.address, "--namespace", space, *arguments],
             check=False,
             capture_output=True,
             text=True,
@@ -198,14 +205,18 @@ class Containerd:
 
 
 @contextmanager
-def containerd(
-    socket: Path, more: str = "", disabled: str = ', "io.containerd.grpc.v1.cri"'
-) -> Iterator[Containerd]:
-    """Run a containerd with the plugin on ``socket`` as its snapshotter ``snapd-native``."""
+def containerd(socket: Path, more: str = "", *, cri: bool = False) -> Iterator[Containerd]:
+    """Run a containerd with the plugin on ``socket`` as its snapshotter ``snapd-native``.
+
+    ``more`` is added to its configuration, with the directory of the containerd as
+    ``{directory}``. With ``cri`` it serves Kubernetes.
+    """
+    disabled = "" if cri else ', "io.containerd.grpc.v1.cri"'
     # The path of a socket is at most 107 bytes long.
     with tempfile.TemporaryDirectory(prefix="snapd-native-containerd-") as directory:
+        configuration = _CONFIGURATION + more
         (Path(directory) / "config.toml").write_text(
-            _CONFIGURATION.format(directory=directory, socket=socket, more=more, disabled=disabled)
+            configuration.format(directory=directory, socket=socket, disabled=disabled)
         )
         running = Containerd(Path(directory))
         running.start()
