@@ -10,7 +10,7 @@ parallel := --numprocesses $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo docs/session.svg test lint types unit check test-all check-all coverage test-repeat storm fuzz soak \
-    vm-test vm-up vm-down vm-powercut deb install uninstall dist rpm bench bench-metastore clean static runtime development benchmark
+    vm-test vm-up vm-down vm-powercut deb install uninstall dist rpm bench bench-metastore clean static runtime development long benchmark
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z/.-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,7 +43,7 @@ check-all: export STORM_KILLS ?= 50
 check-all: export FUZZ_CALLS ?= 10000
 check-all: export SOAK_MINUTES ?= 5
 check-all: export MODEL_EXAMPLES ?= 250
-check-all: development
+check-all: long
 	@$(pytest) $(parallel) -m ''
 
 coverage: development ## which lines the quick tests do not run (root); build/coverage/html
@@ -109,5 +109,5 @@ clean: ## remove the virtual environment, what was built and the caches
 	@find . -path ./.git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # The lock keeps `make -j demo test` and a second make from building one .venv at the same time.
-static runtime development benchmark:
+static runtime development long benchmark:
 	@flock --close . tools/bootstrap $@ "$(PYTHON)" "make $(MAKECMDGOALS)"
