@@ -64,7 +64,8 @@ def bounded(
         finally:
             _release(of)
 
-    # The end of the process does not wait for a daemon thread.
+    # Python does not wait for a daemon thread at the end of the process. The kernel does, if the
+    # thread waits for a file system that does not answer.
     thread = threading.Thread(target=run, name="bounded", daemon=True)
     with _ended:
         if not _ended.wait_for(lambda: _running[of] < most, SECONDS):

@@ -80,9 +80,12 @@ def frozen_in_namespaces(key: str) -> Iterator[None]:
             f" ({failure.error.strerror}), {what} or unmount it there"
         ) from None
     except OSError as error:
+        reason = error.strerror
+        if isinstance(error, TimeoutError):
+            reason = "they have very many mounts, or a file system in one does not answer"
         raise FailedPrecondition(
-            f"cannot commit {quote(key)}: its mounts in other mount namespaces cannot be made"
-            f" read-only ({error.strerror}), try again"
+            f"cannot commit {quote(key)}: the mount namespaces of other processes could not be"
+            f" examined ({reason}), try again"
         ) from None
 
 
