@@ -142,14 +142,14 @@ def owner_namespace(fd: int) -> int:
 def neighbour_namespace(fd: int, request: int) -> int | None:
     """Open the mount namespace that was created after or before the mount namespace ``fd``.
 
-    ``request`` is NS_MNT_GET_NEXT or NS_MNT_GET_PREV. Return None if there is no further one, or
-    before Linux 6.12.
+    ``request`` is NS_MNT_GET_NEXT or NS_MNT_GET_PREV. Return None if there is no further one,
+    before Linux 6.12, or where the kernel refuses it, as Linux 6.18 does in a PID namespace.
     """
-    # ENOTTY: the kernel is older.
+    # ENOTTY: the kernel is older. EPERM: only the first PID namespace may list them.
     try:
         return int(fcntl.ioctl(fd, request, bytearray(16), True))
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTTY):
+        if error.errno in (errno.ENOENT, errno.ENOTTY, errno.EPERM):
             return None
         raise
 

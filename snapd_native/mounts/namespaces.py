@@ -176,8 +176,8 @@ def _check_overlays(pid: int, table: Table, place: Place) -> None:
 def _namespaces() -> Iterator[tuple[list[Namespace], list[int]]]:
     """Open all mount namespaces, except for this process's.
 
-    Before Linux 6.12 those are not found that have no process. Yield also the threads whose
-    namespaces root is not permitted to open.
+    Before Linux 6.12, and in a PID namespace, those are not found that have no process. Yield also
+    the threads whose namespaces root is not permitted to open.
     """
     with ExitStack() as stack:
         own = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)

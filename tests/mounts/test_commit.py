@@ -21,6 +21,7 @@ from snapd_native.jobs import Job
 from snapd_native.model import Kind, Lifetime, Mounted
 from snapd_native.snapshotter import Snapshotter
 from snapd_native.snapshotter.state import StateDirectory
+from tests.support import PROJECT
 from tests.support.engine import (
     directories,
     failing_function,
@@ -190,6 +191,22 @@ def test_commit_makes_mounts_in_a_namespace_without_a_process_read_only(
         populated.upkeep.verify("done")
     finally:
         os.close(kept)
+
+
+_COMMIT = """
+import sys
+from pathlib import Path
+from tests.support.engine import open_engine
+with open_engine(Path(sys.argv[1])) as engine:
+    engine.prepare("work")
+    engine.commit("done", "work")
+"""
+
+
+def test_commit_works_in_a_pid_namespace(scratch: Path) -> None:
+    """Linux 6.18 lists mount namespaces only outside of PID namespaces."""
+    own = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable]
+    subprocess.run([*own, "-c", _COMMIT, scratch / "state"], check=True, cwd=PROJECT)
 
 
 @pytest.mark.alone
