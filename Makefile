@@ -10,7 +10,7 @@ parallel := --numprocesses $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo docs/session.svg test lint types unit check test-all check-all coverage test-repeat storm fuzz soak \
-    vm-test vm-up vm-down vm-powercut deb install uninstall dist rpm bench bench-metastore clean static runtime development long benchmark
+    vm-test vm-up vm-down vm-powercut deb install uninstall dist rpm bench bench-plugin bench-metastore clean static runtime development long benchmark
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z/.-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -100,6 +100,9 @@ rpm: dist ## build the RPM packages into dist/, on Debian (root)
 
 bench: benchmark ## measure beside containerd and cp, for docs/benchmarks.md (root, 10 minutes)
 	@$(bin)/python -m bench --plot docs/benchmarks.svg --document docs/benchmarks.md
+
+bench-plugin: benchmark ## measure the containerd plugin beside containerd's own snapshotters (root, 10 minutes)
+	@$(bin)/python -m bench.plugin
 
 bench-metastore: runtime ## measure the metadata store
 	@$(bin)/python -m bench.metastore

@@ -1,4 +1,4 @@
-"""Debian's containerd and its native snapshotter, called over its socket."""
+"""Debian's containerd and its snapshotters, called over its socket."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from snapd_native.errors import Unavailable
 # Compiled when it is imported, by grpcio-tools.
 _messages = grpc.protos("bench/containerd.proto")
 
-_SNAPSHOTTER = "native"
 _NAMESPACE = (("containerd-namespace", "bench"),)
 _SNAPSHOTS = "containerd.services.snapshots.v1.Snapshots"
 _LEASES = "containerd.services.leases.v1.Leases"
@@ -31,17 +30,26 @@ state = "{private}/state"
 disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
 [grpc]
 address = "{socket}"
+{more}
 """
 
 
 class Containerd:
-    """The native snapshotter, by one connected client."""
+    """A snapshotter, by one connected client."""
 
     name = "containerd"
 
-    def __init__(self, channel: Any, address: str, memory: Peak) -> None:  # noqa: ANN401 - untyped
-        self._address = address
+    def __init__(
+        self,
+        channel: Any,  # noqa: ANN401 - untyped
+        address: str,
+        memory: Peak,
+        snapshotter: str = "native",
+    ) -> None:
+        self._channel = channel
+        self.address = address
         self.memory = memory
+        self._snapshotter = snapshotter
         m = _messages
         self._prepare = _method(channel, _SNAPSHOTS, "Prepare", m.MountsResponse)
         self._view = _method(channel, _SNAPSHOTS, "View", m.MountsResponse)
@@ -62,22 +70,27 @@ class Containerd:
 
     def commit(self, name: str, key: str) -> None:
         """Call Commit."""
-        self._commit(
-            _messages.CommitRequest(snapshotter=_SNAPSHOTTER, name=name, key=key, labels=LABELS)
+        request = _messages.CommitRequest(
+            snapshotter=self._snapshotter, name=name, key=key, labels=LABELS
         )
+        self._commit(request)
 
     def stat(self, key: str) -> None:
         """Call Stat."""
-        self._stat(_messages.KeyRequest(snapshotter=_SNAPSHOTTER, key=key))
+        self._stat(_messages.KeyRequest(snapshotter=self._snapshotter, key=key))
 
     def list(self) -> int:
         """Call List."""
-        pages = self._list(_messages.ListRequest(snapshotter=_SNAPSHOTTER))
-        return sum(len(page.info) for page in pages)
+        return len(self.parents())
+
+    def parents(self) -> dict[str, str]:
+        """Call List, and return the names of all snapshots with those of their parents."""
+        pages = self._list(_messages.ListRequest(snapshotter=self._snapshotter))
+        return {info.name: info.parent for page in pages for info in page.info}
 
     def remove(self, key: str) -> None:
         """Call Remove; the garbage collector deletes the tree later."""
-        self._remove(_messages.KeyRequest(snapshotter=_SNAPSHOTTER, key=key))
+        self._remove(_messages.KeyRequest(snapshotter=self._snapshotter, key=key))
 
     def settle(self) -> None:
         """Run the garbage collector, by the synchronous deletion of a lease."""
@@ -87,18 +100,24 @@ class Containerd:
     @contextmanager
     def another(self) -> Iterator[Containerd]:
         """Open another connection."""
-        with _connected(self._address) as channel:
-            yield Containerd(channel, self._address, self.memory)
+        with connected(self.address) as channel:
+            yield Containerd(channel, self.address, self.memory, self._snapshotter)
+
+    def on(self, snapshotter: str) -> Containerd:
+        """Use another snapshotter by the same connection."""
+        return Containerd(self._channel, self.address, self.memory, snapshotter)
 
     def _creation(self, key: str, parent: str) -> object:
         return _messages.CreateRequest(
-            snapshotter=_SNAPSHOTTER, key=key, parent=parent, labels=LABELS
+            snapshotter=self._snapshotter, key=key, parent=parent, labels=LABELS
         )
 
 
 @contextmanager
-def containerd(root: Path) -> Iterator[Containerd]:
+def containerd(root: Path, more: str = "") -> Iterator[Containerd]:
     """Run a containerd that keeps everything below ``root``, and connect to it.
+
+    ``more`` is added to its configuration.
 
     Raises:
         Unavailable: it is not installed, or does not start.
@@ -109,7 +128,9 @@ def containerd(root: Path) -> Iterator[Containerd]:
         )
         socket = private / "socket"
         configuration = private / "config.toml"
-        configuration.write_text(_CONFIGURATION.format(root=root, private=private, socket=socket))
+        configuration.write_text(
+            _CONFIGURATION.format(root=root, private=private, socket=socket, more=more)
+        )
         log = private / "log"
         try:
             # In a process group of its own: Ctrl-C would end it before the clean-up.
@@ -125,17 +146,22 @@ def containerd(root: Path) -> Iterator[Containerd]:
             ) from None
         stack.callback(process.wait)
         stack.callback(process.terminate)
-        address = f"unix:{socket}"
-        channel = stack.enter_context(_connected(address))
+        channel = stack.enter_context(connected(f"unix:{socket}"))
         try:
-            grpc.channel_ready_future(channel).result(PATIENCE)
+            await_answer(channel)
         except grpc.FutureTimeoutError:
             raise Unavailable(f"containerd did not start: {log.read_text()[-1000:]}") from None
-        yield Containerd(channel, address, Peak(process.pid))
+        yield Containerd(channel, f"unix:{socket}", Peak(process.pid))
+
+
+def await_answer(channel: Any) -> None:  # noqa: ANN401 - untyped
+    """Wait until a server accepts connections."""
+    grpc.channel_ready_future(channel).result(PATIENCE)
 
 
 @contextmanager
-def _connected(address: str) -> Iterator[Any]:
+def connected(address: str) -> Iterator[Any]:
+    """Connect to a server of gRPC."""
     # By default, channels to the same address share a connection.
     with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
         yield channel

@@ -134,6 +134,28 @@ def test_shortage_states_the_space_that_is_needed(tmp_path: Path) -> None:
     assert "GiB are needed" in shortage(tmp_path, 1 << 60)
 
 
+@pytest.mark.skipif("containerd" not in PEERS, reason="needs containerd and grpcio")
+def test_the_plugin_benchmark_measures_every_call(
+    ext4: FileSystem, xfs: FileSystem, loop_directory: Path
+) -> None:
+    with tempfile.TemporaryDirectory(dir=loop_directory) as directory:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "bench.plugin", "--scale", "0.002", "--rounds", "1"),
+                *("--directory", directory),
+            ],
+            cwd=PROJECT,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=HANG_TIMEOUT,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert list(Path(directory).iterdir()) == []
+    for row in ("unpack", "Prepare", "Remove", "Stat of the plugin", "Stat over D-Bus", "space"):
+        assert done.stdout.count(f"│ {row}") == 2
+
+
 def test_the_metastore_benchmark_measures_every_call(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
