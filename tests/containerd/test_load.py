@@ -11,10 +11,11 @@ import pytest
 
 from snapd_native.client import BlockingClient
 from tests.support.containerd_plugin import Plugin
+from tests.support.file_systems import on_ext4
 from tests.support.images import IMAGE, containerd, layer, programs, write_image
 from tests.support.service import Service, commit_snapshot
 
-pytestmark = pytest.mark.long
+pytestmark = [on_ext4, pytest.mark.long]
 
 SECONDS = 120
 
