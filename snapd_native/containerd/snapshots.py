@@ -86,6 +86,8 @@ class Snapshots:
     async def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> Mount:
         """Create an active snapshot. If the caller cancels, the snapshot does not exist then."""
         stored, of, marked = await self._creation(key, parent, labels)
+        # A person can have removed a snapshot with this key.
+        self._usages.forget(stored)
         async with self._calling(self._long) as client:
             preparing = client.prepare(stored, of, marked)
             return await self._change(client, stored, preparing, undo=client.remove)
@@ -288,7 +290,7 @@ class _Usages:
         return await asyncio.shield(task)
 
     def forget(self, key: str) -> None:
-        """Forget the measurement of a snapshot that has gone."""
+        """Forget the measurement of a snapshot that has gone, or is made anew."""
         self._measured.pop(key, None)
 
     async def _measure(self, key: str, measurement: Coroutine[Any, Any, Usage]) -> Usage:

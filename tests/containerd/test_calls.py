@@ -276,6 +276,17 @@ def test_the_usage_of_an_active_snapshot_is_measured_once_within_the_age(
     assert stub.usage("base") == (size, inodes)
 
 
+def test_a_key_that_is_prepared_again_is_measured_again(
+    shared_client: BlockingClient, stub: Stub
+) -> None:
+    tree = Path(stub.prepare("work").source)
+    (tree / "file").write_text("text")
+    assert stub.usage("work")[1] == 2
+    shared_client.remove("containerd/work")
+    stub.prepare("work")
+    assert stub.usage("work")[1] == 1
+
+
 def test_callers_share_one_measurement_at_idle_priority(
     shared_service: Service, shared_client: BlockingClient, stub: Stub
 ) -> None:
