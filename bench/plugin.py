@@ -135,13 +135,11 @@ def _stats(site: Site, stats: int) -> None:
 
 
 def _remove_all(peer: Containerd) -> None:
-    """Remove all snapshots, children before parents."""
-    parents = peer.parents()
-    while parents:
+    """Remove the snapshot of the last layer; the garbage collector removes those below it."""
+    while parents := peer.parents():
         for name in parents.keys() - parents.values():
             peer.remove(name)
-            del parents[name]
-    peer.settle()
+        peer.settle()
 
 
 def _top(peer: Containerd) -> str:
@@ -255,7 +253,7 @@ def table(done: Site) -> Table:
     for row, samples in done.seconds.items():
         found = [median(samples[name]) if name in samples else None for name in SNAPSHOTTERS]
         made.add_row(row, *map(duration, found))
-    made.add_row("processor time of the plugin for a Stat", duration(done.cpu))
+    made.add_row("Stat, CPU time of the plugin", duration(done.cpu))
     sizes = [f"{done.sizes[name] / 1e6:,.0f} MB" for name in SNAPSHOTTERS]
     made.add_row("space of the unpacked image", *sizes)
     return made
