@@ -41,6 +41,12 @@ OWN_IN_ALL = 16 << 20
 DESCRIPTOR = ROOM // 48
 """Bytes for which a waiting file descriptor counts."""
 
+LAST_PAUSE = 0.25
+"""Seconds of the last pause before a reply is refused: half a second in all.
+
+The bus may not know yet that a client has left, whose replies have used the room.
+"""
+
 PAUSE = 1.0
 """Seconds at most between two questions to the bus about a client that does not read."""
 
@@ -111,7 +117,7 @@ class Outbox:
             self._freed.set()
 
     async def check(self, client: Account, answer: Answer, reserved: int) -> None:
-        """Refuse a large reply that has no room; its descriptors are closed.
+        """Refuse a large reply that finds no room in time; its descriptors are closed.
 
         Raises:
             ResourceExhausted: it has more bytes than are reserved and free.
@@ -119,8 +125,11 @@ class Outbox:
         size = _size(answer)
         if size <= max(reserved, OWN) or self._fits(client, size - reserved):
             return
-        if reserved != OWN:
-            # Else the bus was asked just before the call.
+        pause = 0.001
+        await self._ask(client)
+        while not self._fits(client, size - reserved) and pause < LAST_PAUSE:
+            await asyncio.sleep(pause)
+            pause *= 2
             await self._ask(client)
         if not self._fits(client, size - reserved):
             close(answer.fds)
