@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.support.containerd_plugin import plugin
 from tests.support.file_systems import long_on_xfs
 from tests.support.images import IMAGE, Containerd, containerd, layer, programs, write_image
 from tests.support.service import HANG_TIMEOUT, Service
-from tests.support.waiting import wait_until
+from tests.support.waiting import wait_until, wait_until_equal
 
 pytestmark = long_on_xfs
 
@@ -53,6 +54,17 @@ class Kubelet:
             response_deserializer=reply.FromString,
         )
         return function(request, timeout=HANG_TIMEOUT)
+
+    @contextmanager
+    def pod(self, config: Any) -> Iterator[str]:  # noqa: ANN401 - untyped
+        """Run a pod for the block, and yield the id of its sandbox."""
+        request = messages.RunPodSandboxRequest(config=config)
+        sandbox = self.call("RunPodSandbox", request, messages.SandboxId)
+        try:
+            yield sandbox.pod_sandbox_id
+        finally:
+            self.call("StopPodSandbox", sandbox, messages.Empty)
+            self.call("RemovePodSandbox", sandbox, messages.Empty)
 
     def execute(self, container: str, script: str) -> str:
         """Run a shell in a container, and return its output."""
@@ -116,31 +128,24 @@ def test_a_pod_runs_and_is_removed(
     )
     with grpc.insecure_channel(f"unix:{node.address}") as channel:
         kubelet = Kubelet(channel)
-        sandbox = kubelet.call(
-            "RunPodSandbox", messages.RunPodSandboxRequest(config=config), messages.SandboxId
-        )
-        created = kubelet.call(
-            "CreateContainer",
-            messages.CreateContainerRequest(
-                pod_sandbox_id=sandbox.pod_sandbox_id, config=container, sandbox_config=config
-            ),
-            messages.ContainerId,
-        )
-        kubelet.call("StartContainer", created, messages.Empty)
-        assert len([*shared_client.walk()]) == len(images) + 2
+        with kubelet.pod(config) as sandbox:
+            request = messages.CreateContainerRequest(
+                pod_sandbox_id=sandbox, config=container, sandbox_config=config
+            )
+            created = kubelet.call("CreateContainer", request, messages.ContainerId)
+            kubelet.call("StartContainer", created, messages.Empty)
+            assert len([*shared_client.walk()]) == len(images) + 2
 
-        work = created.container_id
-        assert kubelet.execute(work, "cat /file") == "text"
-        log = tmp_path / "logs" / "work.log"
-        wait_until(lambda: "stdout F started" in log.read_text())
+            work = created.container_id
+            assert kubelet.execute(work, "cat /file") == "text"
+            log = tmp_path / "logs" / "work.log"
+            wait_until(lambda: "stdout F started" in log.read_text())
 
-        wait_until(lambda: kubelet.writable_layer(work)[1] > 0)
-        _, inodes = kubelet.writable_layer(work)
-        kubelet.execute(work, "busybox dd if=/dev/zero of=/new bs=1M count=8 2>/dev/null; sync")
-        wait_until(lambda: kubelet.writable_layer(work)[0] > 8 << 20)
-        assert kubelet.writable_layer(work)[1] == inodes + 1
-        wait_until(lambda: kubelet.image_usage().used_bytes.value > 8 << 20)
-
-        kubelet.call("StopPodSandbox", sandbox, messages.Empty)
-        kubelet.call("RemovePodSandbox", sandbox, messages.Empty)
-        wait_until(lambda: [*shared_client.walk()] == images)
+            kubelet.execute(work, "busybox dd if=/dev/zero of=/new bs=1M count=8 2>/dev/null; sync")
+            wait_until(lambda: kubelet.writable_layer(work)[0] > 8 << 20)
+            (key,) = [info.name for info in shared_client.walk() if work in info.name]
+            tree = Path(shared_client.mounts(key).source)
+            inodes = {path.lstat().st_ino for path in (tree, *tree.rglob("*"))}
+            assert kubelet.writable_layer(work)[1] == len(inodes)
+            wait_until(lambda: kubelet.image_usage().used_bytes.value > 8 << 20)
+    wait_until_equal(lambda: [*shared_client.walk()], images)
