@@ -41,8 +41,8 @@ OWN_IN_ALL = 16 << 20
 DESCRIPTOR = ROOM // 48
 """Bytes for which a waiting file descriptor counts."""
 
-LAST_PAUSE = 0.25
-"""Seconds of the last pause before a reply is refused: half a second in all.
+LAST_PAUSE = 0.5
+"""Seconds of the last pause before a reply is refused: about a second in all.
 
 The bus may not know yet that a client has left, whose replies have used the room.
 """
