@@ -13,13 +13,14 @@ import grpc
 
 from bench.memory import Peak
 from bench.peers import LABELS, PATIENCE
+from snapd_native.containerd import snapshots_pb2 as wire
+from snapd_native.containerd.service import SERVICE
 from snapd_native.errors import Unavailable
 
 # Compiled when it is imported, by grpcio-tools.
-_messages = grpc.protos("bench/containerd.proto")
+_leases = grpc.protos("bench/containerd.proto")
 
 _NAMESPACE = (("containerd-namespace", "bench"),)
-_SNAPSHOTS = "containerd.services.snapshots.v1.Snapshots"
 _LEASES = "containerd.services.leases.v1.Leases"
 
 # The disabled plugins would create directories in /opt and /etc, or serve Kubernetes.
@@ -50,15 +51,14 @@ class Containerd:
         self.address = address
         self.memory = memory
         self._snapshotter = snapshotter
-        m = _messages
-        self._prepare = _method(channel, _SNAPSHOTS, "Prepare", m.MountsResponse)
-        self._view = _method(channel, _SNAPSHOTS, "View", m.MountsResponse)
-        self._commit = _method(channel, _SNAPSHOTS, "Commit", m.Empty)
-        self._stat = _method(channel, _SNAPSHOTS, "Stat", m.StatResponse)
-        self._remove = _method(channel, _SNAPSHOTS, "Remove", m.Empty)
-        self._list = _method(channel, _SNAPSHOTS, "List", m.ListResponse, stream=True)
-        self._create_lease = _method(channel, _LEASES, "Create", m.Empty)
-        self._delete_lease = _method(channel, _LEASES, "Delete", m.Empty)
+        self._prepare = _method(channel, SERVICE, "Prepare", wire.MountsResponse)
+        self._view = _method(channel, SERVICE, "View", wire.MountsResponse)
+        self._commit = _method(channel, SERVICE, "Commit", wire.Empty)
+        self._stat = _method(channel, SERVICE, "Stat", wire.InfoResponse)
+        self._remove = _method(channel, SERVICE, "Remove", wire.Empty)
+        self._list = _method(channel, SERVICE, "List", wire.ListResponse, stream=True)
+        self._create_lease = _method(channel, _LEASES, "Create", wire.Empty)
+        self._delete_lease = _method(channel, _LEASES, "Delete", wire.Empty)
 
     def prepare(self, key: str, parent: str) -> Path:
         """Call Prepare."""
@@ -70,14 +70,14 @@ class Containerd:
 
     def commit(self, name: str, key: str) -> None:
         """Call Commit."""
-        request = _messages.CommitRequest(
+        request = wire.CommitRequest(
             snapshotter=self._snapshotter, name=name, key=key, labels=LABELS
         )
         self._commit(request)
 
     def stat(self, key: str) -> None:
         """Call Stat."""
-        self._stat(_messages.KeyRequest(snapshotter=self._snapshotter, key=key))
+        self._stat(wire.KeyRequest(snapshotter=self._snapshotter, key=key))
 
     def list(self) -> int:
         """Call List."""
@@ -85,17 +85,17 @@ class Containerd:
 
     def parents(self) -> dict[str, str]:
         """Call List, and return the names of all snapshots with those of their parents."""
-        pages = self._list(_messages.ListRequest(snapshotter=self._snapshotter))
+        pages = self._list(wire.ListRequest(snapshotter=self._snapshotter))
         return {info.name: info.parent for page in pages for info in page.info}
 
     def remove(self, key: str) -> None:
         """Call Remove; the garbage collector deletes the tree later."""
-        self._remove(_messages.KeyRequest(snapshotter=self._snapshotter, key=key))
+        self._remove(wire.KeyRequest(snapshotter=self._snapshotter, key=key))
 
     def settle(self) -> None:
         """Run the garbage collector, by the synchronous deletion of a lease."""
-        self._create_lease(_messages.CreateLeaseRequest(id="settle"))
-        self._delete_lease(_messages.DeleteLeaseRequest(id="settle", sync=True))
+        self._create_lease(_leases.CreateLeaseRequest(id="settle"))
+        self._delete_lease(_leases.DeleteLeaseRequest(id="settle", sync=True))
 
     @contextmanager
     def another(self) -> Iterator[Containerd]:
@@ -108,7 +108,7 @@ class Containerd:
         return Containerd(self._channel, self.address, self.memory, snapshotter)
 
     def _creation(self, key: str, parent: str) -> object:
-        return _messages.CreateRequest(
+        return wire.CreateRequest(
             snapshotter=self._snapshotter, key=key, parent=parent, labels=LABELS
         )
 
