@@ -69,8 +69,10 @@ def _listen(server: grpc.aio.Server, path: Path) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_unused(path)
+        # The socket has the mode 0600 from the start: chmod would follow a symbolic link that has
+        # replaced it.
+        os.umask(0o177)
         server.add_insecure_port(f"unix:{path}")
-        path.chmod(0o600)
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "gRPC cannot listen on it"
         raise Unavailable(f"the socket {shown} cannot be made ({reason}): choose another") from None
@@ -86,10 +88,14 @@ def _check_unused(path: Path) -> None:
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX) as other:
+        # A process that accepts no connection would block this one.
+        other.setblocking(False)
         try:
             other.connect(str(path))
         except ConnectionRefusedError:
             return
+        except BlockingIOError:
+            pass
     raise FailedPrecondition(
         f"another process serves on {quote_path(str(path))}: end it, or choose another path"
     )

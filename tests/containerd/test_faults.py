@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import stat
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -301,6 +302,18 @@ def test_a_second_plugin_on_a_socket_fails_and_leaves_the_first(
         expect_start_failure(FailedPrecondition, running.socket, str(running.socket), "serves")
         expect_unavailable(stub)
         assert running.socket.is_socket()
+
+
+def test_a_socket_of_a_process_that_accepts_no_connection_is_refused(
+    on_bus: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
+        busy.bind(str(path))
+        busy.listen(0)
+        waiting.connect(str(path))
+        expect_start_failure(FailedPrecondition, path, str(path), "serves")
+    assert path.is_socket()
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "symlink"])
