@@ -42,7 +42,7 @@ DESCRIPTOR = ROOM // 48
 """Bytes for which a waiting file descriptor counts."""
 
 LAST_PAUSE = 0.5
-"""Seconds of the last pause before a reply is refused: about a second in all.
+"""Seconds of the last pause before descriptors are refused: about a second in all.
 
 The bus may not know yet that a client has left, whose replies have used the room.
 """
@@ -125,7 +125,8 @@ class Outbox:
         size = _size(answer)
         if size <= max(reserved, OWN) or self._fits(client, size - reserved):
             return
-        pause = 0.001
+        # A page of List takes memory while it waits here, and descriptors take none.
+        pause = 0.001 if answer.fds else LAST_PAUSE
         await self._ask(client)
         while not self._fits(client, size - reserved) and pause < LAST_PAUSE:
             await asyncio.sleep(pause)
