@@ -17,6 +17,7 @@ from snapd_native.errors import (
     SnapdError,
     Unavailable,
 )
+from snapd_native.tasks import undisturbed
 from snapd_native.wire.values import Body
 
 MAX_QUESTIONS = 16
@@ -120,7 +121,7 @@ class Authority:
             )
         self._unknown[sender] += 1
         try:
-            (uid,) = await asyncio.shield(asked)
+            (uid,) = await undisturbed(asked)
         except SnapdError:
             self.forget(sender)
             raise AccessDenied("the caller cannot be identified: call again") from None

@@ -30,6 +30,7 @@ from snapd_native.model import (
     Mounted,
     Usage,
 )
+from snapd_native.tasks import undisturbed
 from snapd_native.wire.connection import Connection
 from snapd_native.wire.names import (
     JOB,
@@ -310,7 +311,7 @@ class Client:
         async with signals(self._connected(), self._name, removed, changed) as arrived:
             begun = asyncio.ensure_future(self._call(member, signature, *arguments))
             try:
-                (path,) = await asyncio.shield(begun)
+                (path,) = await undisturbed(begun)
                 await self._watch(path, arrived, progress)
             except asyncio.CancelledError:
                 with suppress(SnapdError):

@@ -26,6 +26,7 @@ from snapd_native.client import Client
 from snapd_native.errors import InvalidArgument, NotFound, SnapdError
 from snapd_native.filters import parse
 from snapd_native.model import Info, Kind, Mount, Usage, check_name, quote
+from snapd_native.tasks import undisturbed
 
 OWNER_LABEL = "snapd-native.containerd"
 """The label with the name of the containerd that made a snapshot."""
@@ -183,7 +184,7 @@ class Snapshots:
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
         try:
-            return await asyncio.shield(task)
+            return await undisturbed(task)
         except asyncio.CancelledError:
             await _cancel({task})
             raise
@@ -284,10 +285,8 @@ class _Usages:
         task = self._measuring.get(key)
         if task is None:
             task = self._measuring[key] = loop.create_task(self._measure(key, measure()))
-            # asyncio logs an exception that is never retrieved: all callers can have left.
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
         # The measurement goes on when the first caller leaves.
-        return await asyncio.shield(task)
+        return await undisturbed(task)
 
     def forget(self, key: str) -> None:
         """Forget the measurement of a snapshot that has gone, or is made anew."""
@@ -315,7 +314,7 @@ async def _undone_if_cancelled(
     """
     task = asyncio.ensure_future(call)
     try:
-        return await asyncio.shield(task)
+        return await undisturbed(task)
     except asyncio.CancelledError:
         while not task.done():
             with suppress(SnapdError):
