@@ -12,10 +12,12 @@ import os
 import struct
 
 AT_FDCWD = -100
+AT_SYMLINK_NOFOLLOW = 0x100
 AT_EMPTY_PATH = 0x1000
 AT_STATX_DONT_SYNC = 0x4000
 AT_RECURSIVE = 0x8000
 STATX_DIOALIGN = 0x2000
+STATX_ATTR_IMMUTABLE = 0x10
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 MS_PRIVATE = 1 << 18
@@ -31,13 +33,6 @@ MOUNT_ATTR_RDONLY = 0x00000001
 MOUNT_ATTR_NODEV = 0x00000004
 MOUNT_ATTR_NOATIME = 0x00000010
 MOUNT_ATTR__ATIME = 0x00000070
-
-CLONE_FS = 0x00000200
-CLONE_NEWNS = 0x00020000
-
-NS_GET_USERNS = 0xB701
-NS_MNT_GET_NEXT = 0x8010B70B
-NS_MNT_GET_PREV = 0x8010B70C
 
 FICLONE = 0x40049409
 FS_IOC_GETFLAGS = 0x80086601
@@ -121,46 +116,9 @@ def umount2(path: str, flags: int) -> None:
     _checked(_libc.umount2(os.fsencode(path), flags), "umount2")
 
 
-def enter_mount_namespace(fd: int) -> None:
-    """Move this thread, and no other, to the mount namespace ``fd``; see setns(2)."""
-    _checked(_libc.unshare(CLONE_FS), "unshare")
-    _checked(_libc.setns(fd, CLONE_NEWNS), "setns")
-
-
-def owner_namespace(fd: int) -> int:
-    """Return the inode number of the user namespace that owns the namespace ``fd``.
-
-    See ioctl_ns(2). PermissionError means that it is an ancestor of this process's.
-    """
-    owner = fcntl.ioctl(fd, NS_GET_USERNS)
-    try:
-        return os.fstat(owner).st_ino
-    finally:
-        os.close(owner)
-
-
-def neighbour_namespace(fd: int, request: int) -> int | None:
-    """Open the mount namespace that was created after or before the mount namespace ``fd``.
-
-    ``request`` is NS_MNT_GET_NEXT or NS_MNT_GET_PREV. Return None if there is no further one,
-    before Linux 6.12, or where the kernel refuses it, as Linux 6.18 does in a PID namespace.
-    """
-    # ENOTTY: the kernel is older. EPERM: only the first PID namespace may list them.
-    try:
-        return int(fcntl.ioctl(fd, request, bytearray(16), True))
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTTY, errno.EPERM):
-            return None
-        raise
-
-
-def mount_id(fd: int, proc: int | None = None) -> int:
-    """Return the id of the mount of ``fd``, as in /proc/self/mountinfo.
-
-    ``proc`` is the open directory /proc, for a thread that cannot use the path.
-    """
-    path = f"self/fdinfo/{fd}" if proc is not None else f"/proc/self/fdinfo/{fd}"
-    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)) as fdinfo:
+def mount_id(fd: int) -> int:
+    """Return the id of the mount of ``fd``, as in /proc/self/mountinfo."""
+    with open(f"/proc/self/fdinfo/{fd}") as fdinfo:
         return next(int(line.split()[1]) for line in fdinfo if line.startswith("mnt_id:"))
 
 
@@ -181,13 +139,13 @@ def has_direct_io(fd: int) -> bool | None:
     return bool(alignment) if mask & STATX_DIOALIGN else None
 
 
-def _statx(fd: int, flags: int, mask: int) -> bytes:
-    """Return the struct statx of an open file; Linux 4.11."""
+def _statx(fd: int, flags: int, mask: int, name: str = "") -> bytes:
+    """Return the struct statx of an open file, or of an entry in it; Linux 4.11."""
     found = ctypes.create_string_buffer(256)
     _checked(
         _libc.statx(
             ctypes.c_int(fd),
-            ctypes.c_char_p(b""),
+            ctypes.c_char_p(os.fsencode(name)),
             ctypes.c_int(AT_EMPTY_PATH | flags),
             ctypes.c_uint(mask),
             found,
@@ -241,16 +199,46 @@ def join_project(fd: int, directory: int) -> None:
     fcntl.ioctl(fd, FS_IOC_FSSETXATTR, attributes)
 
 
-def clear_protection(fd: int) -> bool:
-    """Clear the flags immutable and append-only of an open file; False if neither was set."""
+def change_flags(fd: int, *, to_set: int = 0, to_clear: int = 0) -> bool:
+    """Set and clear FS_*_FL of an open file; return whether they were different.
+
+    See FS_IOC_SETFLAGS in ioctl_iflags(2).
+    """
     buffer = bytearray(8)
     fcntl.ioctl(fd, FS_IOC_GETFLAGS, buffer)
-    (flags,) = struct.unpack_from("=I", buffer)
-    protection = FS_IMMUTABLE_FL | FS_APPEND_FL
-    if not flags & protection:
+    (old,) = struct.unpack_from("=I", buffer)
+    new = (old | to_set) & ~to_clear
+    if new == old:
         return False
-    fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("=Q", flags & ~protection))
+    fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("=Q", new))
     return True
+
+
+def is_immutable(fd: int, name: str = "") -> bool:
+    """Tell whether an open file, also one with O_PATH, has the flag immutable.
+
+    With a name, tell that of the entry in the open directory, which is not opened.
+    """
+    found = _statx(fd, AT_SYMLINK_NOFOLLOW | AT_STATX_DONT_SYNC, 0, name)
+    (attributes,) = struct.unpack_from("=Q", found, 8)
+    return bool(attributes & STATX_ATTR_IMMUTABLE)
+
+
+def is_written(fd: int) -> bool:
+    """Tell whether anybody has a regular file open or mapped for writing; needs CAP_LEASE.
+
+    The kernel counts that for each inode, and refuses a read lease then; see F_SETLEASE in
+    fcntl(2). ``fd`` is open for reading, and the lease ends when it is closed. False on a file
+    system without leases.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    return False
 
 
 def boot_id() -> str:

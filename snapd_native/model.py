@@ -61,7 +61,7 @@ class Trouble(StrEnum):
     MOUNT = "mount"
     """The mounts and the ledger differ."""
     MODE = "mode"
-    """Other users can access the state."""
+    """Other users can access the state, or the tree of a committed snapshot can be changed."""
 
 
 @dataclass(frozen=True, slots=True)

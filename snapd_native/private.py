@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from snapd_native import trees
 from snapd_native.errors import Unavailable
 
 READY_SECONDS = 60.0
@@ -96,6 +97,23 @@ def private_bus(policies: Sequence[Path] = ()) -> Iterator[str]:
         finally:
             bus.terminate()
             bus.wait()
+
+
+@contextmanager
+def temporary_state(directory: Path) -> Iterator[Path]:
+    """Yield the path of a state directory below ``directory``, and delete it afterwards.
+
+    Committed snapshots in it are immutable, so that tempfile could not delete them.
+    """
+    place = Path(tempfile.mkdtemp(prefix="snapd-native-demo-", dir=directory))
+    try:
+        yield place / "state"
+    finally:
+        parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            trees.delete(parent, place.name)
+        finally:
+            os.close(parent)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -16,7 +15,7 @@ from snapd_native.cli import render
 from snapd_native.client import BlockingClient
 from snapd_native.errors import FailedPrecondition
 from snapd_native.model import Usage
-from snapd_native.private import private_bus, private_daemon
+from snapd_native.private import private_bus, private_daemon, temporary_state
 
 _T = TypeVar("_T")
 
@@ -36,11 +35,9 @@ def run(source: Path, directory: Path) -> None:
 
 def _run(source: Path, directory: Path) -> None:
     with ExitStack() as stack:
-        scratch = stack.enter_context(
-            tempfile.TemporaryDirectory(prefix="snapd-native-demo-", dir=directory)
-        )
+        state = stack.enter_context(temporary_state(directory))
         address = stack.enter_context(private_bus())
-        daemon = stack.enter_context(private_daemon(address, Path(scratch) / "state"))
+        daemon = stack.enter_context(private_daemon(address, state))
         stack.enter_context(_environment("DBUS_SYSTEM_BUS_ADDRESS", address))
         client = stack.enter_context(BlockingClient())
         service = client.service()

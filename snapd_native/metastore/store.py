@@ -125,6 +125,11 @@ class Metastore:
                 )
             )
 
+    def of_kind(self, kind: Kind) -> Mapping[int, str]:
+        """Return the ids and names of all snapshots of a kind."""
+        with self._connections.reading() as db:
+            return dict(db.execute("SELECT id, name FROM snapshots WHERE kind = ?", [str(kind)]))
+
     def findings(self) -> Sequence[Finding]:
         """Return what is damaged in the database, and which of its rules are broken."""
         lost = self.lost_changes

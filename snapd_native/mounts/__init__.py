@@ -1,20 +1,16 @@
 """Make mounts with the kernel's new mount API, find them, and tell which processes use them."""
 
 from snapd_native.mounts.attach import MOVED, attach, detach, detached, make_read_only, restore
-from snapd_native.mounts.namespaces import NotFrozen, OtherNamespaces
-from snapd_native.mounts.processes import Unattached, users
+from snapd_native.mounts.processes import users, writers
 from snapd_native.mounts.table import Entry, Place, Table, hidden_from_host
 from snapd_native.mounts.targets import Target, open_target, plain
 
 __all__ = [
     "MOVED",
     "Entry",
-    "NotFrozen",
-    "OtherNamespaces",
     "Place",
     "Table",
     "Target",
-    "Unattached",
     "attach",
     "detach",
     "detached",
@@ -24,4 +20,5 @@ __all__ = [
     "plain",
     "restore",
     "users",
+    "writers",
 ]

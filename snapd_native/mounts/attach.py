@@ -87,16 +87,14 @@ def _detach(entry: Entry, flags: int) -> None:
         os.close(directory)
 
 
-def make_read_only(entry: Entry, read_only: bool = True, proc: int | None = None) -> None:
+def make_read_only(entry: Entry, read_only: bool = True) -> None:
     """Make a mount read-only or writable, without the mounts on it.
-
-    A thread in another mount namespace passes its open ``proc``.
 
     Raises:
         OSError: EBUSY if a file is open for writing, ESTALE if another mount covers it, one of
             `MOVED` if its directory was moved; TimeoutError if its file system does not answer.
     """
-    with _opened(entry, proc) as fd:
+    with _opened(entry) as fd:
         attribute = linux.MOUNT_ATTR_RDONLY
         linux.mount_setattr(fd, attribute if read_only else 0, 0 if read_only else attribute)
 
@@ -110,10 +108,10 @@ def restore(entry: Entry, *, read_only: bool) -> None:
 
 
 @contextmanager
-def _opened(entry: Entry, proc: int | None = None) -> Iterator[int]:
-    fd = open_path(entry.target, of=_key(entry)) if proc is None else open_path_here(entry.target)
+def _opened(entry: Entry) -> Iterator[int]:
+    fd = open_path(entry.target, of=_key(entry))
     try:
-        if linux.mount_id(fd, proc) != entry.id:
+        if linux.mount_id(fd) != entry.id:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "mount_setattr")
         yield fd
     finally:

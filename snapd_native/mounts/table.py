@@ -54,8 +54,6 @@ class Entry:
     """Whether it has peers, so that mounts on one also appear on the other."""
     layers: tuple[str, ...] = ()
     """The layers of an overlay, as given when it was mounted."""
-    written: tuple[str, ...] = ()
-    """The layers that the overlay writes to."""
 
 
 class Table:
@@ -90,8 +88,8 @@ class Table:
         path = os.readlink(f"/proc/self/fd/{fd}")
         return Place(entry.root.device, _joined(entry.root.path, _relative(path, entry.target)))
 
-    def overlays(self, place: Place, *, writing: bool = False) -> list[Entry]:
-        """Return the overlays with a layer in ``place``; with ``writing``, those that write there.
+    def overlays(self, place: Place) -> list[Entry]:
+        """Return the overlays with a layer in ``place``.
 
         An overlay that was mounted with relative paths is not found, nor is a layer whose own mount
         is gone.
@@ -106,11 +104,7 @@ class Table:
                     return place.holds(Place(entry.root.device, inside))
             return False
 
-        return [
-            entry
-            for entry in self
-            if any(map(is_within, entry.written if writing else entry.layers))
-        ]
+        return [entry for entry in self if any(map(is_within, entry.layers))]
 
     def showing(self, place: Place) -> list[Entry]:
         """Return the mounts of ``place`` and of places below it."""
@@ -153,7 +147,6 @@ def hidden_from_host() -> bool:
 def _entry(line: bytes) -> Entry:
     mount, _, file_system = line.partition(b" - ")
     id_, parent, device, root, target, options, *peers = mount.split(b" ")
-    layers, written = _layers(file_system)
     return Entry(
         int(id_),
         int(parent),
@@ -161,26 +154,24 @@ def _entry(line: bytes) -> Entry:
         _text(target),
         b"ro" in options.split(b","),
         any(peer.startswith((b"shared:", b"master:")) for peer in peers),
-        layers,
-        written,
+        _layers(file_system),
     )
 
 
-def _layers(file_system: bytes) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the layers of an overlay, and those that it writes to."""
+def _layers(file_system: bytes) -> tuple[str, ...]:
+    """Return the layers of an overlay."""
     kind, _, options = file_system.split(b" ", 2)
     if kind != b"overlay":
-        return (), ()
-    lower: list[str] = []
-    written: list[str] = []
+        return ()
+    layers: list[str] = []
     for option in options.split(b","):
         name, _, value = option.partition(b"=")
         if name in (b"lowerdir", b"lowerdir+", b"datadir+"):
             # Between two colons are layers with data only.
-            lower += [part.replace("\\:", ":") for part in _COLON.split(_text(value)) if part]
+            layers += [part.replace("\\:", ":") for part in _COLON.split(_text(value)) if part]
         elif name in (b"upperdir", b"workdir"):
-            written.append(_text(value))
-    return (*lower, *written), tuple(written)
+            layers.append(_text(value))
+    return tuple(layers)
 
 
 def _text(field: bytes) -> str:

@@ -29,6 +29,7 @@ from snapd_native.snapshotter.failures import explained, unless_removed
 from snapd_native.snapshotter.labels import update_of, wants_digest, with_digest
 from snapd_native.snapshotter.mounter import Mounter
 from snapd_native.snapshotter.reaping import Reaper
+from snapd_native.snapshotter.sealing import Seals
 from snapd_native.snapshotter.standby import Standby
 from snapd_native.snapshotter.state import StateDirectory
 from snapd_native.snapshotter.state.privacy import close_runtime
@@ -79,7 +80,7 @@ class Snapshotter:
             Unavailable: another process uses the directory or the database, ``stopping`` is set,
                 or the kernel is older than 5.12.
             FailedPrecondition: another user owns the directory, the database is not a file, or
-                the process may not mount.
+                the process may not mount or make files immutable.
             DataLoss: the database is damaged, gone, or was made by a newer version.
             ResourceExhausted: the disk is full.
         """
@@ -105,6 +106,7 @@ class Snapshotter:
             self._write_back = WriteBack(self._state, self._store, runtime / "doubt")
             self._workers = Workers(self._state)
             undo.callback(self._workers.close)
+            self._seals = Seals(self._state, self._store, self._workers, self._stopping)
             self._syncer = Background("syncer", "a new snapshot could not be put on disk")
             undo.callback(self._syncer.close)
             self._syncer.submit(self._write_back.settle)
@@ -113,11 +115,18 @@ class Snapshotter:
             self._store.count_changes()
             # This needs space, which the deletion of leftovers may have freed.
             self._state.try_reflink()
+            self._state.try_sealing()
             self._standby = Standby(self._state, self._store, self._write_back, least_free)
             undo.callback(self._standby.close)
             self._state.ballast.take()
             self.upkeep = Upkeep(
-                self._state, self._store, self._workers, self.mounter, self._reaper, self._stopping
+                self._state,
+                self._store,
+                self._workers,
+                self.mounter,
+                self._reaper,
+                self._seals,
+                self._stopping,
             )
             """Checks, repairs and verifies all this."""
             self._resources = undo.pop_all()
@@ -215,11 +224,11 @@ class Snapshotter:
             held = self._store.reserve_commit(name, key, parent)
             undo.callback(self._store.release, held)
             job.begin(Operation.COMMIT, key, stopping=self._stopping)
-            # The data is written to the disk while the tree is measured.
+            # The data is written to the disk while the tree is sealed.
             self._syncer.submit(self._write_back.sync)
-            with self.mounter.frozen(key, held.id):
+            with self.mounter.frozen(key, held.id), ExitStack() as sealed:
                 with explained(f"commit {quote(key)}"):
-                    usage = self._workers.measure(held.id, job.report)
+                    usage = sealed.enter_context(self._seals.sealed(key, held.id, job.report))
                     if digest:
                         # The tree counts once in the progress of the job.
                         found = self._workers.digest(held.id, lambda *_: job.report(0, 0))
@@ -361,7 +370,7 @@ class Snapshotter:
             with explained(f"{doing} from {quote(parent)}" if parent else doing):
                 if held.parent is None:
                     undo.callback(self._reaper.discard, held.id)
-                    self._state.create_empty(held.id)
+                    self._state.create_empty(held.id, sealed=kind is Kind.VIEW)
                 elif kind is Kind.ACTIVE:
                     undo.callback(self._reaper.discard, held.id)
                     on_disk = self._make_tree(held.id, held.parent, job)

@@ -17,6 +17,7 @@ from snapd_native.snapshotter.failures import explained, unless_removed
 from snapd_native.snapshotter.labels import recorded_digest
 from snapd_native.snapshotter.mounter import Mounter
 from snapd_native.snapshotter.reaping import Reaper
+from snapd_native.snapshotter.sealing import Seals
 from snapd_native.snapshotter.state import StateDirectory
 from snapd_native.snapshotter.workers import Workers
 
@@ -36,6 +37,7 @@ class Upkeep:
         workers: Workers,
         mounter: Mounter,
         reaper: Reaper,
+        seals: Seals,
         stopping: threading.Event,
     ) -> None:
         self._state = state
@@ -43,6 +45,7 @@ class Upkeep:
         self._workers = workers
         self._mounter = mounter
         self._reaper = reaper
+        self._seals = seals
         self._stopping = stopping
         self._checks: Shared[Sequence[Finding]] = Shared()
 
@@ -82,7 +85,8 @@ class Upkeep:
     def repair(self, job: Job | None = None) -> Sequence[Finding]:
         """Repair what `check` finds without loss or guess; return what is repaired.
 
-        Other users are denied the files of the service. Indexes of the database are rebuilt from
+        Other users are denied the files of the service. Trees of committed snapshots are made
+        immutable. Indexes of the database are rebuilt from
         its tables. What no snapshot owns is deleted, as by `cleanup`. Mounts are made as the ledger
         records them.
         """
@@ -98,6 +102,7 @@ class Upkeep:
                 self._store.repair,
                 partial(self._reaper.finish, job.report),
                 self._mounter.repair,
+                partial(self._seals.repair, job.report),
             ):
                 with suppress(DataLoss, OSError):
                     step()
@@ -138,6 +143,7 @@ class Upkeep:
             partial(self._left, report),
             self._set_aside,
             self._mounter.findings,
+            self._seals.findings,
         ):
             try:
                 found.extend(part())

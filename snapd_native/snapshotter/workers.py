@@ -36,6 +36,16 @@ class Workers:
         with self._state.open(str(id_)) as tree:
             return crew.measure(tree, report)
 
+    def seal(self, id_: int, report: trees.Report) -> Usage:
+        """Seal a tree and return its usage; see `trees.Crew.seal`."""
+        with self._state.open(str(id_), writable=True) as tree:
+            return self._crew.seal(tree, report)
+
+    def unseal(self, id_: int, report: trees.Report) -> None:
+        """Undo `seal`."""
+        with self._state.open(str(id_), writable=True) as tree:
+            self._crew.unseal(tree, report)
+
     def digest(self, id_: int, report: trees.Report, *, from_disk: bool = False) -> str:
         """Hash a tree; with ``from_disk`` as it is on the disk, at idle priority."""
         crew = self._idle_crew if from_disk else self._crew

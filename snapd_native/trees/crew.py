@@ -34,6 +34,7 @@ from snapd_native.trees.relay import (
     receive,
     receive_finding,
 )
+from snapd_native.trees.seal import seal, unseal
 from snapd_native.trees.walk import Report, allocated
 
 POLL_SECONDS = 0.05
@@ -96,9 +97,28 @@ class Crew:
         Raises:
             OSError: as `clone`; ESTALE if directories are moved meanwhile.
         """
+        return self._count(Operation.MEASURE, root, report)
+
+    def seal(self, root: int, report: Report) -> Usage:
+        """Seal the tree ``root``, which belongs to a writable mount, and return its usage.
+
+        After a failure a part of the tree is sealed, always with the root.
+
+        Raises:
+            OSError: as `measure`; ETXTBSY if somebody can still write to a file.
+        """
+        seal(root)
+        return self._count(Operation.SEAL, root, report)
+
+    def unseal(self, root: int, report: Report) -> None:
+        """Undo `seal`; raises as `measure`."""
+        self._count(Operation.UNSEAL, root, report)
+        unseal(root)
+
+    def _count(self, operation: Operation, root: int, report: Report) -> Usage:
         total = Tally()
         total.add(os.fstat(root))
-        for tally in self._run(Operation.MEASURE, [root], report):
+        for tally in self._run(operation, [root], report):
             total.merge(Tally.unpack(tally))
         return total.usage
 

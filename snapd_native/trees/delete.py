@@ -9,7 +9,10 @@ import stat
 from snapd_native import linux
 from snapd_native.trees.descent import GONE, Descent, Scan
 from snapd_native.trees.opened import changed, open_tree
+from snapd_native.trees.seal import unseal
 from snapd_native.trees.walk import Report
+
+_PROTECTION = linux.FS_IMMUTABLE_FL | linux.FS_APPEND_FL
 
 _ROUNDS = 100
 """How often a tree is emptied that gets new entries meanwhile."""
@@ -85,7 +88,7 @@ def _remove(parent: int, name: str, *, directory: bool) -> None:
     except PermissionError:
         # EPERM for root means that the file, or the directory it lies in, is immutable or
         # append-only.
-        if not _clear_protection(parent) | _unprotect(parent, name):
+        if not unseal(parent, _PROTECTION) | _unprotect(parent, name):
             raise
         _unlink(parent, name, directory=directory)
 
@@ -106,15 +109,6 @@ def _unprotect(parent: int, name: str) -> bool:
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     fd = os.open(name, flags, dir_fd=parent)
     try:
-        return _clear_protection(fd)
+        return unseal(fd, _PROTECTION)
     finally:
         os.close(fd)
-
-
-def _clear_protection(fd: int) -> bool:
-    try:
-        return linux.clear_protection(fd)
-    except OSError as error:
-        if error.errno in (errno.ENOTTY, errno.EOPNOTSUPP):
-            return False
-        raise

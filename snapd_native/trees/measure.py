@@ -88,9 +88,12 @@ class Counter:
                 continue
             self._add(visit.status)
             if visit.step is Step.ENTER:
+                self.enter(visit.directory)
                 if self._peers.take_directory(visit.directory):
                     visits.skip()
-            elif self._peers.are_idle():
+                continue
+            self.entry(visit.name, visit.directory, visit.status)
+            if self._peers.are_idle():
                 names = visits.take(WORTH_SHARING)
                 if names and not self._peers.take_names(names, visit.directory):
                     self.names(names, visit.directory)
@@ -99,7 +102,15 @@ class Counter:
         """Count entries of ``directory`` that are not directories."""
         for name in names:
             with suppress(FileNotFoundError):
-                self._add(os.stat(name, dir_fd=directory, follow_symlinks=False))
+                status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                self._add(status)
+                self.entry(name, directory, status)
+
+    def enter(self, directory: int) -> None:
+        """Do more with a directory, before it is read."""
+
+    def entry(self, name: str, directory: int, status: os.stat_result) -> None:
+        """Do more with an entry that is not a directory."""
 
     def _add(self, status: os.stat_result) -> None:
         if self.tally.add(status):

@@ -79,18 +79,28 @@ def changed() -> OSError:
     return OSError(errno.ESTALE, "the tree was changed while it was read")
 
 
+@contextmanager
+def unnamed_file(directory: int) -> Iterator[int | None]:
+    """Open a temporary file without a name; yield None if the file system has none."""
+    try:
+        fd = os.open(".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+            raise
+        yield None
+        return
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def reflink_works(directory: int) -> bool:
     """Tell whether files in ``directory`` can share data, by a try with two unnamed files."""
-    flags = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC
     with ExitStack() as stack:
-        try:
-            source = os.open(".", flags, 0o600, dir_fd=directory)
-        except OSError as error:
-            if error.errno in (errno.EOPNOTSUPP, errno.EISDIR):
-                return False  # every file system with reflink has unnamed files
-            raise
-        stack.callback(os.close, source)
-        target = os.open(".", flags, 0o600, dir_fd=directory)
-        stack.callback(os.close, target)
+        source = stack.enter_context(unnamed_file(directory))
+        target = stack.enter_context(unnamed_file(directory))
+        if source is None or target is None:
+            return False  # every file system with reflink has unnamed files
         os.write(source, b"reflink")
         return linux.ficlone(source, target)

@@ -52,6 +52,10 @@ class Operation(IntEnum):
     """Hash the directory."""
     VERIFY = 4
     """Hash the directory, and read files from the disk."""
+    SEAL = 5
+    """Seal the directory, and measure it."""
+    UNSEAL = 6
+    """Undo that."""
 
 
 class Channels(NamedTuple):

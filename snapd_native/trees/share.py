@@ -12,9 +12,6 @@ from typing import Protocol
 
 from snapd_native.trees.relay import ANNOUNCED, DONE, FAILED, REPORT, Channels, Page, receive
 
-_WATCH = 256
-"""Reports of progress after which a worker checks whether its crew still exists."""
-
 _CHANGED = {
     errno.EACCES,  # a device, which cannot be opened here
     errno.EEXIST,  # a name that was listed twice
@@ -74,7 +71,6 @@ class Share:
         self._channels = channels
         self._inodes = 0
         self._size = 0
-        self._reports = 0
         self._given = 0
         self._returned = os.eventfd(0, os.EFD_CLOEXEC)
         self._over = False
@@ -88,8 +84,7 @@ class Share:
         self._inodes += inodes
         self._size += size
         self._page.report(self._worker, self._inodes, self._size)
-        self._reports += 1
-        if self._reports % _WATCH == 0 and os.getppid() != self._parent:
+        if os.getppid() != self._parent:
             raise SystemExit
 
     def are_idle(self) -> bool:

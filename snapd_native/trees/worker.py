@@ -16,7 +16,14 @@ from snapd_native.trees.clone import Cloner
 from snapd_native.trees.links import Links
 from snapd_native.trees.measure import Counter
 from snapd_native.trees.relay import IDLE, ORDER, Channels, Operation, Page, receive, send_finding
+from snapd_native.trees.seal import Sealer, Unsealer
 from snapd_native.trees.share import Share
+
+_COUNTERS = {
+    Operation.MEASURE: Counter,
+    Operation.SEAL: Sealer,
+    Operation.UNSEAL: Unsealer,
+}
 
 
 def main() -> None:
@@ -24,6 +31,8 @@ def main() -> None:
     # Ctrl-C in a terminal is for the daemon, which stops its workers in order. With this umask,
     # files are created with their final modes, which saves a call for each.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A process that opens a file while its lease is tried sends this; see F_SETLEASE in fcntl(2).
+    signal.signal(signal.SIGIO, signal.SIG_IGN)
     os.umask(0)
     if sys.argv[3] == IDLE:
         # The kernel derives the I/O class from it, here idle; see ioprio_set(2).
@@ -53,8 +62,8 @@ def _serve(crew: socket.socket, parent: int, order: bytes, fds: list[int]) -> by
                 links = Links(fds[6])
                 share.perform(Cloner(share.progress, links, share, reflink=bool(reflink)))
                 return b""
-            case Operation.MEASURE:
-                counter = Counter(share.progress, share)
+            case Operation.MEASURE | Operation.SEAL | Operation.UNSEAL as operation:
+                counter = _COUNTERS[operation](share.progress, share)
                 share.perform(counter)
                 return counter.tally.pack()
             case Operation.DIGEST | Operation.VERIFY as operation:

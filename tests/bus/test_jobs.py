@@ -32,6 +32,7 @@ from tests.support.descriptors import max_workers, nothing_left_open, worker_pid
 from tests.support.file_systems import on_ext4
 from tests.support.holding import hold_at_files, hold_workers
 from tests.support.job_watch import Watcher, run_with_watcher
+from tests.support.sealing import unsealed
 from tests.support.service import (
     Service,
     check_sentence,
@@ -254,10 +255,10 @@ def test_background_usage_is_measured_by_workers_of_idle_priority(
 def test_a_long_cleanup_shows_as_a_job_that_can_be_cancelled(
     shared_service: Service, shared_client: BlockingClient
 ) -> None:
-    tree = commit_snapshot(shared_client, "doomed")
+    tree = commit_snapshot(shared_client, "doomed", files={"file": "text"})
 
     async def scenario(watcher: Watcher) -> None:
-        with hold_at_files(tree):
+        with hold_at_files(tree / "file"):
             await watcher.call("Remove", "sa{sv}", "doomed", {})
             cleaning = asyncio.ensure_future(watcher.call("Cleanup", "a{sv}", {}))
             number, path = await watcher.wait_for_signal("JobNew")
@@ -276,7 +277,7 @@ def test_a_long_cleanup_shows_as_a_job_that_can_be_cancelled(
 def test_job_removed_of_a_failed_job_carries_the_error(
     service_with_base: Service, shared_client: BlockingClient
 ) -> None:
-    shutil.rmtree(shared_client.view("look", "base").source)
+    shutil.rmtree(unsealed(Path(shared_client.view("look", "base").source)))
 
     async def scenario(watcher: Watcher) -> None:
         (path,) = await watcher.call(*PREPARE)

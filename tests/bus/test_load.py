@@ -294,10 +294,10 @@ def test_more_than_64_long_calls_at_once_raise_resource_exhausted(
 ) -> None:
     """All calls of the lane `TREE` wait for one deletion. Calls of other lanes are answered."""
     commit_snapshot(client, "base")
-    tree = commit_snapshot(client, "doomed")
+    tree = commit_snapshot(client, "doomed", files={"file": "text"})
 
     async def scenario(client: Client) -> None:
-        with hold_at_files(tree) as deletion:
+        with hold_at_files(tree / "file") as deletion:
             await client.remove("doomed")
             await asyncio.to_thread(deletion.wait_until_reached)
             waiting = [asyncio.ensure_future(client.cleanup()) for _ in range(70)]

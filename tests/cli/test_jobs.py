@@ -156,7 +156,7 @@ def test_a_cancelled_commit_leaves_the_active_snapshot_unchanged(
 ) -> None:
     tree = Path(client.prepare("key", "big", {"a": "b"}).source)
     before = client.stat("key")
-    with hold_at_files(tree / MIDDLE), start_program("commit", "name", "key") as process:
+    with hold_at_files(tree / MIDDLE / "file"), start_program("commit", "name", "key") as process:
         job = wait_for_job(client, "key")
         assert job.operation == "commit"
         assert output_of("cancel", str(job.id)) == ""
@@ -206,7 +206,7 @@ def test_ctrl_c_in_the_middle_of_a_copy_undoes_prepare(
 def test_ctrl_c_during_commit_changes_nothing(client: BlockingClient) -> None:
     tree = Path(client.prepare("key", "big").source)
     before = client.stat("key")
-    with hold_at_files(tree / MIDDLE), start_program("commit", "name", "key") as process:
+    with hold_at_files(tree / MIDDLE / "file"), start_program("commit", "name", "key") as process:
         wait_for_job(client, "key")
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=HANG_TIMEOUT)

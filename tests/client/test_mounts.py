@@ -29,6 +29,7 @@ from tests.support.descriptors import (
 from tests.support.engine import open_engine
 from tests.support.file_systems import on_ext4
 from tests.support.kernel_mounts import make_target, mount_tmpfs, mounted_on, mounts_below
+from tests.support.sealing import unsealed
 from tests.support.service import Service, run_with_client
 from tests.support.waiting import wait_until
 
@@ -212,6 +213,8 @@ def test_a_caller_can_attach_a_tree_in_its_own_mount_namespace(
 ) -> None:
     here = make_target(places)
     source = Path(shared_client.mounts(key).source)
+    if key == "look":
+        unsealed(source)
     (source / "inside").mkdir()
     with mount_tmpfs(source / "inside"):
         before = mounts_below(places.parent)

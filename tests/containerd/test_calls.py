@@ -355,12 +355,12 @@ def test_a_prepare_whose_deadline_passes_leaves_nothing(
 def test_a_cancelled_commit_leaves_the_active_snapshot(
     shared_service: Service, shared_client: BlockingClient, stub: Stub
 ) -> None:
-    directory = Path(stub.prepare("work").source) / "directory"
-    directory.mkdir()
-    with hold_at_files(directory) as measuring:
+    file = Path(stub.prepare("work").source) / "file"
+    file.touch()
+    with hold_at_files(file) as sealing:
         request = wire.CommitRequest(name="base", key="work")
         committing = stub.begin("Commit", request, wire.Empty)
-        measuring.wait_until_reached()
+        sealing.wait_until_reached()
         wait_until(lambda: shared_client.jobs() != [])
         committing.cancel()
         wait_until_equal(shared_client.jobs, [])

@@ -48,6 +48,7 @@ from tests.support.images import (
     programs,
     write_image,
 )
+from tests.support.sealing import unsealed
 from tests.support.service import (
     HANG_TIMEOUT,
     NOBODY,
@@ -231,7 +232,7 @@ def test_a_snapshot_without_its_directory_does_not_prevent_a_start(
             damaged = Path(client.view("look", newest.name).source)
             client.remove("look")
             daemon.kill()
-            shutil.rmtree(damaged)
+            shutil.rmtree(unsealed(damaged))
             if restarted == "everything":
                 first.close()
                 service = first.enter_context(run_daemon(on_bus, scratch / "state"))

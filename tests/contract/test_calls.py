@@ -17,6 +17,7 @@ from snapd_native.errors import InvalidArgument, NotFound
 from snapd_native.model import Info, Kind, Mount, Usage
 from tests.support import torture_tree
 from tests.support.file_systems import FileSystem, on_ext4
+from tests.support.sealing import unsealed
 from tests.support.service import Service, call_method, commit_snapshot, expect_error, short_id
 
 LABELS = {"app": "web", "containerd.io/snapshot.ref": "x", "ümläut/😀": "wörth=1, 2"}
@@ -148,7 +149,7 @@ def test_commit_without_labels_drops_the_labels_of_the_key(shared_client: Blocki
 def test_usage_of_a_committed_snapshot_is_the_recorded_one(shared_client: BlockingClient) -> None:
     root = commit_snapshot(shared_client, "base", files={"file": "text"})
     recorded = shared_client.usage("base")
-    (root / "another").write_text("written where nobody may write")
+    (unsealed(root) / "another").write_text("written where nobody may write")
     assert shared_client.usage("base") == recorded
 
 

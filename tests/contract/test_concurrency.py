@@ -304,10 +304,10 @@ def test_short_calls_do_not_wait_for_a_running_deletion(
     shared_service: Service, shared_client: BlockingClient
 ) -> None:
     commit_snapshot(shared_client, "base")
-    tree = commit_snapshot(shared_client, "doomed")
+    tree = commit_snapshot(shared_client, "doomed", files={"file": "text"})
 
     async def scenario(client: Client) -> None:
-        with hold_at_files(tree) as deletion:
+        with hold_at_files(tree / "file") as deletion:
             await client.remove("doomed")
             await asyncio.to_thread(deletion.wait_until_reached)
             cleaning = asyncio.ensure_future(client.cleanup())

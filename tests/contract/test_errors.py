@@ -24,6 +24,7 @@ from snapd_native.errors import (
 )
 from snapd_native.wire.names import error_from
 from tests.support.file_systems import new_file_system
+from tests.support.sealing import unsealed
 from tests.support.service import (
     NOBODY,
     Service,
@@ -147,7 +148,7 @@ def test_calls_on_a_lost_directory_raise_data_loss(
 ) -> None:
     where = "view" if lost == "base" else lost
     path = Path(populated_client.mounts(where).source)
-    shutil.rmtree(path)
+    shutil.rmtree(unsealed(path))
     if instead == "file":
         path.touch()
     elif instead == "symlink":

@@ -140,16 +140,15 @@ def make_calls() -> None:
         client.update("base", {"a": "b"})
 
 
-def test_the_journal_has_an_entry_for_each_change(journal: Journal, tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    with run_daemon_as_unit(journal.command, state) as said:
+def test_the_journal_has_an_entry_for_each_change(journal: Journal, host_state: Path) -> None:
+    with run_daemon_as_unit(journal.command, host_state) as said:
         begun = time.monotonic()
         make_calls()
         most = 1000 * (time.monotonic() - begun)
         wait_until(lambda: bool(journal.entries("SNAPD_NATIVE_OPERATION=Update")))
     assert said.read_text() == ""
     found = journal.entries("SYSLOG_IDENTIFIER=snapd-native")
-    assert found[0]["MESSAGE"].startswith(f"serving {state} on ")
+    assert found[0]["MESSAGE"].startswith(f"serving {host_state} on ")
     operations = [entry for entry in found if "SNAPD_NATIVE_OPERATION" in entry]
     assert [(e["SNAPD_NATIVE_OPERATION"], e["SNAPD_NATIVE_KEY"]) for e in operations] == [
         ("Prepare", "work"),
@@ -181,9 +180,9 @@ LEVELS = {(): 5, ("--verbose",): 6, ("--quiet",): 0}
 
 @pytest.mark.parametrize("options", LEVELS)
 def test_the_daemon_logs_to_standard_error_without_a_journal(
-    tmp_path: Path, options: tuple[str, ...]
+    host_state: Path, options: tuple[str, ...]
 ) -> None:
-    with run_daemon_as_unit(without_journal, tmp_path / "state", *options) as said:
+    with run_daemon_as_unit(without_journal, host_state, *options) as said:
         make_calls()
     lines = said.read_text().splitlines()
     about_calls = [line for line in lines if "snapd_native.bus.log: " in line]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from snapd_native.client import BlockingClient
-from snapd_native.model import Kind
+from snapd_native.model import Kind, Trouble
 from tests.support.file_systems import long_on_xfs
 from tests.support.service import run_daemon
 from tests.support.waiting import wait_until_equal
@@ -31,6 +31,9 @@ pytestmark = [long_on_xfs, pytest.mark.alone]
 def target() -> Iterator[Path]:
     TARGET.mkdir(parents=True)
     yield TARGET
+    # A test that fails leaves it mounted.
+    if TARGET.is_mount():
+        subprocess.run(["umount", TARGET], check=True)
     os.removedirs(TARGET)
 
 
@@ -57,6 +60,13 @@ def test_the_state_of_an_earlier_version_is_served_completely(
         assert (Path(client.mounts("work").source) / "new").read_text() == "work\n"
         assert client.verify("base") == base.labels["snapd-native.digest"]
         wait_until_equal(lambda: client.standby("base").ready, 2)
+        # That version did not make trees immutable.
+        found = client.check()
+        assert {(finding.kind, finding.key) for finding in found} == {
+            (Trouble.MODE, "base"),
+            (Trouble.MODE, "second"),
+        }
+        assert client.repair() == found
         assert client.check() == []
 
         client.prepare("child", "second")

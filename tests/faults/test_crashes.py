@@ -20,6 +20,7 @@ from tests.support.engine import open_engine
 from tests.support.file_systems import long_on_xfs
 from tests.support.kernel_mounts import mounts_below
 from tests.support.kill_points import CASES, Case, KillClient, KillOrder, KillPoint, Outcome
+from tests.support.sealing import copy_state, unsealed
 
 Entry = tuple[str, int, int, str]
 """A path in a tree: its mode, its number of hard links (1 for a directory), and its content."""
@@ -83,10 +84,10 @@ class CaseRuns:
 
     def run(self, kill: KillPoint | None) -> Outcome:
         """Run the case until it ends or is killed before the step ``kill``."""
-        subprocess.run(["rm", "-rf", str(self.directory)], check=True)
+        subprocess.run(["rm", "-rf", unsealed(self.directory)], check=True)
         self.place.mkdir(parents=True)
         state = self.directory / "state"
-        subprocess.run(["cp", "-a", str(self._template), str(state)], check=True)
+        copy_state(self._template, state)
         self.case.damage(state)
         return self._kill_client.execute(KillOrder(self._name, str(self.directory), kill))
 

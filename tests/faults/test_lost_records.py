@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
-import subprocess
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -27,6 +26,7 @@ from tests.support.engine import (
 )
 from tests.support.holding import hold_function
 from tests.support.kernel_mounts import make_target
+from tests.support.sealing import copy_state, unsealed
 
 
 def trouble_kinds(engine: Snapshotter) -> set[Trouble]:
@@ -64,7 +64,7 @@ def test_trees_newer_than_a_restored_database_are_kept(
         assert f"found-{new}" in directories(engine)
     for name in os.listdir(populated_state / "snapshots"):
         if name == another:
-            shutil.rmtree(populated_state / "snapshots" / name)
+            shutil.rmtree(unsealed(populated_state / "snapshots" / name))
     shutil.copy2(tmp_path / "new", database)
     with open_engine(populated_state) as engine:
         assert snapshot_names(engine) == ["base", "look", "new", "newer", "work"]
@@ -77,10 +77,10 @@ def test_trees_whose_records_were_in_a_lost_wal_are_kept(
     populated_state: Path, tmp_path: Path, how: str
 ) -> None:
     """The daemon was killed before a checkpoint, so only the WAL had the records."""
-    copy = tmp_path / "state"
+    copy = populated_state.with_name("copy")
     with open_engine(populated_state) as engine:
         new = commit_file(engine, "new")
-        subprocess.run(["cp", "-a", populated_state, copy], check=True)
+        copy_state(populated_state, copy)
     wal = copy / "metadata.db-wal"
     if how == "gone":
         wal.unlink()
@@ -102,7 +102,7 @@ def copy_state_of_killed_daemon(state: Path, killed: Path) -> str:
         new = commit_file(engine, "new")
         for number in range(100):
             engine.update("base", {"number": str(number)})
-        subprocess.run(["cp", "-a", state, killed], check=True)
+        copy_state(state, killed)
     return new
 
 
@@ -120,7 +120,7 @@ def test_trees_are_kept_when_a_database_is_restored_beside_a_newer_wal(
             engine.view(f"view {number}", "base", {"long": "x" * 1000})
         before = snapshot_names(engine)
     shutil.copy2(populated_state / "metadata.db", tmp_path / "old")
-    copy = tmp_path / "state"
+    copy = populated_state.with_name("copy")
     new = copy_state_of_killed_daemon(populated_state, copy)
     shutil.copyfile(tmp_path / "old", copy / "metadata.db")
     with open_engine(copy) as engine:
@@ -133,7 +133,7 @@ def test_trees_are_kept_when_a_database_is_restored_beside_a_newer_wal(
 def test_the_next_start_replays_the_wal_of_a_killed_daemon(
     populated_state: Path, tmp_path: Path
 ) -> None:
-    copy = tmp_path / "state"
+    copy = populated_state.with_name("copy")
     new = copy_state_of_killed_daemon(populated_state, copy)
     for _ in range(2):
         with open_engine(copy) as engine:
@@ -160,7 +160,7 @@ def test_repair_does_not_touch_a_running_commit(populated: Snapshotter, places: 
     target = make_target(places)
     populated.mounter.mount("work", str(target))
     (populated.state_directory / "snapshots" / "17").mkdir()
-    with hold_function(trees.Crew, "measure") as held:
+    with hold_function(trees.Crew, "seal") as held:
         thread = threading.Thread(target=populated.commit, args=["done", "work"])
         thread.start()
         held.wait_until_reached()

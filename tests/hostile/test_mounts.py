@@ -239,7 +239,7 @@ def test_a_failed_commit_turns_a_moved_mount_writable_again(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr(trees.Crew, "measure", moving)
+        patch.setattr(trees.Crew, "seal", moving)
         with pytest.raises(DataLoss):
             populated.commit("done", "work")
     assert is_writable(after / "here")

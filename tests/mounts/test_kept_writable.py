@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -97,10 +97,6 @@ os.write(os.open("file", os.O_RDWR, dir_fd=tree), b"gone")
 """
 
 
-def known_hole(why: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(reason=why, strict=True)
-
-
 @contextmanager
 def holder(script: str, *arguments: object, fd: int = -1) -> Iterator[subprocess.Popen[str]]:
     """Run a process that keeps something of a tree."""
@@ -129,10 +125,10 @@ def commit_and_write(engine: Snapshotter, process: subprocess.Popen[str]) -> Non
     "script",
     [
         pytest.param(_MAPPING, id="mapping"),
-        pytest.param(_MESSAGE, id="message", marks=known_hole("no process has the file open")),
-        pytest.param(_THREAD, id="thread", marks=known_hole("a thread has files of its own")),
-        pytest.param(_UNLINKED, id="unlinked", marks=known_hole("its name does not exist")),
-        pytest.param(_DEEP, id="deep", marks=known_hole("its path is longer than a page")),
+        pytest.param(_MESSAGE, id="message"),
+        pytest.param(_THREAD, id="thread"),
+        pytest.param(_UNLINKED, id="unlinked"),
+        pytest.param(_DEEP, id="deep"),
     ],
 )
 def test_a_lazily_unmounted_file_cannot_be_written_after_commit(
@@ -145,7 +141,6 @@ def test_a_lazily_unmounted_file_cannot_be_written_after_commit(
         commit_and_write(populated, process)
 
 
-@known_hole("the path of the file begins at the mounted directory")
 def test_a_lazily_unmounted_part_of_a_tree_cannot_be_written_after_commit(
     populated: Snapshotter, places: Path
 ) -> None:
@@ -163,14 +158,8 @@ def test_a_lazily_unmounted_part_of_a_tree_cannot_be_written_after_commit(
 @pytest.mark.parametrize(
     "script",
     [
-        pytest.param(
-            _TREE_IN_MESSAGE, id="message", marks=known_hole("no process has the tree open")
-        ),
-        pytest.param(
-            _TREE_IN_USER_NAMESPACE,
-            id="user-namespace",
-            marks=known_hole("a user namespace can make a detached mount writable"),
-        ),
+        pytest.param(_TREE_IN_MESSAGE, id="message"),
+        pytest.param(_TREE_IN_USER_NAMESPACE, id="user-namespace"),
     ],
 )
 def test_a_tree_of_open_tree_cannot_be_written_after_commit(
@@ -182,7 +171,6 @@ def test_a_tree_of_open_tree_cannot_be_written_after_commit(
         commit_and_write(populated, process)
 
 
-@known_hole("a user namespace can make a detached mount writable")
 def test_a_view_of_open_tree_cannot_be_written(populated: Snapshotter) -> None:
     tree = populated.mounter.open_tree("look")
     with holder(_TREE_IN_USER_NAMESPACE, "", tree, fd=tree) as process:
@@ -193,11 +181,7 @@ def test_a_view_of_open_tree_cannot_be_written(populated: Snapshotter) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    [
-        "present",
-        pytest.param("unmounted", marks=known_hole("the path leads to another directory now")),
-        pytest.param("linked", marks=known_hole("the path leads over a symbolic link")),
-    ],
+    ["present", "unmounted", "linked"],
 )
 def test_an_overlay_cannot_write_after_commit(
     populated: Snapshotter, places: Path, how: str
@@ -217,7 +201,8 @@ def test_an_overlay_cannot_write_after_commit(
             populated.commit("done", "work", digest=True)
         except FailedPrecondition:
             return
-        (shown / "new").write_text("new")
+        with suppress(OSError):
+            (shown / "new").write_text("new")
         populated.upkeep.verify("done")
     finally:
         subprocess.run(["umount", shown], check=True)

@@ -25,9 +25,9 @@ from tests.support.readme import IN_MACHINE_TESTS, IN_PACKAGING_TESTS, code_bloc
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
+def environment(host_state: Path) -> Iterator[dict[str, str]]:
     """Yield the environment of a user on a machine where the service runs."""
-    with private_bus() as address, private_daemon(address, tmp_path / "state"):
+    with private_bus() as address, private_daemon(address, host_state):
         yield {
             **os.environ,
             "DBUS_SYSTEM_BUS_ADDRESS": address,

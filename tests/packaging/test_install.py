@@ -88,7 +88,9 @@ def test_make_uninstall_removes_every_file(tmp_path: Path) -> None:
     assert files(tmp_path) == set()
 
 
-def test_the_installed_program_serves_on_a_system_without_debians_tools(tmp_path: Path) -> None:
+def test_the_installed_program_serves_on_a_system_without_debians_tools(
+    tmp_path: Path, host_state: Path
+) -> None:
     tools = programs(tmp_path / "tools")
     root = tmp_path / "root"
     python = root / "python"
@@ -111,7 +113,7 @@ def test_the_installed_program_serves_on_a_system_without_debians_tools(tmp_path
             **os.environ,
             "PYTHONPATH": str(python),
             "DBUS_SYSTEM_BUS_ADDRESS": address,
-            "STATE_DIRECTORY": str(tmp_path / "state"),
+            "STATE_DIRECTORY": str(host_state),
             "RUNTIME_DIRECTORY": str(tmp_path / "run"),
         }
 

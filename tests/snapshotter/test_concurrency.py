@@ -95,7 +95,7 @@ def call_everything(engine: Snapshotter) -> None:
 def test_a_running_commit_reserves_its_key_name_and_parent(populated: Snapshotter) -> None:
     for key in ("work", "look"):
         populated.remove(key)
-    with ThreadPoolExecutor(2) as pool, hold_function(trees.Crew, "measure") as held:
+    with ThreadPoolExecutor(2) as pool, hold_function(trees.Crew, "seal") as held:
         running = pool.submit(populated.commit, "new", "lone", {"of": "new"}, "base")
         held.wait_until_reached()
         for name in ("other", "new"):
@@ -129,7 +129,7 @@ def test_a_running_commit_reserves_its_key_name_and_parent(populated: Snapshotte
     ("what", "call"),
     [
         ("clone", lambda engine: engine.prepare("new", "base")),
-        ("measure", lambda engine: engine.commit("new", "work")),
+        ("seal", lambda engine: engine.commit("new", "work")),
         ("measure", lambda engine: engine.usage("work")),
     ],
     ids=["prepare", "commit", "usage"],

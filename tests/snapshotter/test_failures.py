@@ -86,7 +86,7 @@ def test_prepare_says_what_to_do_about_each_documented_system_error(
         (trees.Crew, "clone"),
         (StateDirectory, "complete"),
         (StateDirectory, "sync"),
-        (trees.Crew, "measure"),
+        (trees.Crew, "seal"),
     ],
 )
 def test_a_failed_system_call_undoes_prepare_and_commit(
@@ -95,7 +95,7 @@ def test_a_failed_system_call_undoes_prepare_and_commit(
     before = directories(populated), populated.list()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, function, failing_function(code))
-        committing = function in ("measure", "sync")
+        committing = function in ("seal", "sync")
         call = populated.commit if committing else populated.prepare
         with pytest.raises(error) as caught:
             call("new", "work" if committing else "base")

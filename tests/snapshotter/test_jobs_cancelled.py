@@ -45,7 +45,7 @@ CALLS: dict[str, Call] = {
 
 LONG_CALLS: dict[str, tuple[str, Call]] = {
     "prepare": ("clone", CALLS["prepare"]),
-    "commit": ("measure", CALLS["commit"]),
+    "commit": ("seal", CALLS["commit"]),
     "usage": ("measure", CALLS["usage"]),
 }
 """Calls that copy or measure, and the method of `trees.Crew` at which they can be held up."""
@@ -117,7 +117,7 @@ def test_prepare_cancelled_in_the_middle_of_the_copy_is_undone(engine: Snapshott
 
 def test_a_cancelled_commit_leaves_the_snapshot_active(populated: Snapshotter) -> None:
     before = populated.stat("work"), populated.mounts("work"), populated.usage("work")
-    with ThreadPoolExecutor(1) as pool, hold_function(trees.Crew, "measure") as held:
+    with ThreadPoolExecutor(1) as pool, hold_function(trees.Crew, "seal") as held:
         job = Job()
         running = pool.submit(populated.commit, "new", "work", {"a": "b"}, "", job)
         held.wait_until_reached()

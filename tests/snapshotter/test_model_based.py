@@ -23,6 +23,7 @@ from snapd_native.errors import (
 )
 from snapd_native.model import Added, Change, Committed, Kind, Removed, Updated
 from snapd_native.snapshotter import Snapshotter
+from tests.support.sealing import unsealed
 
 pytestmark = pytest.mark.usefixtures("no_workers")
 
@@ -182,7 +183,7 @@ class Comparison(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.engine.close()
-        shutil.rmtree(self.directory)
+        shutil.rmtree(unsealed(self.directory))
 
     def call_both(self, call: Callable[[], object], expected: Callable[[], object]) -> bool:
         """Make the same call on the engine and on the model; return whether it succeeded."""

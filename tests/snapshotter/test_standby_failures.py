@@ -32,6 +32,7 @@ from tests.support.engine import (
 )
 from tests.support.file_systems import long_on_xfs
 from tests.support.holding import hold_function
+from tests.support.sealing import unsealed
 from tests.support.standby_clones import (
     commit_base,
     complete_clones,
@@ -227,7 +228,7 @@ def test_a_parent_with_a_lost_tree_does_not_block_clones_of_others(state: Path) 
         write_files(engine.prepare("preparing"), file="other")
         engine.commit("other", "preparing")
         lost = state / "snapshots" / id_of(engine, "base")
-        lost.rename(state / "lost")
+        unsealed(lost).rename(state / "lost")
         request_clones(engine, 1)
         request_clones(engine, 1, "other")
         wait_until_equal(lambda: engine.standby("other"), (1, 1))

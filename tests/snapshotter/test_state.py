@@ -35,6 +35,7 @@ from tests.support.engine import (
 )
 from tests.support.file_systems import long_on_xfs
 from tests.support.holding import hold_function
+from tests.support.sealing import unsealed
 
 pytestmark = long_on_xfs
 
@@ -64,49 +65,24 @@ import sys
 from pathlib import Path
 from snapd_native.errors import FailedPrecondition
 from snapd_native.snapshotter import Snapshotter
-engine = Snapshotter(Path(sys.argv[1]), lambda *_: None)
-engine.remove("work")
-for _ in range(2):
-    try:
-        engine.upkeep.cleanup()
-    except FailedPrecondition as error:
-        print(error)
-engine.close()
+try:
+    Snapshotter(Path(sys.argv[1]), lambda *_: None)
+except FailedPrecondition as error:
+    print(error)
 """
 
 
-def test_cleanup_without_cap_linux_immutable_reports_an_immutable_file(state: Path) -> None:
-    """The systemd unit does not give CAP_LINUX_IMMUTABLE to the service."""
-    with open_engine(state) as engine:
-        root = Path(engine.prepare("work").source)
-        (root / "directory").mkdir()
-        for name in ("directory/immutable", "directory/other", "last"):
-            (root / name).touch()
-        before = directories(engine) - {root.name}
-    subprocess.run(["chattr", "+i", root / "directory" / "immutable"], check=True)
-    garbage = root.with_name(f"rm-{root.name}")
-    try:
-        outcome = subprocess.run(
-            [
-                *("setpriv", "--bounding-set=-linux_immutable"),
-                *(sys.executable, "-c", WITHOUT_THE_CAPABILITY, str(state)),
-            ],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        first, second = outcome.stdout.splitlines()
-        assert first == second
-        assert "chattr" in first
-        assert sorted(map(str, garbage.rglob("*"))) == [
-            str(garbage / "directory"),
-            str(garbage / "directory" / "immutable"),
-        ]
-    finally:
-        subprocess.run(["chattr", "-R", "-f", "-ia", garbage], check=False)
-    with open_engine(state) as engine:
-        assert directories(engine) == before
-        assert snapshot_names(engine) == []
+def test_a_start_without_cap_linux_immutable_is_refused(state: Path) -> None:
+    outcome = subprocess.run(
+        [
+            *("setpriv", "--bounding-set=-linux_immutable"),
+            *(sys.executable, "-c", WITHOUT_THE_CAPABILITY, str(state)),
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "CAP_LINUX_IMMUTABLE" in outcome.stdout
 
 
 def test_concurrent_listings_of_the_directory_are_complete(scratch: Path) -> None:
@@ -287,7 +263,7 @@ def test_start_with_a_damaged_database_raises_data_loss(populated_state: Path) -
 def test_calls_on_a_lost_tree_raise_data_loss(populated: Snapshotter, instead: str) -> None:
     for name in ("base", "lone"):
         path = populated.state_directory / "snapshots" / id_of(populated, name)
-        path.rename(populated.state_directory / name)
+        unsealed(path).rename(populated.state_directory / name)
         if instead == "file":
             path.touch()
         elif instead == "link":

@@ -29,6 +29,7 @@ from snapd_native.snapshotter import Snapshotter
 from tests.support.disk_damage import damage_on_disk
 from tests.support.engine import open_engine, state_of, write_files
 from tests.support.file_systems import long_on_xfs, new_file_system
+from tests.support.sealing import unsealed
 from tests.support.service import Service, call_method
 
 pytestmark = long_on_xfs
@@ -181,7 +182,7 @@ def test_the_digest_counts_toward_the_limit_of_all_labels(populated: Snapshotter
 def test_verify_of_a_changed_tree_raises_data_loss(engine_with_digest: Snapshotter) -> None:
     (source,) = (p for p in snapshots(engine_with_digest) if (p / "more").exists())
     times = (source / "more").stat()
-    (source / "more").write_text("mere")
+    (unsealed(source) / "more").write_text("mere")
     os.utime(source / "more", ns=(times.st_atime_ns, times.st_mtime_ns))
     with expect_error_without_change(
         engine_with_digest, DataLoss, '"done" is not what was committed'
@@ -194,7 +195,7 @@ def test_verify_of_a_changed_tree_raises_data_loss(engine_with_digest: Snapshott
 
 def test_verify_of_a_lost_tree_raises_data_loss(engine_with_digest: Snapshotter) -> None:
     (source,) = (p for p in snapshots(engine_with_digest) if (p / "more").exists())
-    source.rename(engine_with_digest.state_directory / "elsewhere")
+    unsealed(source).rename(engine_with_digest.state_directory / "elsewhere")
     with pytest.raises(DataLoss, match="gone"):
         engine_with_digest.upkeep.verify("done")
 
@@ -235,6 +236,6 @@ def test_verify_over_the_bus_returns_the_digest(
     assert shared_client.stat("name").labels == {DIGEST_LABEL: digest}
     assert call_method("Verify", "sa{sv}", "name", {}) == [digest]
     assert shared_client.repair() == []
-    (source / "file").write_text("next")
+    (unsealed(source) / "file").write_text("next")
     with pytest.raises(DataLoss):
         shared_client.verify("name")

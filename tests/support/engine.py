@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from snapd_native.model import Change, Info, Mount
+from snapd_native.private import temporary_state
 from snapd_native.snapshotter import Snapshotter
 from tests.support import PROJECT
 from tests.support.in_process import without_workers
@@ -37,6 +38,13 @@ def open_engine(
 @pytest.fixture
 def state(scratch: Path) -> Path:
     return scratch / "state"
+
+
+@pytest.fixture
+def host_state(tmp_path: Path) -> Iterator[Path]:
+    """Yield the path of a state directory on the host's own file system."""
+    with temporary_state(tmp_path) as path:
+        yield path
 
 
 @pytest.fixture

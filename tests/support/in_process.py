@@ -1,10 +1,11 @@
-"""Clone and measure in this process, with the code of a worker."""
+"""Clone, measure and seal in this process, with the code of a worker."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import pytest
 
@@ -13,7 +14,10 @@ from snapd_native.model import Usage
 from snapd_native.trees.clone import Cloner, cloning
 from snapd_native.trees.links import Links
 from snapd_native.trees.measure import Counter
+from snapd_native.trees.seal import Sealer, Unsealer
 from snapd_native.trees.walk import Report
+
+_T = TypeVar("_T")
 
 
 class NoPeers:
@@ -42,18 +46,39 @@ def clone(source: int, target: int, report: Report, *, reflink: bool) -> None:
 
 def measure(root: int, report: Report) -> Usage:
     """Measure a tree as `Crew.measure` does; ``report`` is called for every entry."""
-    counter = Counter(report, NoPeers())
+    return _count(Counter, root, report)
+
+
+def seal(root: int, report: Report) -> Usage:
+    """Seal a tree as `Crew.seal` does."""
+    trees.seal(root)
+    return _count(Sealer, root, report)
+
+
+def unseal(root: int, report: Report) -> None:
+    """Undo `seal`, as `Crew.unseal` does."""
+    _count(Unsealer, root, report)
+    trees.unseal(root)
+
+
+def _count(kind: type[Counter], root: int, report: Report) -> Usage:
+    counter = kind(report, NoPeers())
     counter.tally.add(os.fstat(root))
     counter.directory(root)
     return counter.tally.usage
 
 
+def _method(function: Callable[..., _T]) -> Callable[..., _T]:
+    return lambda _, *given: function(*given)
+
+
 @contextmanager
 def without_workers() -> Iterator[None]:
-    """Let every crew clone and measure in this process."""
+    """Let every crew clone, measure and seal in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trees.Crew, "clone", lambda _, *given, **also: clone(*given, **also))
-        patch.setattr(trees.Crew, "measure", lambda _, *given: measure(*given))
+        for function in (measure, seal, unseal):
+            patch.setattr(trees.Crew, function.__name__, _method(function))
         yield
 
 

@@ -36,6 +36,7 @@ from snapd_native.model import STANDBY_LABEL, Change
 from snapd_native.snapshotter import Snapshotter
 from tests.support import PROJECT
 from tests.support.in_process import without_workers
+from tests.support.sealing import unsealed
 from tests.support.waiting import wait_until
 
 _STEPS: dict[ModuleType, tuple[str, ...]] = {
@@ -44,7 +45,7 @@ _STEPS: dict[ModuleType, tuple[str, ...]] = {
         *("mkdir", "mknod", "symlink", "link", "open", "rename", "rmdir", "unlink"),
         *("copy_file_range", "ftruncate", "posix_fallocate", "fsync"),
     ),
-    linux: (*("clear_protection", "ficlone", "mount_setattr", "move_mount", "syncfs", "umount2"),),
+    linux: (*("change_flags", "ficlone", "mount_setattr", "move_mount", "syncfs", "umount2"),),
 }
 """The functions that change something, by module."""
 
@@ -183,7 +184,7 @@ CASES = {
     ),
     "the first start": Case(
         lambda engine, _: engine.check_health(),
-        damage=lambda state: subprocess.run(["rm", "-r", str(state)], check=True),
+        damage=lambda state: subprocess.run(["rm", "-r", unsealed(state)], check=True),
         includes_start=True,
     ),
     "a start that finds leftovers": Case(

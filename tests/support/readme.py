@@ -30,6 +30,7 @@ IN_MACHINE_TESTS = {
     "check": "snapd-native check\n",
     "backup": "systemctl stop snapd-native\ntar --create ",
     "restore": "systemctl stop snapd-native\nmv ",
+    "delete": "chattr -R -f -i ",
     "move": "systemctl stop snapd-native\ncp ",
     "rule": "groupadd ",
     "exposure": "systemd-analyze security ",

@@ -112,7 +112,7 @@ def test_the_exposure_level_of_the_plugin_is_at_most_0_7(units: Path) -> None:
 
 
 def test_the_exposure_level_of_the_unit_is_at_most_4_1(units: Path) -> None:
-    """0.1 of it comes from the right to enter mount namespaces of other services at Commit."""
+    """0.1 of it comes from the rights that Commit needs to seal a tree."""
     outcome = analyze(
         *("security", "--offline=yes", "--threshold=41", str(units / "snapd-native.service"))
     )

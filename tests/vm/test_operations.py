@@ -41,6 +41,7 @@ def data(guest: Guest) -> Iterator[Guest]:
         rm -rf /etc/systemd/system/snapd-native.service.d
         systemctl daemon-reload
         systemctl restart snapd-native
+        chattr -R -f -i /srv/data /var/lib/snapd-native.old || true
         rm -rf /srv/data /var/backups/snapd-native.tar /var/lib/snapd-native.old
         """
     )
@@ -48,7 +49,17 @@ def data(guest: Guest) -> Iterator[Guest]:
 
 def test_every_documented_operation_has_a_test() -> None:
     assert set(IN_MACHINE_TESTS) == {
-        *("install", "instance", "check", "backup", "restore", "move", "rule", "exposure"),
+        *(
+            "install",
+            "instance",
+            "check",
+            "backup",
+            "restore",
+            "delete",
+            "move",
+            "rule",
+            "exposure",
+        ),
         *("without a package", "broker"),  # in test_package and test_broker
     }
 
@@ -89,6 +100,8 @@ def test_the_documented_backup_can_be_restored(data: Guest) -> None:
     data.run(shell_block("restore"))
     assert CONTENT in data.run(PRINT_CONTENT)
     assert data.run("stat -c %a /var/lib/snapd-native") == "700\n"
+    assert data.attempt("rm -r /var/lib/snapd-native.old").returncode != 0
+    data.run(shell_block("delete"))
 
 
 def test_the_documented_move_of_the_state_keeps_the_data(data: Guest) -> None:

@@ -58,7 +58,7 @@ class Mounter:
         self._reconciler = Reconciler(state, store.ledger, runtime / "mounts", boot)
         self._stopping = stopping
         self._lock = self._reconciler.lock
-        self._freezer = Freezer(state, self._reconciler)
+        self._freezer = Freezer(self._reconciler)
         self._owners = {line.owner for line in self._ledger.lines() if line.owner}
         self._releaser = Background("releaser", "what a client has left stays mounted")
 
@@ -185,7 +185,7 @@ class Mounter:
             yield self._check_unmounted
 
     def frozen(self, key: str, tree: int) -> AbstractContextManager[None]:
-        """Make all mounts of an active snapshot's tree read-only; see `Freezer.frozen`."""
+        """Make the mounts of an active snapshot's tree read-only; see `Freezer.frozen`."""
         return self._freezer.frozen(key, tree)
 
     def _find_owned(self, target: str, uid: int | None) -> tuple[Line, Entry | None]:
@@ -355,7 +355,7 @@ def _detached(entry: Entry, lazy: bool) -> bool:
     """Unmount; return False if the mount is in use."""
     try:
         if lazy and not entry.read_only:
-            # With a file open for writing the mount stays writable; Commit finds it then.
+            # With a file open for writing the mount stays writable.
             with suppress(OSError):
                 mounts.make_read_only(entry)
         mounts.detach(entry, lazy=lazy)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from snapd_native import mounts
 from snapd_native.errors import DataLoss, FailedPrecondition, SnapdError
 from snapd_native.model import quote, quote_path
-from snapd_native.mounts import Entry, NotFrozen, Table
+from snapd_native.mounts import Entry, Table
 
 _NAMED = 5
 """Processes or paths that a message names at most."""
@@ -63,37 +62,11 @@ def _out_of_reach(target: str, error: OSError) -> str:
     return "it is being moved, try again"
 
 
-@contextmanager
-def frozen_in_namespaces(key: str) -> Iterator[None]:
-    """Translate `NotFrozen`, of a mount in another namespace, to the error of a Commit."""
-    try:
-        yield
-    except NotFrozen as failure:
-        if failure.error.errno == errno.EBUSY:
-            raise not_frozen(key, failure.entry, failure.error) from None
-        target = quote_path(failure.entry.target)
-        where, what = f"the mount namespace of pid {failure.pid}", "end that process"
-        if not failure.pid:
-            where, what = "a mount namespace without a process", "end what keeps that"
-        raise FailedPrecondition(
-            f"cannot commit {quote(key)}: it stays writable on {target} in {where}"
-            f" ({failure.error.strerror}), {what} or unmount it there"
-        ) from None
-    except OSError as error:
-        reason = error.strerror
-        if isinstance(error, TimeoutError):
-            reason = "they have very many mounts, or a file system in one does not answer"
-        raise FailedPrecondition(
-            f"cannot commit {quote(key)}: the mount namespaces of other processes could not be"
-            f" examined ({reason}), try again"
-        ) from None
-
-
-def can_write(key: str, processes: Sequence[tuple[int, str]]) -> FailedPrecondition:
-    """Return the error of a Commit, if processes can still write to the tree."""
+def is_written(key: str, processes: Sequence[tuple[int, str]]) -> FailedPrecondition:
+    """Return the error of a Commit, if somebody can write to a file of the tree."""
+    who = named(processes) or "something that is no process, such as a loop device or swap,"
     return FailedPrecondition(
-        f"cannot commit {quote(key)}: {named(processes)} can still write to it through a mount that"
-        " was unmounted lazily, or is attached nowhere: end that first"
+        f"cannot commit {quote(key)}: {who} has a file in it open for writing, end that first"
     )
 
 

@@ -72,6 +72,8 @@ class StateDirectory:
             self.filesystem_type = linux.filesystem_type(self._snapshots)
             self.reflink = False
             """See `try_reflink`."""
+            self.seals = False
+            """See `try_sealing`."""
             undo.pop_all()
 
     def close(self) -> None:
@@ -127,6 +129,29 @@ class StateDirectory:
         """Find out whether reflink works, by means of two temporary files."""
         self.reflink = trees.reflink_works(self._snapshots)
 
+    def try_sealing(self) -> None:
+        """Find out whether Commit can seal trees, by means of a temporary file.
+
+        Raises:
+            FailedPrecondition: the kernel does not permit that.
+        """
+        try:
+            self.seals = trees.sealing_works(self._snapshots)
+        except PermissionError:
+            raise FailedPrecondition(
+                "the kernel does not permit to make files immutable: run the service on the host,"
+                " or give its container the capability CAP_LINUX_IMMUTABLE"
+            ) from None
+        if not self.seals:
+            log.warning(
+                "%s has no inode flags: Commit cannot make trees immutable", self.filesystem_type
+            )
+
+    @property
+    def device(self) -> int:
+        """The device of the file system, as in ``st_dev`` of stat(3type)."""
+        return os.fstat(self._snapshots).st_dev
+
     def place(self, id_: int) -> Place | None:
         """Return the place of a snapshot's directory in the table of mounts; None if unknown."""
         return self._place / str(id_) if self._place else None
@@ -155,10 +180,16 @@ class StateDirectory:
         """Rename the directory of `create` to its final name."""
         self._rename(f"new-{id_}", str(id_))
 
-    def create_empty(self, id_: int) -> None:
+    def create_empty(self, id_: int, *, sealed: bool = False) -> None:
         """Create an empty directory for a new snapshot under its final name, on disk."""
         self.create(id_)
         self.complete(id_)
+        if sealed:
+            fd = os.open(str(id_), _DIRECTORY, dir_fd=self._snapshots)
+            try:
+                trees.seal(fd)
+            finally:
+                os.close(fd)
         # A journal that contains the rename also contains the directory and its mode.
         os.fsync(self._snapshots)
 
@@ -255,6 +286,17 @@ class StateDirectory:
         finally:
             os.close(fd)
 
+    def is_sealed(self, id_: int) -> bool | None:
+        """Tell whether the root of a tree is immutable; None if the tree is gone."""
+        try:
+            fd = os.open(str(id_), os.O_PATH | _DIRECTORY, dir_fd=self._snapshots)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            return linux.is_immutable(fd)
+        finally:
+            os.close(fd)
+
     def retire(self, id_: int) -> str | None:
         """Rename the directory of a snapshot for its deletion; return None if there is none."""
         name = f"rm-{id_}"
@@ -325,18 +367,22 @@ class StateDirectory:
                     os.chmod(path, found.st_mode & 0o700)
 
     def _rename(self, old: str, new: str) -> None:
-        """Rename a directory, also one that is older than the quota project of ``snapshots``."""
+        """Rename a directory, also one that is sealed or in another quota project."""
         try:
             os.rename(old, new, src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
         except OSError as error:
-            if error.errno != errno.EXDEV:
+            if error.errno not in (errno.EXDEV, errno.EPERM):
                 raise
             fd = os.open(old, _DIRECTORY, dir_fd=self._snapshots)
             try:
-                linux.join_project(fd, self._snapshots)
+                was_sealed = trees.unseal(fd)
+                if error.errno == errno.EXDEV:
+                    linux.join_project(fd, self._snapshots)
+                os.rename(old, new, src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
+                if was_sealed and not new.startswith("rm-"):
+                    trees.seal(fd)
             finally:
                 os.close(fd)
-            os.rename(old, new, src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
 
     def _names(self) -> list[str]:
         # With a descriptor of its own: threads that share one share the position in the directory.

@@ -1,0 +1,92 @@
+"""Seal the trees of committed snapshots, so that nobody can change them any more."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from threading import Event
+
+from snapd_native import trees
+from snapd_native.errors import DataLoss, FailedPrecondition
+from snapd_native.jobs import Job, Operation
+from snapd_native.metastore import Metastore
+from snapd_native.model import Finding, Kind, Trouble, Usage
+from snapd_native.mounts import writers
+from snapd_native.snapshotter.mounter.refusals import is_written
+from snapd_native.snapshotter.state import StateDirectory
+from snapd_native.snapshotter.workers import Workers
+
+log = logging.getLogger(__name__)
+
+
+class Seals:
+    """Keeps the trees of committed snapshots sealed, and those of active ones unsealed."""
+
+    def __init__(
+        self, state: StateDirectory, store: Metastore, workers: Workers, stopping: Event
+    ) -> None:
+        """Unseal the trees that a crash has left sealed during a Commit.
+
+        Raises:
+            Unavailable: ``stopping`` is set.
+        """
+        self._state = state
+        self._store = store
+        self._workers = workers
+        job = Job()
+        job.begin(Operation.COMMIT, "", stopping=stopping)
+        for id_ in filter(state.is_sealed, store.of_kind(Kind.ACTIVE)):
+            self._undo(id_, job.report)
+
+    @contextmanager
+    def sealed(self, key: str, id_: int, report: trees.Report) -> Iterator[Usage]:
+        """Seal a tree for good, and yield its usage. If the block raises, unseal the tree.
+
+        Raises:
+            FailedPrecondition: somebody can still write to a file of the tree.
+            OSError: as `trees.Crew.seal`.
+        """
+        try:
+            yield self._seal(key, id_, report)
+        except BaseException:
+            self._undo(id_)
+            raise
+
+    def findings(self) -> Sequence[Finding]:
+        """Return the committed snapshots whose trees are not sealed, as after a restored backup."""
+        what = "its tree is not immutable: call Repair"
+        return [Finding(Trouble.MODE, name, what) for name in self._unsealed().values()]
+
+    def repair(self, report: trees.Report) -> None:
+        """Seal the trees of `findings`, if nobody has a file in them open for writing."""
+        for id_, name in self._unsealed().items():
+            with suppress(FailedPrecondition), self.sealed(name, id_, report):
+                pass
+
+    def _unsealed(self) -> Mapping[int, str]:
+        if not self._state.seals:
+            return {}
+        found = {
+            id_
+            for id_ in self._store.of_kind(Kind.COMMITTED)
+            if self._state.is_sealed(id_) is False
+        }
+        # Remove has perhaps deleted the record, and unsealed the root.
+        return {id_: n for id_, n in self._store.of_kind(Kind.COMMITTED).items() if id_ in found}
+
+    def _seal(self, key: str, id_: int, report: trees.Report) -> Usage:
+        try:
+            return self._workers.seal(id_, report)
+        except OSError as error:
+            if error.errno != errno.ETXTBSY:
+                raise
+            raise is_written(key, writers(self._state.device)) from None
+
+    def _undo(self, id_: int, report: trees.Report = lambda *_: None) -> None:
+        try:
+            self._workers.unseal(id_, report)
+        except (OSError, DataLoss) as error:
+            # The root stays sealed, so the next start tries again.
+            log.error("the tree of snapshot %d is immutable in part: %s", id_, error)
