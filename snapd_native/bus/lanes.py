@@ -1,11 +1,16 @@
-"""Bounded worker threads, separate for each kind of call, so that no kind delays another."""
+"""Bounded worker threads, separate for each kind of call, so that no kind delays another.
+
+The users of a lane have turns, so that none delays another by many calls.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from enum import Enum
 from typing import TypeVar
 
@@ -47,32 +52,80 @@ class Lane(Enum):
         return self in (Lane.TREE, Lane.SURVEY, Lane.VERIFY)
 
 
+class _Turns:
+    """Lends a number of places, to one user after the other, whoever has most calls that wait."""
+
+    def __init__(self, places: int) -> None:
+        self._free = places
+        self._waiting: dict[int, deque[asyncio.Future[None]]] = {}
+        """The calls that wait, by uid; the first user has the next turn."""
+
+    @asynccontextmanager
+    async def turn(self, uid: int) -> AsyncIterator[None]:
+        """Wait for a place, and hold it for the block."""
+        if self._free:
+            self._free -= 1
+        else:
+            place = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(uid, deque()).append(place)
+            try:
+                await place
+            except asyncio.CancelledError:
+                if not place.cancelled():
+                    self._pass_on()
+                raise
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        while self._waiting:
+            uid, calls = next(iter(self._waiting.items()))
+            del self._waiting[uid]
+            place = calls.popleft()
+            if calls:
+                self._waiting[uid] = calls
+            if not place.cancelled():
+                place.set_result(None)
+                return
+        self._free += 1
+
+
 class _Workers:
     """The worker threads of one lane."""
 
     def __init__(self, lane: Lane, start: Callable[[], None]) -> None:
         """``start`` is called in each new thread."""
         self.lane = lane
-        self.admitted = 0
+        self.admitted: Counter[int] = Counter()
+        """The calls that wait or work, by uid."""
         self.places = threading.Semaphore(lane.places)
         self.pool = ThreadPoolExecutor(
             lane.threads, thread_name_prefix=lane.name.lower(), initializer=start
         )
-        self._idle = asyncio.Semaphore(lane.threads)
+        self._turns = _Turns(lane.threads)
 
-    async def run(self, work: Callable[[], _T]) -> _T:
-        if self.admitted >= self.lane.bound:
-            raise ResourceExhausted(
-                f"{self.lane.bound} operations of this kind are running:"
-                " try again when some are done"
-            )
-        self.admitted += 1
+    async def run(self, uid: int, work: Callable[[], _T]) -> _T:
+        # One user cannot take the places of all others.
+        own = self.lane.bound if uid == 0 else self.lane.bound // 2
+        for admitted, bound in (
+            (self.admitted.total(), self.lane.bound),
+            (self.admitted[uid], own),
+        ):
+            if admitted >= bound:
+                raise ResourceExhausted(
+                    f"{admitted} operations of this kind are running: try again when some are done"
+                )
+        self.admitted[uid] += 1
         try:
             # A thread gets no work before the event loop has taken its last result.
-            async with self._idle:
+            async with self._turns.turn(uid):
                 return await asyncio.get_running_loop().run_in_executor(self.pool, work)
         finally:
-            self.admitted -= 1
+            self.admitted[uid] -= 1
+            if not self.admitted[uid]:
+                del self.admitted[uid]
 
 
 class Lanes:
@@ -96,7 +149,7 @@ class Lanes:
         Raises:
             ResourceExhausted: the lane is full.
         """
-        return await self._workers[lane, uid == 0].run(work)
+        return await self._workers[lane, uid == 0].run(uid, work)
 
     def waits_for_disk(self) -> bool:
         """Tell whether a thread waits uninterruptibly, as for a slow or frozen disk."""

@@ -162,7 +162,7 @@ def test_watchdog_pings_stop_while_all_threads_of_a_lane_hang(
             asyncio.ensure_future(lanes.run(lane, 0, release.wait)) for _ in range(lane.threads)
         ]
         # Wait until the check of the watchdog waits for a thread too.
-        while lanes._workers[lane, True].admitted <= lane.threads:
+        while lanes._workers[lane, True].admitted.total() <= lane.threads:
             await asyncio.sleep(0)
         while True:
             try:
