@@ -144,8 +144,8 @@ def test_many_cancelled_jobs_leave_no_open_files(
     service_with_base: Service, shared_client: BlockingClient
 ) -> None:
     base = Path(shared_client.view("look", "base").source)
-    inside = Path(shared_client.mounts("work").source) / "inside"
-    inside.mkdir()
+    work = Path(shared_client.mounts("work").source) / "file"
+    work.touch()
 
     async def scenario(watcher: Watcher) -> None:
         for number in range(40):
@@ -153,7 +153,7 @@ def test_many_cancelled_jobs_leave_no_open_files(
             (path,) = await watcher.call(*call)
             await watcher.call("Cancel", path=path)
 
-    with nothing_left_open(service_with_base), hold_at_files(base / "file", inside):
+    with nothing_left_open(service_with_base), hold_at_files(base / "file", work):
         run_with_watcher(scenario)
 
 
