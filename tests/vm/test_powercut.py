@@ -93,6 +93,7 @@ def test_the_oracle_finds_losses_when_syncs_are_disabled(machine: Guest) -> None
                     fi
                 done
                 systemctl stop {UNITS}
+                chattr -R -f -i /srv/ext4/snapd-native /srv/xfs/snapd-native || true
                 rm -rf /srv/ext4/snapd-native /srv/xfs/snapd-native
                 systemctl reset-failed
                 systemctl start {UNITS}""")
