@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from tests.vm.guest import Guest
 
 UNIT = "snapd-native-containerd"
 PACKAGE = f"$(ls -t /vagrant/dist/{UNIT}_*_all.deb | head -n 1)"
+IMPORT = "ctr images import --snapshotter snapd-native /var/tmp/image.tar"
 RUN = f"ctr run --rm --net-host --snapshotter snapd-native {IMAGE}"
 
 
@@ -49,9 +52,9 @@ def imported(guest: Guest, tmp_path: Path) -> Iterator[Guest]:
     path = tmp_path / "image.tar"
     write_image(path, [programs(), layer(("text", b"from the image\n"))])
     guest.run(
-        """
+        f"""
         base64 -d >/var/tmp/image.tar
-        ctr images import --snapshotter snapd-native /var/tmp/image.tar
+        {IMPORT}
         rm /var/tmp/image.tar""",
         stdin=base64.b64encode(path.read_bytes()).decode(),
     )
@@ -79,6 +82,32 @@ def test_containerd_runs_an_image_from_snapshots_of_the_service(imported: Guest)
 def test_the_plugin_serves_again_after_a_restart_of_the_service(imported: Guest) -> None:
     imported.run("systemctl restart snapd-native")
     assert imported.run(f"{RUN} c1 /bin/cat /text") == "from the image\n"
+
+
+def test_an_image_is_whole_after_a_power_cut_while_it_is_unpacked(
+    guest: Guest, tmp_path: Path
+) -> None:
+    parts = [os.urandom(2 << 20) for _ in range(8)]
+    path = tmp_path / "image.tar"
+    layers = [layer((f"part{number}", data)) for number, data in enumerate(parts)]
+    write_image(path, [programs(), *layers])
+    guest.run(
+        "base64 -d >/var/tmp/image.tar; sync",
+        stdin=base64.b64encode(path.read_bytes()).decode(),
+    )
+    importing = guest.start(IMPORT)
+    guest.until("(( $(snapd-native ls kind==committed | wc -l) > 4 ))")
+    guest.power_cut()
+    importing.communicate()
+    guest.power_on()
+    guest.run(f"systemctl start containerd; snapd-native check; {IMPORT}; rm /var/tmp/image.tar")
+    out = guest.run(f"{RUN} c1 /bin/sh -c 'cat /part*' | sha256sum")
+    assert out.split()[0] == hashlib.sha256(b"".join(parts)).hexdigest()
+    # A lease of the import that was cut keeps its snapshots.
+    guest.run(f"""
+        ctr leases ls -q | xargs --no-run-if-empty ctr leases rm
+        ctr images rm --sync {IMAGE}""")
+    assert guest.run("snapd-native ls | tail -n +2") == ""
 
 
 def test_an_end_of_the_plugin_leaves_no_socket(guest: Guest) -> None:
