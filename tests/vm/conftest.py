@@ -10,9 +10,15 @@ import pytest
 
 from tests.vm.authorization import POLKIT_RULE, RULE_FILE
 from tests.vm.guest import Guest, remove_all
+from tests.vm.plugin import containerd
+
+__all__ = ["containerd"]
 
 LAST = ("test_powercut", "test_package")
 """The modules that run last: one cuts the power repeatedly, the other removes the package."""
+
+ONLY_ON_13 = ("test_broker", "test_docker")
+"""The modules that are not for Debian 12."""
 
 TEST_LIMIT = 3600
 """Seconds after which a test that hangs fails; its steps have their own limit."""
@@ -26,12 +32,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Without a machine there is nothing to test.
 
-    dbus-broker is tested on Debian 13: that of Debian 12 is older than those of its distributions.
+    dbus-broker and Docker are tested on Debian 13: the dbus-broker of Debian 12 is older than those
+    of its distributions, and its Docker cannot use containerd's snapshots.
     """
     if not config.getoption("--hosts", None):
         return True
     is_old = os.environ.get("VM_DEBIAN") == "12"
-    return True if is_old and collection_path.name == "test_broker.py" else None
+    return True if is_old and collection_path.stem in ONLY_ON_13 else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
