@@ -16,10 +16,10 @@ from snapd_native.cli.exits import INTERRUPTED, status
 from snapd_native.errors import SnapdError
 
 _EPILOG = """\b
-Exit status: 0 done, 1 internal error, or check has found something, 2 wrong usage,
+Exit status: 0 done, 1 internal error, or check has found a problem, 2 wrong usage,
 3 invalid argument, 4 not found, 5 already exists, 6 failed precondition,
 7 resource exhausted, 8 data loss, 9 cancelled, 10 service unavailable,
-11 access denied, 12 interactive authorization required.
+11 access denied, 12 interactive authorization required, 130 ended by Ctrl-C.
 """
 
 _COMMANDS = [

@@ -34,7 +34,7 @@ from snapd_native.errors import AccessDenied, Unavailable
     help="The share of space and inodes that standby clones leave free.",
 )
 @click.option(
-    "-v", "--verbose", "level", flag_value=logging.DEBUG, help="Log calls that only read, too."
+    "-v", "--verbose", "level", flag_value=logging.DEBUG, help="Also log calls that only read."
 )
 @click.option("-q", "--quiet", "level", flag_value=logging.WARNING, help="Log only problems.")
 @click.pass_obj
@@ -79,7 +79,7 @@ def _begin_in_utf8_mode() -> None:
     "--name",
     default="containerd",
     show_default=True,
-    help="The name of the containerd; each that uses the store has its own.",
+    help="The name of the containerd; each containerd of the same store needs its own.",
 )
 @click.option(
     "--usage-age",
@@ -87,7 +87,7 @@ def _begin_in_utf8_mode() -> None:
     metavar="SECONDS",
     default=60,
     show_default=True,
-    help="How old the usage of an active snapshot may be.",
+    help="Measure the usage of an active snapshot again after this time.",
 )
 @click.pass_obj
 def containerd(instance: str, socket: Path, name: str, usage_age: float) -> None:
@@ -126,7 +126,7 @@ def containerd(instance: str, socket: Path, name: str, usage_age: float) -> None
     help="The directory in which the demonstration keeps its snapshots.",
 )
 def demo(source: Path, directory: Path) -> None:
-    """Show the service at work, on a private bus and on a real tree of this machine."""
+    """Show the service at work on a private bus."""
     from snapd_native.cli.demo import run
 
     if os.geteuid() != 0:

@@ -20,7 +20,7 @@ from snapd_native.model import quote
 @labels_option
 @json_option
 def prepare(key: str, parent: str, labels: tuple[str, ...], as_json: bool) -> None:
-    """Make the active snapshot KEY: empty, or a private copy of PARENT.
+    """Make the active snapshot KEY, empty or a copy of PARENT.
 
     Ctrl-C cancels the copy and removes what was copied.
     """
@@ -58,7 +58,8 @@ def view(key: str, parent: str, labels: tuple[str, ...], as_json: bool) -> None:
 def commit(name: str, key: str, parent: str, digest: bool, labels: tuple[str, ...]) -> None:
     """Make the active snapshot KEY the committed snapshot NAME.
 
-    After this command the snapshot survives a power cut. The labels of KEY are dropped.
+    After this command the snapshot survives a power cut, and its files and directories are
+    immutable. The labels of KEY are deleted.
     """
     from snapd_native.cli import render
 
@@ -74,7 +75,7 @@ def commit(name: str, key: str, parent: str, digest: bool, labels: tuple[str, ..
 @click.option("--fstab", "form", flag_value="fstab", help="Print a line for /etc/fstab.")
 @click.option("--command", "form", flag_value="command", help="Print a command for the shell.")
 def mounts(key: str, target: str, as_json: bool, form: str | None) -> None:
-    """List the mounts of the service, or print how to mount KEY on TARGET by hand.
+    """List mounts, or print how to mount KEY on TARGET by hand.
 
     KEY is an active snapshot or a view. The default of TARGET is /mnt.
     """
@@ -103,10 +104,10 @@ def mounts(key: str, target: str, as_json: bool, form: str | None) -> None:
     "--read-only", is_flag=True, help="Mount an active snapshot read-only; a view always is."
 )
 def mount(key: str, target: str, read_only: bool) -> None:
-    """Mount the active snapshot or view KEY on the directory TARGET, and print the directory.
+    """Mount the active snapshot or view KEY on TARGET.
 
-    Without TARGET, the service makes a directory. The mount stays until umount; after a reboot the
-    service makes it again.
+    Print the directory of the mount. Without TARGET, the service makes a directory. The mount stays
+    until umount. After a reboot the service makes it again.
     """
     with connected() as client:
         print(client.mount(key, os.path.abspath(target) if target else "", read_only or None))
@@ -114,7 +115,7 @@ def mount(key: str, target: str, read_only: bool) -> None:
 
 @click.command()
 @click.argument("what", metavar="TARGET|KEY")
-@click.option("--lazy", is_flag=True, help="Unmount it even while it is in use.")
+@click.option("--lazy", is_flag=True, help="Unmount also what is in use.")
 def umount(what: str, lazy: bool) -> None:
     """Unmount the directory TARGET, or every mount of KEY."""
     with connected() as client:
@@ -134,7 +135,7 @@ def umount(what: str, lazy: bool) -> None:
 @click.argument("key")
 @json_option
 def stat(key: str, as_json: bool) -> None:
-    """Print the record of KEY, and how many of its standby clones are ready."""
+    """Print the record and the ready standby clones of KEY."""
     from snapd_native.cli import render
 
     with connected() as client:
@@ -149,7 +150,7 @@ def ls(filters: tuple[str, ...], as_json: bool) -> None:
     """List all snapshots, or those that match at least one FILTER.
 
     A FILTER is a list of conditions that must all hold, separated by commas. Conditions are about
-    name, parent, kind and labels: kind==committed,labels.app==web or name~=^build- or
+    name, parent, kind and labels. Examples: kind==committed,labels.app==web or name~=^build- or
     labels."org/tier".
     """
     from snapd_native.cli import render

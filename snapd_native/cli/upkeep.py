@@ -22,7 +22,7 @@ from snapd_native.model import DIGEST_LABEL, quote, shown
 )
 @json_option
 def check(repair: bool, as_json: bool) -> None:
-    """Compare records, directories and mounts.
+    """Compare records, directories, mounts and modes.
 
     Each line is a problem: the kind of the problem, the snapshot and the remedy, separated by tabs.
     If there is a problem, the exit status is 1. Repairs are reported on the standard error output.
@@ -44,11 +44,11 @@ def check(repair: bool, as_json: bool) -> None:
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @json_option
 def verify(names: tuple[str, ...], as_json: bool) -> None:
-    """Compare each committed snapshot NAME with the digest that was recorded by commit --digest.
+    """Compare snapshots with the digests of commit --digest.
 
-    Without a NAME, verify all snapshots that have a digest. Each one is read completely, at idle
-    priority. Digest and name of intact snapshots are printed. The others are reported on the
-    standard error output, and the exit status is that of the first error. Ctrl-C cancels the
+    Without a NAME, verify all snapshots that have a digest. The service reads each one completely,
+    at idle priority. The digests and names of intact snapshots are printed. The others are reported
+    on the standard error output, and the exit status is that of the first error. Ctrl-C cancels the
     command.
     """
     from snapd_native.cli import render
@@ -82,7 +82,7 @@ def verify(names: tuple[str, ...], as_json: bool) -> None:
 @click.command()
 @json_option
 def jobs(as_json: bool) -> None:
-    """Print the running jobs (copies, deletions, digests) and their progress."""
+    """Print the running jobs, such as copies, and their progress."""
     from snapd_native.cli import render
 
     with connected() as client:
