@@ -1,18 +1,23 @@
-"""Seal the trees of committed snapshots, so that nobody can change them any more."""
+"""Seal the trees of committed snapshots, so that nobody can change them any more.
+
+Commit seals the root of a tree first, and undoes that last. So an active snapshot whose tree is
+sealed in part has a sealed root. Repair seals the root last: a committed snapshot whose tree is
+sealed in part has an unsealed root.
+"""
 
 from __future__ import annotations
 
 import errno
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from threading import Event
 
 from snapd_native import trees
-from snapd_native.errors import DataLoss, FailedPrecondition
+from snapd_native.errors import DataLoss
 from snapd_native.jobs import Job, Operation
 from snapd_native.metastore import Metastore
-from snapd_native.model import Finding, Kind, Trouble, Usage
+from snapd_native.model import Finding, Kind, Trouble, Usage, is_name
 from snapd_native.mounts import writers
 from snapd_native.snapshotter.mounter.refusals import is_written
 from snapd_native.snapshotter.state import StateDirectory
@@ -55,26 +60,29 @@ class Seals:
             raise
 
     def findings(self) -> Sequence[Finding]:
-        """Return the committed snapshots whose trees are not sealed, as after a restored backup."""
+        """Return the trees that are not sealed and must be, as after a backup was restored."""
         what = "its tree is not immutable: call Repair"
-        return [Finding(Trouble.MODE, name, what) for name in self._unsealed().values()]
+        names = self._unsealed().values()
+        return [Finding(Trouble.MODE, name if is_name(name) else "", what) for name in names]
 
     def repair(self, report: trees.Report) -> None:
-        """Seal the trees of `findings`, if nobody has a file in them open for writing."""
-        for id_, name in self._unsealed().items():
-            with suppress(FailedPrecondition), self.sealed(name, id_, report):
-                pass
+        """Seal the trees of `findings` in which nobody has a file open for writing."""
+        for id_ in self._unsealed():
+            try:
+                self._workers.seal_again(id_, report)
+            except (OSError, DataLoss) as error:
+                log.warning("the tree of snapshot %d cannot be made immutable: %s", id_, error)
 
     def _unsealed(self) -> Mapping[int, str]:
+        """Return the ids and names of the trees of committed snapshots and empty views."""
         if not self._state.seals:
             return {}
-        found = {
-            id_
-            for id_ in self._store.of_kind(Kind.COMMITTED)
-            if self._state.is_sealed(id_) is False
-        }
-        # Remove has perhaps deleted the record, and unsealed the root.
-        return {id_: n for id_, n in self._store.of_kind(Kind.COMMITTED).items() if id_ in found}
+        # The order matters: a snapshot that was listed first, and is not active after that, must be
+        # sealed, unless it is removed.
+        owned = self._store.directories().keys() - self._store.of_kind(Kind.ACTIVE)
+        found = [id_ for id_ in owned if self._state.is_sealed(id_) is False]
+        names = self._store.directories()
+        return {id_: names[id_] for id_ in found if id_ in names}
 
     def _seal(self, key: str, id_: int, report: trees.Report) -> Usage:
         try:

@@ -86,9 +86,8 @@ class Upkeep:
         """Repair what `check` finds without loss or guess; return what is repaired.
 
         Other users are denied the files of the service. Trees of committed snapshots are made
-        immutable. Indexes of the database are rebuilt from
-        its tables. What no snapshot owns is deleted, as by `cleanup`. Mounts are made as the ledger
-        records them.
+        immutable. Indexes of the database are rebuilt from its tables. What no snapshot owns is
+        deleted, as by `cleanup`. Mounts are made as the ledger records them.
         """
         job = job or Job()
         job.begin(Operation.REPAIR, "", stopping=self._stopping)

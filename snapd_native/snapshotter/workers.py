@@ -37,14 +37,22 @@ class Workers:
             return crew.measure(tree, report)
 
     def seal(self, id_: int, report: trees.Report) -> Usage:
-        """Seal a tree and return its usage; see `trees.Crew.seal`."""
+        """Seal a tree, the root first, and return its usage; see `trees.Crew.seal`."""
         with self._state.open(str(id_), writable=True) as tree:
+            trees.seal(tree)
             return self._crew.seal(tree, report)
 
+    def seal_again(self, id_: int, report: trees.Report) -> None:
+        """Seal a tree that nobody changes, the root last, so that a part is not taken for all."""
+        with self._state.open(str(id_), writable=True) as tree:
+            self._crew.seal(tree, report)
+            trees.seal(tree)
+
     def unseal(self, id_: int, report: trees.Report) -> None:
-        """Undo `seal`."""
+        """Undo `seal`, the root last."""
         with self._state.open(str(id_), writable=True) as tree:
             self._crew.unseal(tree, report)
+            trees.unseal(tree)
 
     def digest(self, id_: int, report: trees.Report, *, from_disk: bool = False) -> str:
         """Hash a tree; with ``from_disk`` as it is on the disk, at idle priority."""

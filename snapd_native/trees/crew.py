@@ -34,7 +34,6 @@ from snapd_native.trees.relay import (
     receive,
     receive_finding,
 )
-from snapd_native.trees.seal import seal, unseal
 from snapd_native.trees.walk import Report, allocated
 
 POLL_SECONDS = 0.05
@@ -100,20 +99,18 @@ class Crew:
         return self._count(Operation.MEASURE, root, report)
 
     def seal(self, root: int, report: Report) -> Usage:
-        """Seal the tree ``root``, which belongs to a writable mount, and return its usage.
+        """Seal everything below ``root``, and return the usage of the tree, as `measure` does.
 
-        After a failure a part of the tree is sealed, always with the root.
+        ``root`` belongs to a writable mount. After a failure a part is sealed.
 
         Raises:
             OSError: as `measure`; ETXTBSY if somebody can still write to a file.
         """
-        seal(root)
         return self._count(Operation.SEAL, root, report)
 
     def unseal(self, root: int, report: Report) -> None:
         """Undo `seal`; raises as `measure`."""
         self._count(Operation.UNSEAL, root, report)
-        unseal(root)
 
     def _count(self, operation: Operation, root: int, report: Report) -> Usage:
         total = Tally()

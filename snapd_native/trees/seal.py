@@ -4,8 +4,6 @@ Directories and regular files get the inode flag immutable; see FS_IOC_SETFLAGS 
 A directory gets it before it is read, so that no entry can come later. xfs and btrfs permit writes
 through descriptors and mappings that are older than the flag, so a file that has any is an error.
 
-The root is sealed first and unsealed last. So a tree that is sealed in part has a sealed root.
-
 Symbolic links, FIFOs, sockets and devices do not have the flag. Nobody can rename or delete them in
 a sealed directory, but their owner, mode and times can be changed through a writable mount.
 """

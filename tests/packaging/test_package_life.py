@@ -25,7 +25,7 @@ def debian(
     # Processes of a run have directories next to each other.
     own = tmp_path_factory.getbasetemp()
     place = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    wanted = ["e2fsprogs", *dependencies(built)]
+    wanted = dependencies(built)
     with lend_release(request.param, place / "debian", wanted) as root:
         yield root
 

@@ -91,6 +91,30 @@ def test_an_empty_view_is_sealed_and_can_be_removed(populated: Snapshotter) -> N
     assert not view.exists()
 
 
+def test_check_finds_a_restored_empty_view_that_is_not_sealed(populated: Snapshotter) -> None:
+    view = Path(populated.view("empty").source)
+    unsealed(view)
+    (finding,) = populated.upkeep.check()
+    assert (finding.kind, finding.key) == (Trouble.MODE, "empty")
+    assert populated.upkeep.repair() == [finding]
+    assert flags(view) == {".": "i"}
+
+
+def test_a_repair_that_stops_in_the_middle_of_a_tree_leaves_its_finding(
+    populated: Snapshotter, work: Path
+) -> None:
+    """The service can be killed after a part of the tree is sealed: the root is not yet sealed."""
+    populated.commit("done", "work")
+    unsealed(work)
+    before = populated.upkeep.check()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trees, "seal", failing_function(errno.EIO))
+        assert populated.upkeep.repair() == []
+    assert set(flags(work / "directory").values()) == {"i"}
+    assert populated.upkeep.check() == before
+    assert populated.upkeep.repair() == before
+
+
 def test_check_finds_a_restored_tree_that_is_not_sealed_and_repair_seals_it(
     populated: Snapshotter, work: Path
 ) -> None:
@@ -101,7 +125,6 @@ def test_check_finds_a_restored_tree_that_is_not_sealed_and_repair_seals_it(
     assert (finding.kind, finding.key) == (Trouble.MODE, "done")
     with (work / "first").open("a"):
         assert populated.upkeep.repair() == []
-    assert set(flags(work).values()) == {""}
     assert populated.upkeep.repair() == [finding]
     assert set(flags(work).values()) == {"i"}
     assert populated.upkeep.check() == []

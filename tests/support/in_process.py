@@ -51,14 +51,12 @@ def measure(root: int, report: Report) -> Usage:
 
 def seal(root: int, report: Report) -> Usage:
     """Seal a tree as `Crew.seal` does."""
-    trees.seal(root)
     return _count(Sealer, root, report)
 
 
 def unseal(root: int, report: Report) -> None:
     """Undo `seal`, as `Crew.unseal` does."""
     _count(Unsealer, root, report)
-    trees.unseal(root)
 
 
 def _count(kind: type[Counter], root: int, report: Report) -> Usage:
