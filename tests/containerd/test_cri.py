@@ -15,7 +15,7 @@ from tests.support.containerd_plugin import plugin
 from tests.support.file_systems import long_on_xfs
 from tests.support.images import IMAGE, Containerd, containerd, layer, programs, write_image
 from tests.support.service import HANG_TIMEOUT, Service
-from tests.support.waiting import wait_until, wait_until_equal
+from tests.support.waiting import wait_until
 
 pytestmark = long_on_xfs
 
@@ -148,4 +148,5 @@ def test_a_pod_runs_and_is_removed(
             inodes = {path.lstat().st_ino for path in (tree, *tree.rglob("*"))}
             assert kubelet.writable_layer(work)[1] == len(inodes)
             wait_until(lambda: kubelet.image_usage().used_bytes.value > 8 << 20)
-    wait_until_equal(lambda: [*shared_client.walk()], images)
+    node.collect(space="k8s.io")
+    assert [*shared_client.walk()] == images

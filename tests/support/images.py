@@ -189,19 +189,29 @@ class Containerd:
 
     def run(self, snapshotter: str, script: str) -> str:
         """Run a shell in a new container of `IMAGE`, and return its output."""
-        options = ["--rm", "--net-host", "--snapshotter", snapshotter]
         name = f"c{uuid.uuid4().hex}"
-        return self.ctr("run", *options, IMAGE, name, "/bin/sh", "-ec", script)
+        # On a busy machine ctr ends before it has opened the pipe with the output.
+        output = self.directory / name
+        options = [
+            "--rm",
+            "--net-host",
+            "--snapshotter",
+            snapshotter,
+            "--log-uri",
+            f"file://{output}",
+        ]
+        self.ctr("run", *options, IMAGE, name, "/bin/sh", "-ec", script)
+        return output.read_text()
 
     def snapshots(self, snapshotter: str) -> list[str]:
         """Return the keys of the snapshots that containerd knows."""
         lines = self.ctr("snapshots", "--snapshotter", snapshotter, "ls").splitlines()[1:]
         return [line.split()[0] for line in lines]
 
-    def collect(self) -> None:
-        """Run the garbage collection, and wait for its end."""
-        self.ctr("images", "tag", "--force", IMAGE, "example.com/unused:1")
-        self.ctr("images", "rm", "--sync", "example.com/unused:1")
+    def collect(self, space: str = "default") -> None:
+        """Run the garbage collection, and wait for its end; ``space`` contains `IMAGE`."""
+        self.ctr("images", "tag", "--force", IMAGE, "example.com/unused:1", space=space)
+        self.ctr("images", "rm", "--sync", "example.com/unused:1", space=space)
 
 
 @contextmanager

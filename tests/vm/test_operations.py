@@ -96,7 +96,7 @@ def test_the_documented_check_shows_the_calls_in_the_journal(guest: Guest) -> No
 
 def test_the_documented_backup_can_be_restored(data: Guest) -> None:
     data.run(COMMIT_TREE + shell_block("backup"))
-    data.run("snapd-native rm v1; snapd-native cleanup")
+    data.run("snapd-native rm v1; snapd-native prepare later; snapd-native commit v2 later")
     data.run(shell_block("restore"))
     assert CONTENT in data.run(PRINT_CONTENT)
     assert data.run("stat -c %a /var/lib/snapd-native") == "700\n"
