@@ -53,7 +53,7 @@ class Upkeep:
         """Wait until all pending deletions are done and no orphan is left.
 
         Raises:
-            FailedPrecondition: something in a directory is mounted on or protected.
+            FailedPrecondition: something in a directory is mounted on, protected, or leased.
             Unavailable: the service is stopping.
         """
         job = job or Job()
@@ -66,6 +66,11 @@ class Upkeep:
                     "cannot delete what was removed: some of it is immutable, append-only or an"
                     " active swap file, chattr -R -f -ia the directories rm-* of the state"
                     " directory, or swapoff"
+                ) from None
+            except BlockingIOError:
+                raise FailedPrecondition(
+                    "cannot delete what was removed: a process has a lease on a file in it, try"
+                    " again in a minute, or end the process, which /proc/locks names"
                 ) from None
         job.conclude()
 

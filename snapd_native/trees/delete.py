@@ -26,8 +26,8 @@ def delete(parent: int, name: str, report: Report = lambda *_: None) -> None:
 
     Raises:
         OSError: EBUSY if something is mounted inside the tree, EPERM if something is immutable or
-            append-only, ESTALE if entries are created faster than they are deleted. Everything that
-            can be deleted is deleted then.
+            append-only, EAGAIN if a process has a lease on an immutable file, ESTALE if entries are
+            created faster than they are deleted. Everything that can be deleted is deleted then.
     """
     for _ in range(_ROUNDS):
         with open_tree(parent, name, writable=True) as root:
@@ -65,7 +65,7 @@ def _empty(root: int, report: Report) -> OSError | None:
                 except OSError as error:
                     if error.errno in GONE:
                         continue
-                    if error.errno not in (errno.EBUSY, errno.EPERM):
+                    if error.errno not in (errno.EBUSY, errno.EPERM, errno.EAGAIN):
                         raise
                     stuck = error
             else:

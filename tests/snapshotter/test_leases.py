@@ -1,0 +1,80 @@
+"""A process that has leases on files of a tree; see F_SETLEASE in fcntl(2)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from snapd_native.errors import FailedPrecondition
+from snapd_native.snapshotter import Snapshotter
+from tests.snapshotter.test_sealing import tree_of
+from tests.support.service import NOBODY
+
+_LEASES = """
+import fcntl, os, signal, sys
+
+def call(fd, kind):
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, kind)
+    except BlockingIOError:
+        return False
+    return True
+
+def renew(*_):
+    for fd in fds:
+        call(fd, fcntl.F_UNLCK)
+        while not call(fd, fcntl.F_WRLCK):
+            pass
+
+os.setuid(int(sys.argv.pop()))
+fds = [int(number) for number in sys.argv[1:]]
+signal.signal(signal.SIGIO, renew)
+renew()
+print(flush=True)
+while True:
+    signal.pause()
+"""
+"""A user's process that has leases on files of the user, and renews each that it must give up."""
+
+
+@contextmanager
+def leases(*files: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        fds = []
+        for file in files:
+            fds.append(os.open(file, os.O_RDONLY))
+            stack.callback(os.close, fds[-1])
+        process = subprocess.Popen(
+            [sys.executable, "-c", _LEASES, *map(str, [*fds, NOBODY])],
+            pass_fds=fds,
+            stdout=subprocess.PIPE,
+        )
+        # The process must be the only one that has the files open.
+        stack.close()
+        with process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"\n"
+            try:
+                yield
+            finally:
+                process.kill()
+
+
+def test_a_lease_keeps_nothing_but_its_own_file_from_being_deleted(populated: Snapshotter) -> None:
+    work = tree_of(populated, "work")
+    os.chown(work / "file", NOBODY, -1)
+    populated.commit("done", "work")
+    doomed = work.with_name(f"rm-{work.name}")
+    with leases(work / "file"):
+        populated.remove("done")
+        with pytest.raises(FailedPrecondition, match="has a lease on a file in it"):
+            populated.upkeep.cleanup()
+        assert [path.name for path in doomed.iterdir()] == ["file"]
+    populated.upkeep.cleanup()
+    assert not doomed.exists()
