@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from snapd_native.model import Usage
 from snapd_native.trees.clone import cloning
 from snapd_native.trees.measure import Tally
+from snapd_native.trees.opened import leased
 from snapd_native.trees.relay import (
     ANNOUNCED,
     DONE,
@@ -109,8 +110,13 @@ class Crew:
         return self._count(Operation.SEAL, root, report)
 
     def unseal(self, root: int, report: Report) -> None:
-        """Undo `seal`; raises as `measure`."""
-        self._count(Operation.UNSEAL, root, report)
+        """Undo `seal`, except for files on which a process has a lease.
+
+        Raises:
+            OSError: as `measure`; EAGAIN if there are such files.
+        """
+        if any(Tally.unpack(left).inodes for left in self._run(Operation.UNSEAL, [root], report)):
+            raise leased()
 
     def _count(self, operation: Operation, root: int, report: Report) -> Usage:
         total = Tally()

@@ -79,6 +79,11 @@ def changed() -> OSError:
     return OSError(errno.ESTALE, "the tree was changed while it was read")
 
 
+def leased() -> OSError:
+    """Return the error for a tree with files that could not be opened without a wait."""
+    return BlockingIOError(errno.EAGAIN, "a process has a lease on a file, see /proc/locks")
+
+
 @contextmanager
 def unnamed_file(directory: int) -> Iterator[int | None]:
     """Open a temporary file without a name; yield None if the file system has none."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 
 from snapd_native import linux
 from snapd_native.trees.measure import Counter
@@ -49,20 +50,38 @@ class Sealer(Counter):
 
 
 class Unsealer(Counter):
-    """Undoes the work of a `Sealer`, and opens only the files that are sealed."""
+    """Undoes the work of a `Sealer`, and opens only the files that are sealed.
+
+    It counts only the files that stay sealed, because a process has a lease on them. It does not
+    wait: with a lease on each of many files, a user could hold up a start of the service for hours.
+    """
 
     def enter(self, directory: int) -> None:
         """Unseal a directory."""
         unseal(directory)
 
     def entry(self, name: str, directory: int, status: os.stat_result) -> None:
-        """Unseal a regular file."""
-        if stat.S_ISREG(status.st_mode) and linux.is_immutable(directory, name):
-            fd = open_file(directory, name)
-            try:
-                unseal(fd)
-            finally:
-                os.close(fd)
+        """Unseal a regular file, unless it is gone."""
+        if not stat.S_ISREG(status.st_mode):
+            return
+        with suppress(FileNotFoundError):
+            if linux.is_immutable(directory, name):
+                self._unseal(name, directory, status)
+
+    def _unseal(self, name: str, directory: int, status: os.stat_result) -> None:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            fd = os.open(name, flags, dir_fd=directory)
+        except BlockingIOError:
+            self.tally.add(status)
+            return
+        try:
+            unseal(fd)
+        finally:
+            os.close(fd)
+
+    def _add(self, status: os.stat_result) -> None:
+        self._report(0, 0)
 
 
 def sealing_works(directory: int) -> bool:

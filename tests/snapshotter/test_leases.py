@@ -13,7 +13,9 @@ import pytest
 
 from snapd_native.errors import FailedPrecondition
 from snapd_native.snapshotter import Snapshotter
-from tests.snapshotter.test_sealing import tree_of
+from tests.snapshotter.test_sealing import flags, tree_of
+from tests.support.engine import open_engine, write_files
+from tests.support.sealing import is_sealed
 from tests.support.service import NOBODY
 
 _LEASES = """
@@ -78,3 +80,19 @@ def test_a_lease_keeps_nothing_but_its_own_file_from_being_deleted(populated: Sn
         assert [path.name for path in doomed.iterdir()] == ["file"]
     populated.upkeep.cleanup()
     assert not doomed.exists()
+
+
+def test_a_start_does_not_wait_for_leases_on_sealed_files(state: Path) -> None:
+    """A start that waited would last until the kernel has ended the leases, 45 s for each."""
+    with open_engine(state) as engine:
+        write_files(engine.prepare("work"), first="text", second="text", third="text")
+        work = tree_of(engine, "work")
+    for name in ("first", "third"):
+        os.chown(work / name, NOBODY, -1)
+    subprocess.run(["chattr", "-R", "+i", work], check=True)
+    with leases(work / "first", work / "third"), open_engine(state):
+        sealed = [path.name for path in work.iterdir() if is_sealed(path)]
+        assert sorted(sealed) == ["first", "third"]
+        assert is_sealed(work)
+    with open_engine(state):
+        assert set(flags(work).values()) == {""}

@@ -14,6 +14,7 @@ from snapd_native.model import Usage
 from snapd_native.trees.clone import Cloner, cloning
 from snapd_native.trees.links import Links
 from snapd_native.trees.measure import Counter
+from snapd_native.trees.opened import leased
 from snapd_native.trees.seal import Sealer, Unsealer
 from snapd_native.trees.walk import Report
 
@@ -56,7 +57,10 @@ def seal(root: int, report: Report) -> Usage:
 
 def unseal(root: int, report: Report) -> None:
     """Undo `seal`, as `Crew.unseal` does."""
-    _count(Unsealer, root, report)
+    unsealer = Unsealer(report, NoPeers())
+    unsealer.directory(root)
+    if unsealer.tally.inodes:
+        raise leased()
 
 
 def _count(kind: type[Counter], root: int, report: Report) -> Usage:
