@@ -178,10 +178,19 @@ def test_purge_empties_a_state_directory_that_is_a_mount_point(machine: Machine)
     assert machine("cat /root/disk/file") == "foreign\n"
 
 
+_DEEP = """
+for (1..60) { mkdir "d" x 100; chdir "d" x 100 }
+open FILE, ">", "file";
+system("chattr", "+i", "file", ".") == 0 or die
+"""
+"""An immutable file, the path of which is longer than the kernel accepts."""
+
+
 def test_purge_deletes_immutable_files(machine: Machine) -> None:
     install_and_mount(machine)
     machine(STOP)
     machine("chattr +i /var/lib/snapd-native/snapshots/1/file")
+    machine(f"cd /var/lib/snapd-native/snapshots/1 && perl -e '{_DEEP}'")
     machine("dpkg --purge snapd-native")
     machine("! [ -e /var/lib/snapd-native ]")
 
