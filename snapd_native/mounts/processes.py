@@ -3,51 +3,69 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from snapd_native import linux
 from snapd_native.mounts.table import Entry
 
+SEARCH_SECONDS = 5.0
+"""Seconds for a search of all processes. A user can open a million files, and delay it by that."""
+
 _LINKS = ("cwd", "root", "exe")
+
+_T = TypeVar("_T")
 
 
 def users(entry: Entry, *, writing: bool = False) -> list[tuple[int, str]]:
     """Return the pid and name of each process that uses a mount; with ``writing``, writes to it.
 
-    Processes that end meanwhile are left out.
+    Processes that end meanwhile, or are not examined in `SEARCH_SECONDS`, are left out.
     """
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if _uses(process, entry.id, writing):
-                found.append(_named(process))
-    return sorted(found)
+    return _search(lambda process, end: _uses(process, entry.id, writing, end))
 
 
 def writers(device: int) -> list[tuple[int, str]]:
     """Return the pid and name of each process that can still write to an immutable file.
 
     It has opened or mapped the file before. ``device`` is that of the file system. Descriptors that
-    are in a message, or that only one thread has, are not found.
+    are in a message, or that only one thread has, and processes as in `users` are left out.
     """
+    return _search(
+        lambda process, end: any(_is_immutable(file, device) for file in _written(process, end))
+    )
+
+
+def _search(matches: Callable[[Path, float], bool]) -> list[tuple[int, str]]:
+    """Return the pid and name of each process that matches; ``matches`` ends at the given time."""
+    end = time.monotonic() + SEARCH_SECONDS
     found = []
-    for process in Path("/proc").glob("[0-9]*"):
+    for process in _until(end, Path("/proc").glob("[0-9]*")):
         with suppress(OSError):
-            if any(_is_immutable(file, device) for file in _written(process)):
+            if matches(process, end):
                 found.append(_named(process))
     return sorted(found)
 
 
-def _written(process: Path) -> Iterator[Path]:
+def _until(end: float, items: Iterable[_T]) -> Iterator[_T]:
+    """Iterate over items until the time ``end``."""
+    for item in items:
+        if time.monotonic() > end:
+            return
+        yield item
+
+
+def _written(process: Path, end: float) -> Iterator[Path]:
     """Iterate over links to the files that a process has open or mapped for writing."""
-    for path in (process / "fdinfo").iterdir():
+    for path in _until(end, (process / "fdinfo").iterdir()):
         with suppress(OSError):
             if _is_for_writing(path.read_text(errors="replace")):
                 yield process / "fd" / path.name
-    yield from _mapped(process, "ws")
+    yield from _until(end, _mapped(process, "ws"))
 
 
 def _is_immutable(link: Path, device: int) -> bool:
@@ -57,16 +75,15 @@ def _is_immutable(link: Path, device: int) -> bool:
     return False
 
 
-def _uses(process: Path, mount: int, writing: bool) -> bool:
+def _uses(process: Path, mount: int, writing: bool, end: float) -> bool:
     """Tell whether a process has a file of a mount open or mapped, runs from it, or is in it."""
-    for path in (process / "fdinfo").iterdir():
+    for path in _until(end, (process / "fdinfo").iterdir()):
         with suppress(OSError):
             if _is_open_on(path.read_text(errors="replace"), mount, writing):
                 return True
     links = [] if writing else [process / name for name in _LINKS]
-    return any(
-        _is_on(link, mount) for link in chain(links, _mapped(process, "ws" if writing else ""))
-    )
+    mapped = _mapped(process, "ws" if writing else "")
+    return any(_is_on(link, mount) for link in _until(end, chain(links, mapped)))
 
 
 def _is_open_on(fdinfo: str, mount: int, writing: bool) -> bool:

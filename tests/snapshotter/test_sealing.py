@@ -18,6 +18,7 @@ from snapd_native.errors import Cancelled, FailedPrecondition, SnapdError
 from snapd_native.jobs import Job
 from snapd_native.metastore import Metastore
 from snapd_native.model import Trouble
+from snapd_native.mounts import processes
 from snapd_native.private import temporary_state
 from snapd_native.snapshotter import Snapshotter
 from snapd_native.snapshotter.state import StateDirectory
@@ -236,7 +237,7 @@ def mapping(file: Path) -> Iterator[None]:
     [
         (lambda file: file.open("r+"), rf"\(pid {os.getpid()}\) has a file in it open"),
         (mapping, rf"\(pid {os.getpid()}\) has a file in it open"),
-        (loop_device, "something that is no process, such as a loop device"),
+        (loop_device, "something that was not found, such as a loop device"),
     ],
     ids=["open", "mapped", "loop"],
 )
@@ -248,6 +249,15 @@ def test_commit_is_refused_while_somebody_can_write_to_a_file(
     with hold(file), pytest.raises(FailedPrecondition, match=who):  # type: ignore[attr-defined]
         populated.commit("done", "work")
     populated.commit("done", "work")
+
+
+def test_the_search_for_a_writer_has_a_time_limit(
+    populated: Snapshotter, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user with many open files does not delay the refusal of another user's Commit."""
+    monkeypatch.setattr(processes, "SEARCH_SECONDS", -1.0)
+    with (work / "first").open("a"), pytest.raises(FailedPrecondition, match="was not found"):
+        populated.commit("done", "work")
 
 
 def test_a_directory_is_sealed_before_it_is_read(

@@ -64,7 +64,7 @@ def _out_of_reach(target: str, error: OSError) -> str:
 
 def is_written(key: str, processes: Sequence[tuple[int, str]]) -> FailedPrecondition:
     """Return the error of a Commit, if somebody can write to a file of the tree."""
-    who = named(processes) or "something that is no process, such as a loop device or swap,"
+    who = named(processes) or "something that was not found, such as a loop device or swap,"
     return FailedPrecondition(
         f"cannot commit {quote(key)}: {who} has a file in it open for writing, end that first"
     )
@@ -75,7 +75,7 @@ def in_use(entry: Entry) -> str:
     if inside := Table.read().on(entry):
         return f"unmount {enumerated([other.target for other in inside])} first"
     processes = named(mounts.users(entry))
-    return f"it is in use by {processes or 'something that is no process'}, end that first"
+    return f"it is in use by {processes or 'something that was not found'}, end that first"
 
 
 def named(processes: Sequence[tuple[int, str]]) -> str:
