@@ -85,9 +85,9 @@ class Unsealer(Counter):
 
 
 def sealing_works(directory: int) -> bool:
-    """Tell whether the file system of ``directory`` has inode flags; raises as `seal`."""
+    """Tell whether a file system has inode flags and leases; raises as `seal`."""
     with unnamed_file(directory) as fd:
-        return fd is None or seal(fd)
+        return fd is not None and linux.is_written(fd) and seal(fd)
 
 
 def seal(fd: int) -> bool:

@@ -13,9 +13,8 @@ import pytest
 
 from snapd_native.errors import FailedPrecondition
 from snapd_native.snapshotter import Snapshotter
-from tests.snapshotter.test_sealing import flags, tree_of
 from tests.support.engine import open_engine, write_files
-from tests.support.sealing import is_sealed
+from tests.support.sealing import flags, is_sealed, tree_of
 from tests.support.service import NOBODY
 
 _LEASES = """

@@ -23,26 +23,9 @@ from snapd_native.private import temporary_state
 from snapd_native.snapshotter import Snapshotter
 from snapd_native.snapshotter.state import StateDirectory
 from snapd_native.trees.seal import Sealer
-from tests.support.engine import directories, failing_function, id_of, open_engine, write_files
+from tests.support.engine import directories, failing_function, open_engine, write_files
 from tests.support.kernel_mounts import mount_by_hand
-from tests.support.sealing import unsealed
-
-
-def tree_of(engine: Snapshotter, key: str) -> Path:
-    return engine.state_directory / "snapshots" / id_of(engine, key)
-
-
-def flags(tree: Path) -> dict[str, str]:
-    """Return the flags immutable and append-only of a tree's directories and regular files."""
-    found = {}
-    for path in (tree, *tree.rglob("*")):
-        if path.is_symlink() or not (path.is_dir() or path.is_file()):
-            continue
-        listed = subprocess.run(["lsattr", "-d", path], check=True, capture_output=True, text=True)
-        found[str(path.relative_to(tree))] = "".join(
-            flag for flag in listed.stdout.split()[0] if flag in "ia"
-        )
-    return found
+from tests.support.sealing import flags, tree_of, unsealed
 
 
 @pytest.fixture
@@ -287,7 +270,7 @@ def test_a_file_system_without_inode_flags_is_named_at_the_start(
         caplog.at_level(logging.WARNING),
         open_engine(root / "state") as engine,
     ):
-        assert "ramfs has no inode flags: Commit cannot make trees immutable" in caplog.text
+        assert "ramfs lacks inode flags or leases" in caplog.text
         write_files(engine.prepare("work"), file="text")
         engine.commit("done", "work", digest=True)
         engine.upkeep.verify("done")

@@ -144,7 +144,8 @@ class StateDirectory:
             ) from None
         if not self.seals:
             log.warning(
-                "%s has no inode flags: Commit cannot make trees immutable", self.filesystem_type
+                "%s lacks inode flags or leases: Commit cannot make trees immutable",
+                self.filesystem_type,
             )
 
     @property
