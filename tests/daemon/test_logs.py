@@ -204,20 +204,20 @@ def test_a_record_that_the_journal_rejects_goes_to_standard_error(
 @pytest.mark.parametrize(
     ("error", "level"),
     [
-        (NotFound("it is not there"), logging.INFO),
-        (ResourceExhausted("it is full"), logging.WARNING),
-        (DataLoss("it is damaged"), logging.ERROR),
-        (ZeroDivisionError("a bug"), logging.ERROR),
+        (NotFound, logging.INFO),
+        (ResourceExhausted, logging.WARNING),
+        (DataLoss, logging.ERROR),
+        (ZeroDivisionError, logging.ERROR),
     ],
 )
 def test_the_log_level_of_a_failed_call_depends_on_its_error(
-    caplog: pytest.LogCaptureFixture, error: Exception, level: int
+    caplog: pytest.LogCaptureFixture, error: type[Exception], level: int
 ) -> None:
     call = Call(1, 0, ":1.1", "/", "", "Remove", "", 0, b"", 0)
     caplog.set_level(logging.DEBUG)
-    kind = type(error) if isinstance(error, SnapdError) else Internal
+    kind = error if issubclass(error, SnapdError) else Internal
     with pytest.raises(kind) as caught, logged(call, 7, {"key": "k"}, changes=True):
-        raise error
+        raise error("the text of the error")
     last = caplog.records[-1]
     assert last.levelno == level
     assert f'Remove key="k": {caught.value} (uid 7, ' in last.getMessage()
