@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -462,6 +463,27 @@ def test_sixty_four_concurrent_mounts_and_unmounts_succeed(
 
         list(pool.map(again, made))
     assert mount_targets(populated) == mounts_below(places) == []
+
+
+def test_two_unmounts_may_have_records_with_the_same_id(
+    populated: Snapshotter, places: Path
+) -> None:
+    """The first has deleted its record, and has not ended, when a new mount gets its id."""
+    reconciler = populated.mounter._reconciler
+    for name in ("first", "second"):
+        populated.mounter.mount("work", str(make_target(places, name)))
+    table = Table.read()
+    first, second = populated._store.ledger.lines()
+    entries = [reconciler.entry(line, table) for line in (first, second)]
+    assert entries[0] is not None
+    assert entries[1] is not None
+    with (
+        reconciler.turn(entries[0], leaving=first),
+        reconciler.turn(entries[1], leaving=replace(second, id=first.id)),
+    ):
+        pass
+    for name in ("first", "second"):
+        populated.mounter.unmount(str(places / name))
 
 
 def test_only_one_of_sixteen_concurrent_mounts_gets_a_target(

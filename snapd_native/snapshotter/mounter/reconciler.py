@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,8 +36,9 @@ class Reconciler:
         """Never held during calls on file systems that may not answer; see `bounded`."""
         self._opened: set[tuple[int, Place]] = set()
         """The mounts that have their `turn`. The kernel can give an id to another mount later."""
-        self._leaving: set[int] = set()
-        """The ids of records whose mounts are being unmounted."""
+        self._leaving: Counter[int] = Counter()
+        """The mounts that are being unmounted, by the id of their record. A new record can get the
+        id of a deleted one before the Unmount that has deleted that has ended."""
         self._closed = Condition(self.lock)
         self.own = own
         self.boot = boot
@@ -70,7 +72,7 @@ class Reconciler:
             line
             for line in lines
             if line.id not in mounted
-            and line.id not in self._leaving
+            and not self._leaving[line.id]
             and line.lifetime is Lifetime.PERSISTENT
         ]
 
@@ -113,14 +115,14 @@ class Reconciler:
             self._closed.wait_for(lambda: mount not in self._opened)
             self._opened.add(mount)
             if leaving:
-                self._leaving.add(leaving.id)
+                self._leaving[leaving.id] += 1
         try:
             yield
         finally:
             with self.lock:
                 self._opened.remove(mount)
                 if leaving:
-                    self._leaving.remove(leaving.id)
+                    self._leaving -= Counter([leaving.id])
                 self._closed.notify_all()
 
     def showing(self, table: Table, tree: int) -> list[Entry]:
