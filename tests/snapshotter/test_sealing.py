@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ from snapd_native.snapshotter.state import StateDirectory
 from snapd_native.trees.seal import Sealer
 from tests.support.engine import directories, failing_function, open_engine, write_files
 from tests.support.kernel_mounts import mount_by_hand
-from tests.support.sealing import flags, tree_of, unsealed
+from tests.support.sealing import flags, is_sealed, tree_of, unsealed
 
 
 @pytest.fixture
@@ -113,6 +114,37 @@ def test_check_finds_a_restored_tree_that_is_not_sealed_and_repair_seals_it(
     assert set(flags(work).values()) == {"i"}
     assert populated.upkeep.check() == []
     populated.upkeep.verify("done")
+
+
+def test_a_rename_that_fails_leaves_the_root_sealed(
+    populated: Snapshotter, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sealed directory cannot be renamed: its root is unsealed for a moment."""
+    populated.commit("done", "work")
+    real = os.rename
+
+    def rename(*given: Any, **also: Any) -> None:  # noqa: ANN401 - as os.rename
+        if not is_sealed(work):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(*given, **also)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            populated._state.set_aside(int(work.name))
+    assert is_sealed(work)
+
+
+@pytest.mark.parametrize("filesystem", ["xfs"], indirect=True)
+def test_a_sealed_tree_of_another_quota_project_is_set_aside(
+    populated: Snapshotter, work: Path
+) -> None:
+    populated.commit("done", "work")
+    subprocess.run(["chattr", "-p", "100", "+P", work.parent], check=True)
+    found = work.with_name(populated._state.set_aside(int(work.name)))
+    assert is_sealed(found)
+    populated._state.undo_set_aside(int(work.name))
+    assert is_sealed(work)
 
 
 def cancel(engine: Snapshotter) -> None:

@@ -376,12 +376,17 @@ class StateDirectory:
                 raise
             fd = os.open(old, _DIRECTORY, dir_fd=self._snapshots)
             try:
-                was_sealed = trees.unseal(fd)
                 if error.errno == errno.EXDEV:
                     linux.join_project(fd, self._snapshots)
-                os.rename(old, new, src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
-                if was_sealed and not new.startswith("rm-"):
-                    trees.seal(fd)
+                    os.rename(old, new, src_dir_fd=self._snapshots, dst_dir_fd=self._snapshots)
+                    return
+                if not trees.unseal(fd):
+                    raise
+                try:
+                    self._rename(old, new)
+                finally:
+                    if not new.startswith("rm-"):
+                        trees.seal(fd)
             finally:
                 os.close(fd)
 
