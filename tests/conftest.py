@@ -6,6 +6,8 @@ import os
 import signal
 from contextlib import suppress
 
+import pytest
+
 pytest_plugins = [
     "tests.support.in_process",
     "tests.support.engine",
@@ -32,3 +34,9 @@ with suppress(ImportError):
     NodeManager.EXIT_TIMEOUT = 300
 # Every program that a test starts would compile all its modules.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+@pytest.fixture
+def run_seed(pytestconfig: pytest.Config) -> int:
+    """Return the seed of the whole run, as in ``--randomly-seed``; 0 if the order is fixed."""
+    return int(pytestconfig.getoption("randomly_seed", 0))

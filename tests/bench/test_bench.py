@@ -71,6 +71,7 @@ def benchmark(ext4: FileSystem, loop_directory: Path) -> Iterator[Benchmark]:
         yield Benchmark(Path(directory), ext4.name)
 
 
+@pytest.mark.long
 def test_the_benchmark_measures_every_case(benchmark: Benchmark, tmp_path: Path) -> None:
     found, document, plot = (tmp_path / name for name in ("found.json", "found.md", "plot.svg"))
     document.write_text("above\n<!-- results: begin -->\nold\n<!-- results: end -->\nbelow\n")
@@ -134,6 +135,7 @@ def test_shortage_states_the_space_that_is_needed(tmp_path: Path) -> None:
     assert "GiB are needed" in shortage(tmp_path, 1 << 60)
 
 
+@pytest.mark.long
 @pytest.mark.skipif("containerd" not in PEERS, reason="needs containerd and grpcio")
 def test_the_plugin_benchmark_measures_every_call(
     ext4: FileSystem, xfs: FileSystem, loop_directory: Path

@@ -148,7 +148,7 @@ def test_many_cancelled_jobs_leave_no_open_files(
     work.touch()
 
     async def scenario(watcher: Watcher) -> None:
-        for number in range(40):
+        for number in range(10):
             call = COMMIT if number % 2 else PREPARE
             (path,) = await watcher.call(*call)
             await watcher.call("Cancel", path=path)

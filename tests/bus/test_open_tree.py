@@ -84,7 +84,7 @@ def open_tree(flags: MessageFlag = MessageFlag.NONE) -> Message:
     "scenario",
     [open_trees_and_close_them, want_no_reply, leave_before_the_reply, read_nothing],
 )
-@pytest.mark.parametrize("number", [1000, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("number", [200, pytest.param(10_000, marks=pytest.mark.long)])
 def test_many_open_tree_calls_leave_no_open_descriptors(
     populated_service: Service,
     scenario: Callable[[connection, int], Coroutine[Any, Any, None]],
@@ -116,7 +116,7 @@ def test_the_daemon_keeps_no_descriptor_sent_with_a_mount_call(
         option = {"read-only": Variant("h", 0)}
         async with who() as bus:
             with open("/dev/null", "rb") as file:
-                for _ in range(250):
+                for _ in range(50):
                     for member, signature, body in (
                         ("Mount", MOUNT, ["work", here, option]),
                         ("Unmount", UNMOUNT, [here, {"lazy": Variant("h", 3)}]),

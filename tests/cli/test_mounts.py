@@ -164,11 +164,10 @@ def test_mounts_prints_target_key_options_lifetime_and_uid(
     assert heading.index("KEY") == lines[0].index("work") == lines[1].index("look")
 
 
-TARGETS = ["here", "with space", "tab\tand\\slash", "new\nline", "a#b 'c' \"$d\"", "ü\u2003x"]
+NAMES = ["here", "with space", "tab\tand\\slash", "new\nline", "a#b 'c' \"$d\"", "ü\u2003x"]
 
 
-@pytest.mark.parametrize("key", ["work", "look"])
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(("key", "name"), [("look", "here"), *(("work", name) for name in NAMES)])
 def test_the_printed_fstab_line_mounts_the_snapshot(
     populated_service: Service, places: Path, key: str, name: str
 ) -> None:
@@ -183,8 +182,7 @@ def test_the_printed_fstab_line_mounts_the_snapshot(
     assert output_of("mounts", key, name, "--fstab", cwd=places) == line
 
 
-@pytest.mark.parametrize("key", ["work", "look"])
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(("key", "name"), [("look", "here"), *(("work", name) for name in NAMES)])
 def test_the_printed_mount_command_mounts_the_snapshot(
     populated_service: Service, places: Path, key: str, name: str
 ) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from snapd_native import __version__, errors
-from snapd_native.client import PAGE, BlockingClient, Client, Service
+from snapd_native.client import BlockingClient, Client, Service, asynchronous
 from snapd_native.errors import InvalidArgument, SnapdError, Unavailable
 from snapd_native.model import Added, Committed, Info, Kind, Mount, Removed, Updated
 from snapd_native.snapshotter import Snapshotter
@@ -210,16 +210,16 @@ def test_changes_can_be_watched_twice_at_once_and_again_later(
     run_with_client(scenario)
 
 
-def test_walk_yields_the_snapshots_of_all_pages(on_bus: str, ext4: FileSystem) -> None:
-    names = [f"{number:04}" for number in range(PAGE + 1)]
+def test_walk_yields_the_snapshots_of_all_pages(
+    on_bus: str, ext4: FileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asynchronous, "PAGE", 20)
+    names = [f"{number:04}" for number in range(41)]
 
     async def scenario(client: Client) -> None:
         await client.prepare("making")
         await client.commit("base", "making")
-        for start in range(0, len(names), 100):
-            await asyncio.gather(
-                *(client.view(name, "base") for name in names[start : start + 100])
-            )
+        await asyncio.gather(*(client.view(name, "base") for name in names))
         assert [info.name async for info in client.walk()] == [*names, "base"]
         assert [info.name async for info in client.walk(["kind==view"])] == names
 

@@ -302,12 +302,12 @@ def test_a_client_that_leaves_closes_the_trees_that_it_has_not_returned(
                 assert isinstance(outcome, Unavailable)
 
     with nothing_left_open(THIS_PROCESS):
-        for _ in range(20):
+        for _ in range(5):
             run_with_client(scenario)
 
 
 @pytest.mark.usefixtures("no_garbage_collection")
-@pytest.mark.parametrize("rounds", [20, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [5, pytest.param(200, marks=pytest.mark.long)])
 def test_open_tree_returns_a_descriptor_that_the_caller_owns(
     populated_service: Service, rounds: int
 ) -> None:

@@ -61,7 +61,7 @@ def template_state(scratch: Path) -> Path:
         os.symlink("nowhere", tree / "link")
         os.mkfifo(tree / "fifo")
         with (tree / "holes").open("wb") as file:
-            file.truncate(1 << 20)
+            file.truncate(1 << 17)
         engine.commit("base", "preparing", {"of": "base"})
         engine.prepare("work", "base", {"of": "work"})
         engine.view("look", "base")

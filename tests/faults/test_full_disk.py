@@ -257,7 +257,7 @@ def test_watchdog_pings_continue_on_a_full_disk(
     (small_disk.root / "state-run").mkdir()
     use_all_space(small_disk.root)
     with start_daemon(
-        on_bus, small_disk.root / "state", notifications, WATCHDOG_USEC="600000"
+        on_bus, small_disk.root / "state", notifications, WATCHDOG_USEC="200000"
     ) as daemon:
         notifications.read_until("READY=1")
         use_all_space(small_disk.root)

@@ -161,7 +161,8 @@ DONE_OR_REFUSED = {"", "ResourceExhausted"}
 @pytest.mark.parametrize(
     ("lane", "connections"),
     [
-        *(("read", 20), ("tree", 20), ("list", 20), ("change", 20), ("mount", 20)),
+        *((lane, 4) for lane in CALLS),
+        *(pytest.param(lane, 20, marks=pytest.mark.long) for lane in CALLS),
         pytest.param("read", 100, marks=pytest.mark.long),
         pytest.param("tree", 100, marks=pytest.mark.long),
     ],
@@ -209,21 +210,22 @@ def list_snapshots() -> list[Info]:
         return list(client.walk())
 
 
-def test_a_hundred_connections_of_a_denied_user_do_not_delay_root(
-    populated_service: Service,
+@pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.long)])
+def test_many_connections_of_a_denied_user_do_not_delay_root(
+    populated_service: Service, count: int
 ) -> None:
     check_root_is_served()
     before, state = descriptors(populated_service), list_snapshots()
     grown = peak_memory(populated_service.pid)
     calls = [call for calls in CALLS.values() for call in calls]
-    with connect_many(populated_service.address, 100, NOBODY) as clients:
+    with connect_many(populated_service.address, count, NOBODY) as clients:
         for number, raw in enumerate(clients):
             for call in calls:
                 raw.call(*call, times=MAX_OPEN_CALLS // len(calls))
             if number % 10 == 0:
                 check_root_is_served()
-        count = MAX_OPEN_CALLS // len(calls) * len(calls)
-        outcomes = chain.from_iterable(raw.replies(count).values() for raw in clients)
+        expected = MAX_OPEN_CALLS // len(calls) * len(calls)
+        outcomes = chain.from_iterable(raw.replies(expected).values() for raw in clients)
         assert error_names(outcomes) <= {"AccessDenied", "ResourceExhausted"}
     wait_until_closed(populated_service, before)
     assert list_snapshots() == state
@@ -294,6 +296,7 @@ def test_other_users_that_stop_reading_do_not_delay_root(populated_service: Serv
     assert peak_memory(populated_service.pid) - grown < 64 * MEBIBYTE
 
 
+@pytest.mark.long
 def test_clients_that_stop_reading_cannot_exhaust_the_descriptors(
     populated_service: Service,
 ) -> None:
@@ -383,6 +386,7 @@ def test_incomplete_messages_do_not_delay_other_clients(populated_service: Servi
     wait_until_closed(populated_service, before)
 
 
+@pytest.mark.long
 def test_clients_that_do_not_read_signals_do_not_delay_other_clients(
     populated_service: Service,
 ) -> None:

@@ -131,6 +131,7 @@ def type_of(path: Path) -> str:
         pytest.param(make_hard_links, marks=pytest.mark.long),
     ],
 )
+@long_on_xfs
 def test_hostile_trees_can_be_committed_copied_verified_and_removed(
     engine: Snapshotter, outside: Path, build: Build
 ) -> None:
@@ -193,15 +194,15 @@ def accept_documented_errors() -> Iterator[None]:
 
 
 @long_on_xfs
-@pytest.mark.parametrize("seed", range(1))
+@pytest.mark.parametrize("rounds", [2, pytest.param(6, marks=pytest.mark.long)])
 def test_calls_on_changing_trees_never_copy_files_from_outside(
-    engine: Snapshotter, outside: Path, seed: int, caplog: pytest.LogCaptureFixture
+    engine: Snapshotter, outside: Path, rounds: int, run_seed: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The trees of active snapshots, of committed ones and of deletions change."""
     make_changing_files(Path(engine.prepare("making").source))
     engine.commit("base", "making", digest=True)
-    with run_mutator(engine.state_directory / "snapshots", outside, seed):
-        for number in range(6):
+    with run_mutator(engine.state_directory / "snapshots", outside, run_seed):
+        for number in range(rounds):
             with accept_documented_errors():
                 engine.upkeep.verify("base")
             key = f"work {number}"

@@ -33,7 +33,7 @@ from tests.support.raw_client import wait_until_asleep
 from tests.support.service import Service, commit_snapshot, remove_all, run_daemon
 from tests.support.waiting import wait_until
 
-CALL_COUNT = int(os.environ.get("FUZZ_CALLS", "2000"))
+CALL_COUNT = int(os.environ.get("FUZZ_CALLS", "1000"))
 CALLS_PER_EXAMPLE = 40
 """Calls in an example. Each example begins with only `base`, so that few calls repeat a failure."""
 CLIENTS = 4

@@ -78,6 +78,7 @@ def test_the_package_of_the_plugin_needs_the_same_version_of_the_service(
     assert "protobuf" not in needed_by_service
 
 
+@pytest.mark.long
 def test_lintian_reports_nothing(built: Packages) -> None:
     outcome = subprocess.run(
         ["lintian", "--allow-root", "--fail-on=error,warning", built.service, built.plugin],

@@ -309,7 +309,7 @@ class Comparison(RuleBasedStateMachine):
 
 
 Comparison.TestCase.settings = settings(
-    max_examples=int(os.environ.get("MODEL_EXAMPLES", "80")),
+    max_examples=int(os.environ.get("MODEL_EXAMPLES", "40")),
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -19,7 +19,7 @@ from snapd_native.trees.blocks import Blocks, open_blocks
 from snapd_native.trees.opened import open_file
 from tests.support import torture_tree
 from tests.support.commands import run_command
-from tests.support.file_systems import FileSystem, new_file_system, scratch_on
+from tests.support.file_systems import FileSystem, new_file_system, on_ext4, scratch_on
 from tests.support.sample_trees import clone, measure, mount_in_block, open_directory
 
 
@@ -92,6 +92,7 @@ CHANGES: list[Callable[[Path], object]] = [
 ]
 
 
+@on_ext4
 def test_differences_finds_every_change_of_a_copy(original: Path, scratch: Path) -> None:
     for number, change in enumerate(CHANGES):
         copy = scratch / str(number)

@@ -71,6 +71,7 @@ def test_a_crew_copies_the_torture_tree_exactly(
     assert torture_tree.differences(scratch / "tree", scratch / "copy") == ""
 
 
+@long_on_xfs
 def test_a_crew_keeps_hard_links_across_workers(
     crew: trees.Crew, small_forest: Path, scratch: Path
 ) -> None:
@@ -79,6 +80,7 @@ def test_a_crew_keeps_hard_links_across_workers(
         assert torture_tree.differences(small_forest, copy) == ""
 
 
+@long_on_xfs
 def test_a_crew_copies_a_wide_directory_exactly(crew: trees.Crew, scratch: Path) -> None:
     wide = scratch / "tree" / "wide"
     wide.mkdir(parents=True)
@@ -119,6 +121,7 @@ def test_the_reports_of_clone_add_up_to_the_usage(crew: trees.Crew, scratch: Pat
     assert min(min(report) for report in reports) >= 0
 
 
+@long_on_xfs
 def test_a_report_that_raises_stops_all_workers(
     crew: trees.Crew, small_forest: Path, scratch: Path
 ) -> None:

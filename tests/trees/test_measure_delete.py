@@ -50,11 +50,12 @@ def test_measure_counts_a_hard_linked_file_once(scratch: Path) -> None:
 
 
 @long_on_xfs
-def test_measure_of_a_changing_tree_succeeds_or_raises_estale(scratch: Path) -> None:
+@pytest.mark.parametrize("turns", [40, pytest.param(200, marks=pytest.mark.long)])
+def test_measure_of_a_changing_tree_succeeds_or_raises_estale(scratch: Path, turns: int) -> None:
     tree = scratch / "tree"
     tree.mkdir()
     with ThreadPoolExecutor(1) as pool:
-        changes = pool.submit(change_repeatedly, tree)
+        changes = pool.submit(change_repeatedly, tree, turns)
         try:
             measure_until(changes, tree)
         finally:
@@ -73,9 +74,9 @@ def measure_until(changes: Future[None], tree: Path) -> None:
             return
 
 
-def change_repeatedly(tree: Path) -> None:
+def change_repeatedly(tree: Path, turns: int) -> None:
     """Create, move and remove entries of ``tree`` repeatedly, also deep inside it."""
-    for turn in range(200):
+    for turn in range(turns):
         deep = tree / f"deep {turn % 3}" / "/".join(["d"] * 80)
         deep.mkdir(parents=True, exist_ok=True)
         wide = tree / f"wide {turn % 5}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.support import PROJECT
 from tests.support.markers import needs_program
 from tests.support.waiting import WAIT_TIMEOUT, wait_until
@@ -18,6 +20,7 @@ def repeat(runs: int, kept: Path, command: str) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.long
 @needs_program("stress")
 def test_every_second_run_runs_beside_a_load(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
@@ -35,6 +38,7 @@ def test_every_second_run_runs_beside_a_load(tmp_path: Path) -> None:
     assert [path.name for path in kept.iterdir()] == ["output"]
 
 
+@pytest.mark.long
 @needs_program("stress")
 def test_a_run_ends_when_the_script_is_terminated(tmp_path: Path) -> None:
     begun, second = tmp_path / "begun", tmp_path / "second"
