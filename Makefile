@@ -78,7 +78,7 @@ vm-up: development ## start a virtual machine that vm-test uses until vm-down (r
 vm-down: development ## destroy the virtual machine of vm-up (root)
 	@$(bin)/python -m tools.vm down
 
-vm-powercut: development ## cut the power of a virtual machine 20 times (root, an hour)
+vm-powercut: development ## cut the power of a virtual machine 20 times, and make its disks fail (root, an hour)
 	@$(bin)/python -m tools.vm powercut
 
 deb: ## build the Debian packages into dist/ (root)

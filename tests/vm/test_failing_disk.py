@@ -74,6 +74,7 @@ def test_acknowledged_commits_survive_a_failing_disk(
         assert "Main process exited" not in out
 
 
+@pytest.mark.long
 def test_the_oracle_finds_losses_when_syncs_are_disabled(machine: Guest) -> None:
     """The test above would fail if the service lost data."""
     disks = [SpareDisk(machine, filesystem) for filesystem in FILE_SYSTEMS]

@@ -53,6 +53,7 @@ def test_acknowledged_commits_survive_power_cuts(
         remove_all(machine, *INSTANCES)
 
 
+@pytest.mark.long
 def test_the_oracle_finds_losses_when_syncs_are_disabled(machine: Guest) -> None:
     """The test above would fail if the service lost data."""
     remove_all(machine, *INSTANCES)

@@ -28,7 +28,14 @@ from tools.vm.release import suite
 from tools.vm.steps import ROOT, StepError, Steps
 
 LOCK = Path("/run") / f"{NAME}.lock"
-POWERCUT = [f"{plan.TESTS}/test_powercut.py", "--cuts=20"]
+POWERCUT = [
+    f"{plan.TESTS}/test_powercut.py",
+    f"{plan.TESTS}/test_failing_disk.py",
+    # With the long tests: control runs, which show that the others would find losses.
+    "-m",
+    "",
+    "--cuts=20",
+]
 
 ENVIRONMENT = """
 environment:
@@ -198,7 +205,7 @@ def arguments() -> argparse.Namespace:
         help="the tests to run: paths such as tests/vm/test_calls.py or FILE::TEST if they exist,"
         " or else an expression of pytest's -k",
     )
-    commands.add_parser("powercut", help="cut the power 20 times")
+    commands.add_parser("powercut", help="cut the power 20 times, and make disks fail")
     commands.add_parser("up", help="make a machine and keep it, or update the kept one")
     commands.add_parser("down", help="destroy the kept machine and everything of it")
     return parser.parse_args()
