@@ -9,6 +9,7 @@ import signal
 import socket
 import stat
 from pathlib import Path
+from urllib.parse import quote
 
 import grpc
 from sdnotify import SystemdNotifier
@@ -41,8 +42,14 @@ async def _serve(snapshots: Snapshots, path: Path) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    # gRPC's own errors would be no sentences, and a server that has not started would print a
+    # traceback when Python ends.
+    _check_place(path)
+    # The socket has the mode 0600 from the start: chmod would follow a symbolic link that has
+    # replaced it.
+    os.umask(0o177)
     server = grpc.aio.server(handlers=[Service(snapshots).handler()])
-    _listen(server, path)
+    server.add_insecure_port(f"unix:{quote(os.fsencode(path))}")
     try:
         await server.start()
         SystemdNotifier().notify("READY=1")
@@ -55,8 +62,8 @@ async def _serve(snapshots: Snapshots, path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _listen(server: grpc.aio.Server, path: Path) -> None:
-    """Make the socket, for root only.
+def _check_place(path: Path) -> None:
+    """Make the directory of the socket, and check that a socket can be made in it.
 
     Raises:
         InvalidArgument: the path is too long.
@@ -69,17 +76,18 @@ def _listen(server: grpc.aio.Server, path: Path) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_unused(path)
-        # The socket has the mode 0600 from the start: chmod would follow a symbolic link that has
-        # replaced it.
-        os.umask(0o177)
-        server.add_insecure_port(f"unix:{path}")
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "gRPC cannot listen on it"
-        raise Unavailable(f"the socket {shown} cannot be made ({reason}): choose another") from None
+        path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX) as trial:
+            trial.bind(str(path))
+        path.unlink()
+    except OSError as error:
+        raise Unavailable(
+            f"the socket {shown} cannot be made ({error.strerror}): choose another"
+        ) from None
 
 
 def _check_unused(path: Path) -> None:
-    """Refuse a path that gRPC would replace, unless it is the socket of an ended process."""
+    """Refuse a path that is in use, unless it is the socket of an ended process."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise FailedPrecondition(

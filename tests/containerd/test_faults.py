@@ -334,6 +334,16 @@ def test_a_path_that_is_not_a_socket_is_refused_and_left(
     assert (after.st_ino, after.st_mtime) == (before.st_ino, before.st_mtime)
 
 
+def test_the_path_of_the_socket_is_taken_literally(on_bus: str, tmp_path: Path) -> None:
+    """An address of gRPC is a URI, in which % has a meaning."""
+    place = tmp_path / "a%41 ü"
+    place.mkdir()
+    with plugin(on_bus, place) as running, connected(running.socket) as stub:
+        assert running.socket.is_socket()
+        expect_unavailable(stub)
+    assert {path.name for path in tmp_path.iterdir()} == {place.name}
+
+
 def test_a_path_longer_than_that_of_a_socket_is_refused(on_bus: str, tmp_path: Path) -> None:
     length = 108 - len(f"{tmp_path}/")
     expect_start_failure(InvalidArgument, tmp_path / ("s" * length), "107 bytes")
@@ -343,6 +353,11 @@ def test_a_directory_that_cannot_be_made_is_named(on_bus: str, tmp_path: Path) -
     (tmp_path / "file").write_text("text")
     path = tmp_path / "file" / "containerd.sock"
     expect_start_failure(Unavailable, path, str(path), "cannot be made")
+
+
+def test_a_directory_in_which_no_socket_can_be_made_is_named(on_bus: str) -> None:
+    path = Path("/proc/containerd.sock")
+    expect_start_failure(Unavailable, path, str(path), "cannot be made", "No such file")
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "-a", "ä", "n" * 65, "a\nb"])

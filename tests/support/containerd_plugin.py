@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import pytest
@@ -172,7 +173,7 @@ def connected(path: Path) -> Iterator[Stub]:
     """Connect to a plugin for the block."""
     # By default, channels to the same address share a connection.
     options = [("grpc.use_local_subchannel_pool", 1)]
-    with grpc.insecure_channel(f"unix:{path}", options) as channel:
+    with grpc.insecure_channel(f"unix:{quote(str(path))}", options) as channel:
         yield Stub(channel)
 
 
