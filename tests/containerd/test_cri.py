@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,34 +13,41 @@ import grpc
 import pytest
 
 from snapd_native.client import BlockingClient
+from tests.support.commands import run_command
 from tests.support.containerd_plugin import plugin
 from tests.support.file_systems import long_on_xfs
-from tests.support.images import IMAGE, Containerd, containerd, layer, programs, write_image
+from tests.support.images import (
+    IMAGE,
+    PAUSE,
+    Containerd,
+    containerd,
+    layer,
+    programs,
+    write_image,
+)
 from tests.support.service import HANG_TIMEOUT, Service
 from tests.support.waiting import wait_until
 
 pytestmark = long_on_xfs
 
-PAUSE = "example.com/pause:1"
-
 NODE = 2
 """The host's namespace."""
 
-# Without CAP_SYS_RESOURCE, runc cannot lower the score for the OOM killer.
-CONFIGURATION = """
-[plugins."io.containerd.grpc.v1.cri"]
-sandbox_image = "example.com/pause:1"
-restrict_oom_score_adj = true
-stats_collect_period = 1
-[plugins."io.containerd.grpc.v1.cri".containerd]
-snapshotter = "snapd-native"
-[plugins."io.containerd.grpc.v1.cri".cni]
-bin_dir = "{directory}/cni"
-conf_dir = "{directory}/cni"
-"""
 
-# Compiled when it is imported, by grpcio-tools.
-messages: Any = grpc.protos("tests/containerd/cri.proto")
+def compile_messages(proto: Path) -> Any:  # noqa: ANN401 - untyped
+    """Compile messages with protoc, and return the module with their classes."""
+    with tempfile.TemporaryDirectory() as directory:
+        run_command("protoc", f"-I{proto.parent}", f"--python_out={directory}", proto)
+        compiled = Path(directory) / f"{proto.stem}_pb2.py"
+        spec = importlib.util.spec_from_file_location(compiled.stem, compiled)
+        assert spec
+        assert spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+messages = compile_messages(Path(__file__).with_name("cri.proto"))
 
 
 class Kubelet:
@@ -99,7 +108,7 @@ def node(shared_service: Service, tmp_path: Path) -> Iterator[Containerd]:
     write_image(image, [programs(), layer(("file", b"text"))], command=sleep)
     with (
         plugin(shared_service.address, tmp_path, "containerd", "--usage-age", "0") as running,
-        containerd(running.socket, CONFIGURATION, cri=True) as daemon,
+        containerd(running.socket, cri=True) as daemon,
     ):
         for path in (pause, image):
             daemon.ctr(

@@ -145,7 +145,8 @@ def test_containerd_forgets_a_layer_whose_snapshot_has_gone(
     error = running.ctr(
         "run", "--rm", "--snapshotter", "snapd-native", IMAGE, "c1", "/bin/sh", fails=True
     )
-    assert "not found" in error
+    # containerd 1 shows the name of the status, and containerd 2 the text of the plugin.
+    assert "not found" in error or "there is no snapshot" in error
     running.ctr("images", "rm", "--sync", IMAGE)
     running.ctr("images", "import", "--snapshotter", "snapd-native", str(image))
     assert running.run("snapd-native", "cat /etc/changed") == "second"

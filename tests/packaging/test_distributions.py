@@ -1,4 +1,4 @@
-"""The contract's tests with the Python and the libraries of each release of Debian."""
+"""Tests with the Python, the libraries and the containerd of each release of Debian."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ TOOLS = (
         "systemd",
     ),
     *("xfsprogs", "python3-hypothesis", "python3-pytest", "python3-pytest-timeout"),
+    *("busybox-static", "containerd", "protobuf-compiler", "runc"),
 )
 """Debian packages with the programs and modules that the tests use."""
 
@@ -70,7 +71,7 @@ def test_the_contract_holds_with_the_libraries_of_debian(debian: Machine) -> Non
         cd /root/source
         python3 -P -c 'import snapd_native; print(snapd_native.__file__)'
         python3 -m pytest -q -p no:cacheprovider -k 'not [xfs' \\
-            tests/contract tests/bus/test_service.py tests/client tests/containerd/test_calls.py
+            tests/contract tests/bus/test_service.py tests/client tests/containerd
         """
     )
     print(version, shown.stdout)

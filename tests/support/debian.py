@@ -27,8 +27,12 @@ mount -t tmpfs tmpfs "$1/run"
 mount --rbind /dev "$1/dev"
 mount --rbind /sys "$1/sys"
 cp -a "$2"/. "$1/root"
+# A process that enters the namespace of a container has the root of the namespace, so that must be
+# the release: chroot alone would not change it.
+cd "$1"
+pivot_root . mnt
 # The shell is the first process in the namespace, and reaps the others.
-exec chroot "$1" sh -c 'echo ready; cat; exit'
+exec chroot . sh -c 'umount --lazy /mnt; echo ready; cat; exit'
 """
 
 

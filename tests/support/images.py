@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.commands import run_command
 from tests.support.service import HANG_TIMEOUT
 from tests.support.waiting import wait_until
 
@@ -105,8 +107,10 @@ def programs() -> bytes:
     )
 
 
-_CONFIGURATION = """
-version = 2
+PAUSE = "example.com/pause:1"
+"""The image of the container that keeps a pod's namespaces."""
+
+_COMMON = """
 root = "{directory}/root"
 state = "{directory}/state"
 disabled_plugins = ["io.containerd.internal.v1.opt"{disabled}]
@@ -116,6 +120,55 @@ address = "{directory}/containerd.sock"
 type = "snapshot"
 address = "{socket}"
 """
+
+_CONFIGURATIONS = {
+    1: f"version = 2{_COMMON}",
+    2: f"""version = 3{_COMMON}
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+platform = "linux"
+snapshotter = "snapd-native"
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+platform = "linux"
+snapshotter = "native"
+""",
+}
+"""The configuration of each generation of containerd."""
+
+# Without CAP_SYS_RESOURCE, runc cannot lower the score for the OOM killer.
+_CRI_CONFIGURATIONS = {
+    1: f"""
+[plugins."io.containerd.grpc.v1.cri"]
+sandbox_image = "{PAUSE}"
+restrict_oom_score_adj = true
+stats_collect_period = 1
+[plugins."io.containerd.grpc.v1.cri".containerd]
+snapshotter = "snapd-native"
+[plugins."io.containerd.grpc.v1.cri".cni]
+bin_dir = "{{directory}}/cni"
+conf_dir = "{{directory}}/cni"
+""",
+    2: f"""
+[plugins."io.containerd.cri.v1.images"]
+snapshotter = "snapd-native"
+stats_collect_period = 1
+[plugins."io.containerd.cri.v1.images".pinned_images]
+sandbox = "{PAUSE}"
+[plugins."io.containerd.cri.v1.runtime"]
+restrict_oom_score_adj = true
+[plugins."io.containerd.cri.v1.runtime".cni]
+bin_dirs = ["{{directory}}/cni"]
+conf_dir = "{{directory}}/cni"
+""",
+}
+"""What a containerd that serves Kubernetes needs besides."""
+
+
+def _generation() -> int:
+    """Return the first number of containerd's version."""
+    said = run_command("containerd", "--version")
+    found = re.search(r" v?(\d+)\.\d+\.\d+", said)
+    assert found, said
+    return int(found[1])
 
 
 @dataclass
@@ -215,18 +268,23 @@ class Containerd:
 
 
 @contextmanager
-def containerd(socket: Path, more: str = "", *, cri: bool = False) -> Iterator[Containerd]:
+def containerd(socket: Path, *, cri: bool = False) -> Iterator[Containerd]:
     """Run a containerd with the plugin on ``socket`` as its snapshotter ``snapd-native``.
 
-    ``more`` is added to its configuration, with the directory of the containerd as
-    ``{directory}``. With ``cri`` it serves Kubernetes.
+    With ``cri`` it serves Kubernetes.
     """
-    disabled = "" if cri else ', "io.containerd.grpc.v1.cri"'
+    generation = _generation()
+    configuration = _CONFIGURATIONS[generation]
+    if cri:
+        configuration += _CRI_CONFIGURATIONS[generation]
     # The path of a socket is at most 107 bytes long.
     with tempfile.TemporaryDirectory(prefix="snapd-native-containerd-") as directory:
-        configuration = _CONFIGURATION + more
         (Path(directory) / "config.toml").write_text(
-            configuration.format(directory=directory, socket=socket, disabled=disabled)
+            configuration.format(
+                directory=directory,
+                socket=socket,
+                disabled="" if cri else ', "io.containerd.grpc.v1.cri"',
+            )
         )
         running = Containerd(Path(directory))
         running.start()
