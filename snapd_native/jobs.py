@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 
 from snapd_native.errors import Cancelled, Unavailable
@@ -32,11 +32,12 @@ class Job:
     def __init__(
         self,
         begun: Callable[[], object] = lambda: None,
-        places: threading.Semaphore | None = None,
+        places: Sequence[threading.Semaphore] = (),
     ) -> None:
         """``begun`` is called when the work begins, but not for a call that is refused at once.
 
-        Jobs with the same ``places`` take turns: the semaphore limits how many work at a time.
+        Each of the ``places`` limits how many of the jobs that share it work at a time. A job takes
+        them in their order.
         """
         self.operation: Operation | None = None
         """The operation; None before the work has begun."""
@@ -75,16 +76,13 @@ class Job:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Wait for one of the places, and keep it during the block; raises as `report`."""
-        if self._places is None:
+        """Wait for a place of each kind, and keep them during the block; raises as `report`."""
+        with ExitStack() as held:
+            for places in self._places:
+                while not places.acquire(timeout=_POLL_SECONDS):
+                    self.report(0, 0)
+                held.callback(places.release)
             yield
-            return
-        while not self._places.acquire(timeout=_POLL_SECONDS):
-            self.report(0, 0)
-        try:
-            yield
-        finally:
-            self._places.release()
 
     def report(self, inodes: int, size: int) -> None:
         """Count inodes and bytes that were done since the last report.

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from enum import Enum
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from snapd_native import linux
 from snapd_native.errors import ResourceExhausted
@@ -100,11 +101,20 @@ class _Workers:
         self.lane = lane
         self.admitted: Counter[int] = Counter()
         """The calls that wait or work, by uid."""
-        self.places = threading.Semaphore(lane.places)
+        self._places = threading.Semaphore(lane.places)
+        self._own_places: WeakValueDictionary[int, threading.Semaphore] = WeakValueDictionary()
         self.pool = ThreadPoolExecutor(
             lane.threads, thread_name_prefix=lane.name.lower(), initializer=start
         )
         self._turns = _Turns(lane.threads)
+
+    def places(self, uid: int) -> list[threading.Semaphore]:
+        if uid == 0:
+            return [self._places]
+        if (own := self._own_places.get(uid)) is None:
+            own = self._own_places[uid] = threading.Semaphore(self.lane.places // 2)
+        # In this order, jobs that wait for a place of their user delay nobody else.
+        return [own, self._places]
 
     async def run(self, uid: int, work: Callable[[], _T]) -> _T:
         # One user cannot take the places of all others.
@@ -139,9 +149,9 @@ class Lanes:
             for root in (True, False)
         }
 
-    def places(self, lane: Lane, uid: int) -> threading.Semaphore:
-        """Return the semaphore of the jobs of ``lane`` and ``uid`` that work at a time."""
-        return self._workers[lane, uid == 0].places
+    def places(self, lane: Lane, uid: int) -> list[threading.Semaphore]:
+        """Return the places that each job of ``uid`` in ``lane`` needs, in their order."""
+        return self._workers[lane, uid == 0].places(uid)
 
     async def run(self, lane: Lane, uid: int, work: Callable[[], _T]) -> _T:
         """Run ``work`` for ``uid`` in a thread of ``lane`` and return its result.
