@@ -27,6 +27,8 @@ mount -t tmpfs tmpfs "$1/run"
 mount --rbind /dev "$1/dev"
 mount --rbind /sys "$1/sys"
 cp -a "$2"/. "$1/root"
+# A container with the network of the host gets these files of the host.
+touch "$1/etc/hosts" "$1/etc/resolv.conf"
 # A process that enters the namespace of a container has the root of the namespace, so that must be
 # the release: chroot alone would not change it.
 cd "$1"

@@ -46,12 +46,19 @@ class StateDirectory:
 
         Raises:
             Unavailable: another process uses it.
-            FailedPrecondition: another user owns it, or it is not a directory.
+            FailedPrecondition: another user owns it, it is not a directory, or it is on NFS.
         """
         self.path = path
         with ExitStack() as undo:
             self._fd = own_directory(path)
             undo.callback(os.close, self._fd)
+            self.filesystem_type = linux.filesystem_type(self._fd)
+            if self.filesystem_type.startswith("nfs"):
+                # Its mounts have the root / in /proc/self/mountinfo, whatever they show.
+                raise FailedPrecondition(
+                    f"{path} is on NFS, which does not tell what is mounted where:"
+                    " choose a --state-directory on a local disk"
+                )
             check_not_shared(path, self._fd, {"snapshots", "metadata.db"})
             make_private(self._fd)
             try:
@@ -69,7 +76,6 @@ class StateDirectory:
             os.fsync(self._fd)
             self.mounting = linux.mounting_id(self._snapshots)
             self._place = Table.read().place(self._snapshots)
-            self.filesystem_type = linux.filesystem_type(self._snapshots)
             self.reflink = False
             """See `try_reflink`."""
             self.seals = False
