@@ -73,7 +73,9 @@ def test_a_state_directory_on_nfs_is_refused(machine: Guest) -> None:
                 >/etc/exports.d/test.exports
             systemctl start nfs-server
             mount -t nfs4 localhost:/srv/ext4/export /srv/nfs""")
-        started = machine.attempt("snapd-native --instance nfs daemon")
+        started = machine.attempt(
+            "snapd-native --instance nfs daemon --state-directory /srv/nfs/snapd-native"
+        )
         assert started.returncode == 1
         (line,) = started.stderr.splitlines()
         assert "/srv/nfs/snapd-native is on NFS" in line
