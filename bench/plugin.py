@@ -6,8 +6,7 @@ machine disturbs all equally. The results are medians.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import io
 import os
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from bench.peers import Native, native
 from bench.report import duration
 from bench.trees import ROOTFS, scaled
 from snapd_native.errors import SnapdError, Unavailable
+from tools import oci
 
 SNAPSHOTTERS = ("snapd-native", "native", "overlayfs")
 
@@ -45,8 +45,6 @@ STATS = 1000
 
 NEEDED = 8 << 30
 """Bytes: the image in several forms, and what two snapshotters make of it on ext4."""
-
-_MEDIA = "application/vnd.oci.image"
 
 _CONFIGURATION = """
 [proxy_plugins.snapd-native]
@@ -160,55 +158,28 @@ def _ctr(peer: Containerd, *arguments: str) -> None:
     subprocess.run([*command, *arguments], check=True, capture_output=True, text=True)
 
 
-def write_image(tree: Path, path: Path) -> str:
+def _write_image(tree: Path, path: Path) -> str:
     """Write an image with the files of a tree in `LAYERS` layers; return its digest."""
     files = sorted(found for found in tree.rglob("*") if found.is_symlink() or found.is_file())
-    with tarfile.open(path, "w") as archive, tempfile.TemporaryDirectory(dir=path.parent) as place:
-
-        def add(kind: str, file: Path) -> dict[str, object]:
-            with file.open("rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
-            archive.add(file, f"blobs/sha256/{digest}")
-            size = file.stat().st_size
-            return {"mediaType": f"{_MEDIA}.{kind}", "digest": f"sha256:{digest}", "size": size}
-
-        def add_json(name: str, value: object) -> Path:
-            file = Path(place, name)
-            file.write_text(json.dumps(value))
-            return file
-
-        share = -(-len(files) // LAYERS)
-        layers = []
+    share = -(-len(files) // LAYERS)
+    with ExitStack() as layers:
+        written = []
         for number in range(LAYERS):
-            layer = Path(place, str(number))
+            layer = layers.enter_context(tempfile.TemporaryFile(dir=path.parent))
             _write_layer(layer, tree, files[number * share : (number + 1) * share])
-            layers.append(add("layer.v1.tar", layer))
-        platform = {"architecture": "amd64", "os": "linux"}
-        root = {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]}
-        configuration = add_json("configuration", {**platform, "config": {}, "rootfs": root})
-        manifest = {
-            "schemaVersion": 2,
-            "mediaType": f"{_MEDIA}.manifest.v1+json",
-            "config": add("config.v1+json", configuration),
-            "layers": layers,
-        }
-        described = add("manifest.v1+json", add_json("manifest", manifest))
-        named = {"annotations": {"io.containerd.image.name": "example.com/bench:1"}}
-        index = {"schemaVersion": 2, "manifests": [described | {"platform": platform} | named]}
-        archive.add(add_json("index", index), "index.json")
-        archive.add(add_json("layout", {"imageLayoutVersion": "1.0.0"}), "oci-layout")
-    return str(described["digest"])
+            written.append(layer)
+        return oci.write_image(path, written, "example.com/bench:1")
 
 
-def _write_layer(path: Path, tree: Path, files: Sequence[Path]) -> None:
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as layer:
+def _write_layer(file: io.BufferedIOBase, tree: Path, files: Sequence[Path]) -> None:
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as layer:
         there: set[Path] = {tree}
-        for file in files:
-            for directory in reversed(file.parents):
+        for path in files:
+            for directory in reversed(path.parents):
                 if directory.is_relative_to(tree) and directory not in there:
                     there.add(directory)
                     layer.add(directory, str(directory.relative_to(tree)), recursive=False)
-            layer.add(file, str(file.relative_to(tree)))
+            layer.add(path, str(path.relative_to(tree)))
 
 
 @contextmanager
@@ -218,7 +189,7 @@ def site(disk: Disk, scale: float) -> Iterator[Site]:
         tree, image = disk.root / "tree", disk.root / "image.tar"
         tree.mkdir()
         ROOTFS.make(tree, scale)
-        digest = write_image(tree, image)
+        digest = _write_image(tree, image)
         private = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="snapd-native-bench-"))
         )

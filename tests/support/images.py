@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -20,10 +18,9 @@ from pathlib import Path
 from tests.support.commands import run_command
 from tests.support.service import HANG_TIMEOUT
 from tests.support.waiting import wait_until
+from tools import oci
 
 IMAGE = "example.com/test:1"
-
-_MEDIA = "application/vnd.oci.image"
 
 
 def layer(*entries: tarfile.TarInfo | tuple[str | tarfile.TarInfo, bytes]) -> bytes:
@@ -61,40 +58,8 @@ def write_image(
     name: str = IMAGE,
     command: Sequence[str] = ("/bin/sh",),
 ) -> None:
-    """Write an image as an archive in the OCI layout, as ``ctr images import`` reads it."""
-    with tarfile.open(path, "w") as archive:
-
-        def add(name: str, data: bytes) -> None:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-
-        def blob(data: bytes, kind: str) -> dict[str, object]:
-            digest = hashlib.sha256(data).hexdigest()
-            add(f"blobs/sha256/{digest}", data)
-            return {
-                "mediaType": f"{_MEDIA}.{kind}",
-                "digest": f"sha256:{digest}",
-                "size": len(data),
-            }
-
-        platform = {"architecture": "amd64", "os": "linux"}
-        digests = [f"sha256:{hashlib.sha256(data).hexdigest()}" for data in layers]
-        configuration = {
-            **platform,
-            "config": {"Cmd": [*command], "Env": ["PATH=/bin"]},
-            "rootfs": {"type": "layers", "diff_ids": digests},
-        }
-        manifest = {
-            "schemaVersion": 2,
-            "mediaType": f"{_MEDIA}.manifest.v1+json",
-            "config": blob(json.dumps(configuration).encode(), "config.v1+json"),
-            "layers": [blob(data, "layer.v1.tar") for data in layers],
-        }
-        described = blob(json.dumps(manifest).encode(), "manifest.v1+json")
-        described |= {"platform": platform, "annotations": {"io.containerd.image.name": name}}
-        add("index.json", json.dumps({"schemaVersion": 2, "manifests": [described]}).encode())
-        add("oci-layout", b'{"imageLayoutVersion": "1.0.0"}')
+    """Write an image to a file."""
+    oci.write_image(path, [io.BytesIO(data) for data in layers], name, command)
 
 
 def programs() -> bytes:
