@@ -189,6 +189,7 @@ class Dispatcher:
         job = Job(
             partial(loop.call_soon_threadsafe, begun.set_result, None),
             self._lanes.places(method.lane, caller.uid),
+            caller.uid,
         )
         perform = partial(self._perform, call, method, Context(caller, job))
         work = loop.create_task(self._lanes.run(method.lane, caller.uid, perform))

@@ -1,6 +1,6 @@
 """Bounded worker threads, separate for each kind of call, so that no kind delays another.
 
-The users of a lane have turns, so that none delays another by many calls.
+The users of a lane take turns, so that a user with many calls does not delay another user.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from enum import Enum
 from typing import TypeVar
-from weakref import WeakValueDictionary
 
 from snapd_native import linux
 from snapd_native.errors import ResourceExhausted
+from snapd_native.jobs import Places
 
 _T = TypeVar("_T")
 
 
 class Lane(Enum):
-    """A kind of work: the number of its worker threads, and of its calls at once."""
+    """A kind of call: its threads, the calls that may wait or run, and how many work at a time."""
 
     READ = (4, 1024)
     """Reads one record."""
@@ -37,7 +37,7 @@ class Lane(Enum):
     TREE = (64, 64)
     """Copies, commits or deletes. Each call can take minutes, so each has a thread."""
     SURVEY = (64, 64, 8)
-    """Measures or compares, for callers who may only read, apart from changes."""
+    """Measures or compares. Callers who may only read could otherwise fill the lane `TREE`."""
     VERIFY = (64, 64, 2)
     """Reads whole trees at idle priority; a call can take hours."""
 
@@ -45,7 +45,7 @@ class Lane(Enum):
         self.threads = threads
         self.bound = bound
         self.places = places or threads
-        """How many of the calls work at a time; the others can already be seen as jobs."""
+        """How many of the calls work at a time; the others are visible as jobs, and wait."""
 
     @property
     def may_take_long(self) -> bool:
@@ -54,7 +54,7 @@ class Lane(Enum):
 
 
 class _Turns:
-    """Lends a number of places, to one user after the other, whoever has most calls that wait."""
+    """Lends threads. The users take turns, however many of their calls wait."""
 
     def __init__(self, places: int) -> None:
         self._free = places
@@ -96,28 +96,19 @@ class _Turns:
 class _Workers:
     """The worker threads of one lane."""
 
-    def __init__(self, lane: Lane, start: Callable[[], None]) -> None:
+    def __init__(self, lane: Lane, places: Places, start: Callable[[], None]) -> None:
         """``start`` is called in each new thread."""
         self.lane = lane
         self.admitted: Counter[int] = Counter()
         """The calls that wait or work, by uid."""
-        self._places = threading.Semaphore(lane.places)
-        self._own_places: WeakValueDictionary[int, threading.Semaphore] = WeakValueDictionary()
+        self.places = places
         self.pool = ThreadPoolExecutor(
             lane.threads, thread_name_prefix=lane.name.lower(), initializer=start
         )
         self._turns = _Turns(lane.threads)
 
-    def places(self, uid: int) -> list[threading.Semaphore]:
-        if uid == 0:
-            return [self._places]
-        if (own := self._own_places.get(uid)) is None:
-            own = self._own_places[uid] = threading.Semaphore(self.lane.places // 2)
-        # In this order, jobs that wait for a place of their user delay nobody else.
-        return [own, self._places]
-
     async def run(self, uid: int, work: Callable[[], _T]) -> _T:
-        # One user cannot take the places of all others.
+        # A user other than root has at most half of the calls of the lane.
         own = self.lane.bound if uid == 0 else self.lane.bound // 2
         for admitted, bound in (
             (self.admitted.total(), self.lane.bound),
@@ -129,7 +120,7 @@ class _Workers:
                 )
         self.admitted[uid] += 1
         try:
-            # A thread gets no work before the event loop has taken its last result.
+            # The turn ends when the event loop has the result, so no call waits inside the pool.
             async with self._turns.turn(uid):
                 return await asyncio.get_running_loop().run_in_executor(self.pool, work)
         finally:
@@ -144,14 +135,18 @@ class Lanes:
     def __init__(self) -> None:
         self._threads: list[int] = []
         self._workers = {
-            (lane, root): _Workers(lane, lambda: self._threads.append(threading.get_native_id()))
+            (lane, root): _Workers(
+                lane,
+                Places(lane.places, lane.places if root else lane.places // 2),
+                lambda: self._threads.append(threading.get_native_id()),
+            )
             for lane in Lane
             for root in (True, False)
         }
 
-    def places(self, lane: Lane, uid: int) -> list[threading.Semaphore]:
-        """Return the places that each job of ``uid`` in ``lane`` needs, in their order."""
-        return self._workers[lane, uid == 0].places(uid)
+    def places(self, lane: Lane, uid: int) -> Places:
+        """Return the places in which the jobs of ``uid`` in ``lane`` work."""
+        return self._workers[lane, uid == 0].places
 
     async def run(self, lane: Lane, uid: int, work: Callable[[], _T]) -> _T:
         """Run ``work`` for ``uid`` in a thread of ``lane`` and return its result.

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 
 import pytest
 
 from snapd_native.bus.lanes import Lane, Lanes
-from snapd_native.errors import Cancelled, ResourceExhausted
-from snapd_native.jobs import Job
+from snapd_native.errors import ResourceExhausted
 
 BUSY, OTHER, THIRD = 1000, 1001, 1002
 """The uids of three users."""
@@ -62,7 +60,7 @@ def test_a_user_with_many_calls_delays_another_user_by_one_turn(cancelled: int) 
     assert {OTHER, THIRD} <= set(first)
 
 
-def test_a_user_with_many_calls_leaves_room_for_another_user() -> None:
+def test_one_user_may_use_at_most_half_of_the_calls_of_a_lane() -> None:
     async def run() -> None:
         released = threading.Event()
         calls = [
@@ -83,25 +81,5 @@ def test_a_user_with_many_calls_leaves_room_for_another_user() -> None:
     lanes = Lanes()
     try:
         asyncio.run(run())
-    finally:
-        lanes.close()
-
-
-@pytest.mark.parametrize("lane", [Lane.SURVEY, Lane.VERIFY])
-def test_a_user_with_many_jobs_leaves_places_for_another_user(lane: Lane) -> None:
-    lanes = Lanes()
-    try:
-        with ExitStack() as held:
-            for _ in range(lane.places // 2):
-                held.enter_context(Job(places=lanes.places(lane, BUSY)).turn())
-            one_more = Job(places=lanes.places(lane, BUSY))
-            one_more.cancel()
-            # The job ends in its wait for a place.
-            with pytest.raises(Cancelled), one_more.turn():
-                pass
-            with Job(places=lanes.places(lane, OTHER)).turn():
-                pass
-        with Job(places=lanes.places(lane, BUSY)).turn():
-            pass
     finally:
         lanes.close()
