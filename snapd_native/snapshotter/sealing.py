@@ -1,8 +1,8 @@
 """Seal the trees of committed snapshots, so that nobody can change them any more.
 
-Commit seals the root of a tree first, and undoes that last. So an active snapshot whose tree is
-sealed in part has a sealed root. Repair seals the root last: a committed snapshot whose tree is
-sealed in part has an unsealed root.
+Commit seals the root of a tree first, and unseals it last if it fails. So an active snapshot whose
+tree is sealed in part has a sealed root. Repair seals the root last: a committed snapshot whose
+tree is sealed in part has an unsealed root.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Seals:
     def __init__(
         self, state: StateDirectory, store: Metastore, workers: Workers, stopping: Event
     ) -> None:
-        """Unseal the trees that a crash has left sealed during a Commit.
+        """Unseal the trees whose Commit was interrupted by a crash.
 
         Raises:
             Unavailable: ``stopping`` is set.
@@ -47,7 +47,7 @@ class Seals:
 
     @contextmanager
     def sealed(self, key: str, id_: int, report: trees.Report) -> Iterator[Usage]:
-        """Seal a tree for good, and yield its usage. If the block raises, unseal the tree.
+        """Seal a tree, and yield its usage. If the block raises, unseal the tree.
 
         Raises:
             FailedPrecondition: somebody can still write to a file of the tree.
@@ -60,7 +60,7 @@ class Seals:
             raise
 
     def findings(self) -> Sequence[Finding]:
-        """Return the trees that are not sealed and must be, as after a backup was restored."""
+        """Return a finding for each tree that must be sealed and is not, as after a restore."""
         what = "its tree is not immutable: call Repair"
         names = self._unsealed().values()
         return [Finding(Trouble.MODE, name if is_name(name) else "", what) for name in names]
@@ -74,11 +74,11 @@ class Seals:
                 log.warning("the tree of snapshot %d cannot be made immutable: %s", id_, error)
 
     def _unsealed(self) -> Mapping[int, str]:
-        """Return the ids and names of the trees of committed snapshots and empty views."""
+        """Return the ids and names of the snapshots whose trees must be sealed and are not."""
         if not self._state.seals:
             return {}
-        # The order matters: a snapshot that was listed first, and is not active after that, must be
-        # sealed, unless it is removed.
+        # All snapshots are read before the active ones. One that is only in the first list is
+        # committed or a view, so its tree must be sealed, unless it was removed since.
         owned = self._store.directories().keys() - self._store.of_kind(Kind.ACTIVE)
         found = [id_ for id_ in owned if self._state.is_sealed(id_) is False]
         names = self._store.directories()
@@ -97,4 +97,9 @@ class Seals:
             self._workers.unseal(id_, report)
         except (OSError, DataLoss) as error:
             # The root stays sealed, so the next start tries again.
-            log.error("the tree of snapshot %d is immutable in part: %s", id_, error)
+            log.error(
+                "the tree of snapshot %d is immutable in part (%s):"
+                " restart the service to try again",
+                id_,
+                error,
+            )

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from snapd_native.model import Usage
 from snapd_native.trees.clone import cloning
 from snapd_native.trees.measure import Tally
-from snapd_native.trees.opened import leased
+from snapd_native.trees.opened import unopened
 from snapd_native.trees.relay import (
     ANNOUNCED,
     DONE,
@@ -116,7 +116,7 @@ class Crew:
             OSError: as `measure`; EAGAIN if there are such files.
         """
         if any(Tally.unpack(left).inodes for left in self._run(Operation.UNSEAL, [root], report)):
-            raise leased()
+            raise unopened()
 
     def _count(self, operation: Operation, root: int, report: Report) -> Usage:
         total = Tally()

@@ -8,7 +8,7 @@ import stat
 
 from snapd_native import linux
 from snapd_native.trees.descent import GONE, Descent, Scan
-from snapd_native.trees.opened import changed, open_tree
+from snapd_native.trees.opened import UNOPENED, changed, open_tree
 from snapd_native.trees.seal import unseal
 from snapd_native.trees.walk import Report
 
@@ -26,8 +26,9 @@ def delete(parent: int, name: str, report: Report = lambda *_: None) -> None:
 
     Raises:
         OSError: EBUSY if something is mounted inside the tree, EPERM if something is immutable or
-            append-only, EAGAIN if a process has a lease on an immutable file, ESTALE if entries are
-            created faster than they are deleted. Everything that can be deleted is deleted then.
+            append-only, EAGAIN if a process has a lease on an immutable file, ENOKEY if such a file
+            is encrypted and locked, ESTALE if entries are created faster than they are deleted.
+            Everything that can be deleted is deleted then.
     """
     for _ in range(_ROUNDS):
         with open_tree(parent, name, writable=True) as root:
@@ -65,7 +66,7 @@ def _empty(root: int, report: Report) -> OSError | None:
                 except OSError as error:
                     if error.errno in GONE:
                         continue
-                    if error.errno not in (errno.EBUSY, errno.EPERM, errno.EAGAIN):
+                    if error.errno not in (errno.EBUSY, errno.EPERM, *UNOPENED):
                         raise
                     stuck = error
             else:
@@ -88,7 +89,11 @@ def _remove(parent: int, name: str, *, directory: bool) -> None:
     except PermissionError:
         # EPERM for root means that the file, or the directory it lies in, is immutable or
         # append-only.
-        if not unseal(parent, _PROTECTION) | _unprotect(parent, name):
+        was_protected = _unprotect(parent, name)
+        # The directory of the whole tree belongs to the caller.
+        if not directory:
+            was_protected |= unseal(parent, _PROTECTION)
+        if not was_protected:
             raise
         _unlink(parent, name, directory=directory)
 

@@ -79,9 +79,15 @@ def changed() -> OSError:
     return OSError(errno.ESTALE, "the tree was changed while it was read")
 
 
-def leased() -> OSError:
-    """Return the error for a tree with files that could not be opened without a wait."""
-    return BlockingIOError(errno.EAGAIN, "a process has a lease on a file, see /proc/locks")
+UNOPENED = (errno.EAGAIN, errno.ENOKEY)
+"""The errors of opening a file on which a process has a lease, or that is encrypted and locked."""
+
+
+def unopened() -> OSError:
+    """Return the error for a tree with files that cannot be opened now."""
+    return BlockingIOError(
+        errno.EAGAIN, "a process has a lease on a file, see /proc/locks, or a file is encrypted"
+    )
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""Seal a tree, so that nobody can change it through whatever mount, and undo that.
+"""Seal a tree: make it immutable, so that nobody can change it through any mount; and undo that.
 
 Directories and regular files get the inode flag immutable; see FS_IOC_SETFLAGS in ioctl_iflags(2).
-A directory gets it before it is read, so that no entry can come later. xfs and btrfs permit writes
-through descriptors and mappings that are older than the flag, so a file that has any is an error.
+A directory gets the flag before its entries are read, so that no entry can be added after that. xfs
+and btrfs permit writes through descriptors and mappings that are older than the flag, so a file
+that a process has open or mapped for writing is an error.
 
 Symbolic links, FIFOs, sockets and devices do not have the flag. Nobody can rename or delete them in
 a sealed directory, but their owner, mode and times can be changed through a writable mount.
@@ -17,7 +18,10 @@ from contextlib import suppress
 
 from snapd_native import linux
 from snapd_native.trees.measure import Counter
-from snapd_native.trees.opened import open_file, unnamed_file
+from snapd_native.trees.opened import UNOPENED, open_file, unnamed_file
+
+_OTHER_USER = 1
+"""Any uid but 0."""
 
 _UNSUPPORTED = (errno.ENOTTY, errno.EOPNOTSUPP)
 """The errors of a file system without inode flags."""
@@ -39,8 +43,8 @@ class Sealer(Counter):
         if stat.S_ISREG(status.st_mode):
             fd = open_file(directory, name)
             try:
-                # The open can have taken long. If the service was killed meanwhile, this ends the
-                # worker: the next start perhaps unseals the tree already.
+                # The open can wait for a lease. If the service was killed during that wait, this
+                # ends the worker: the next start may already unseal the tree.
                 self._report(0, 0)
                 seal(fd)
                 if linux.is_written(fd):
@@ -52,8 +56,9 @@ class Sealer(Counter):
 class Unsealer(Counter):
     """Undoes the work of a `Sealer`, and opens only the files that are sealed.
 
-    It counts only the files that stay sealed, because a process has a lease on them. It does not
-    wait: with a lease on each of many files, a user could hold up a start of the service for hours.
+    It counts only the files that stay sealed, because a process has a lease on them, or because
+    they are encrypted and locked. It does not wait: with a lease on each of many files, a user
+    could hold up a start of the service for hours.
     """
 
     def enter(self, directory: int) -> None:
@@ -72,7 +77,9 @@ class Unsealer(Counter):
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             fd = os.open(name, flags, dir_fd=directory)
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno not in UNOPENED:
+                raise
             self.tally.add(status)
             return
         try:
@@ -85,9 +92,18 @@ class Unsealer(Counter):
 
 
 def sealing_works(directory: int) -> bool:
-    """Tell whether a file system has inode flags and leases; raises as `seal`."""
+    """Tell whether a file system has inode flags and leases.
+
+    Raises:
+        PermissionError: the process lacks CAP_LEASE or CAP_LINUX_IMMUTABLE.
+    """
     with unnamed_file(directory) as fd:
-        return fd is not None and linux.is_written(fd) and seal(fd)
+        if fd is None:
+            return False
+        # A lease on a file of another user needs CAP_LEASE. The file is open for writing, which
+        # only a file system with leases reports.
+        os.fchown(fd, _OTHER_USER, -1)
+        return linux.is_written(fd) and seal(fd)
 
 
 def seal(fd: int) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,14 +15,16 @@ import pytest
 from snapd_native.client import BlockingClient
 from snapd_native.errors import FailedPrecondition
 from tests.support.commands import run_command
+from tests.support.engine import open_engine
 from tests.support.file_systems import FileSystem, new_file_system
+from tests.support.sealing import flags, is_sealed
 from tests.support.service import expect_error, run_daemon
+from tests.support.waiting import wait_until
 
 # See <linux/fscrypt.h>.
 _ADD_KEY, _REMOVE_KEY, _SET_POLICY = 0xC0506617, 0xC0406618, 0x800C6613
 _POLICY_V2, _AES_256_XTS, _AES_256_CTS = 2, 1, 4
 _BY_IDENTIFIER = 2
-_FILES_BUSY = 1
 
 
 class Key:
@@ -40,11 +44,19 @@ class Key:
         return bytes(argument[8:24])
 
     def lock(self) -> None:
-        """Take the key from the file system. It must not be in use."""
+        """Take the key from the file system; wait until nothing in the kernel uses it."""
+        wait_until(self._is_locked)
+
+    def _is_locked(self) -> bool:
         argument = bytearray(struct.pack("=II32s24x", _BY_IDENTIFIER, 0, self._identifier))
         os.sync()
-        self._control(self._root, _REMOVE_KEY, argument)
-        assert not argument[40] & ~_FILES_BUSY
+        try:
+            self._control(self._root, _REMOVE_KEY, argument)
+        except OSError as error:
+            if error.errno != errno.ENOKEY:
+                raise
+            return True
+        return not argument[40]
 
     def encrypted_directory(self, path: Path) -> Path:
         """Make a directory whose files are encrypted."""
@@ -71,7 +83,12 @@ def disk(loop_directory: Path) -> Iterator[FileSystem]:
 
 @pytest.fixture
 def key(disk: FileSystem) -> Key:
-    return Key(disk)
+    try:
+        return Key(disk)
+    except OSError as error:
+        if error.errno not in (errno.ENOTTY, errno.EOPNOTSUPP):
+            raise
+        pytest.skip("the kernel has no fscrypt")
 
 
 def encrypted_entries(tree: Path) -> set[str]:
@@ -130,6 +147,23 @@ def test_calls_that_read_locked_files_are_refused_until_these_are_unlocked(
         client.commit("done", "other")
 
 
+def test_a_start_unseals_what_is_not_locked_after_an_interrupted_commit(
+    disk: FileSystem, key: Key, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_engine(disk.root / "state") as engine:
+        tree = Path(engine.prepare("work").source)
+        (tree / "plain").write_text("text")
+        (key.encrypted_directory(tree / "locked") / "file").write_text("text")
+    subprocess.run(["chattr", "-R", "+i", tree], check=True)
+    key.lock()
+    with open_engine(disk.root / "state"):
+        assert not is_sealed(tree / "plain")
+        assert "immutable in part" in caplog.text
+    key.unlock()
+    with open_engine(disk.root / "state"):
+        assert set(flags(tree).values()) == {""}
+
+
 def test_a_locked_committed_tree_is_deleted_when_it_is_unlocked(
     on_bus: str, disk: FileSystem, key: Key
 ) -> None:
@@ -137,12 +171,18 @@ def test_a_locked_committed_tree_is_deleted_when_it_is_unlocked(
     snapshots = disk.root / "state" / "snapshots"
     with run_daemon(on_bus, disk.root / "state"), BlockingClient() as client:
         tree = Path(client.prepare("work").source)
-        (key.encrypted_directory(tree / "directory") / "file").write_text("text")
+        for name in ("first", "last"):
+            (tree / name).mkdir()
+            (tree / name / "file").write_text("text")
+        (key.encrypted_directory(tree / "locked") / "file").write_text("text")
         client.commit("base", "work")
         key.lock()
         client.remove("base")
         with expect_error(FailedPrecondition, "encrypted", "unlock"):
             client.cleanup()
+        # All that can be deleted is deleted.
+        (tree,) = snapshots.iterdir()
+        assert [path.name for path in tree.iterdir()] == ["locked"]
         key.unlock()
         client.cleanup()
         assert list(snapshots.iterdir()) == []

@@ -14,7 +14,7 @@ from snapd_native.model import Usage
 from snapd_native.trees.clone import Cloner, cloning
 from snapd_native.trees.links import Links
 from snapd_native.trees.measure import Counter
-from snapd_native.trees.opened import leased
+from snapd_native.trees.opened import unopened
 from snapd_native.trees.seal import Sealer, Unsealer
 from snapd_native.trees.walk import Report
 
@@ -60,7 +60,7 @@ def unseal(root: int, report: Report) -> None:
     unsealer = Unsealer(report, NoPeers())
     unsealer.directory(root)
     if unsealer.tally.inodes:
-        raise leased()
+        raise unopened()
 
 
 def _count(kind: type[Counter], root: int, report: Report) -> Usage:
