@@ -22,14 +22,14 @@ from snapd_native.model import quote_path
 log = logging.getLogger(__name__)
 
 GRACE = 10.0
-"""Seconds for running calls after SIGTERM; then those that copy are undone."""
+"""Seconds for running calls after SIGTERM; after that, calls that copy are undone."""
 
 MAX_SOCKET = 107
-"""Bytes in the path of a Unix socket at most; see unix(7)."""
+"""The maximum length of the path of a Unix socket, in bytes; see unix(7)."""
 
 
 def run(instance: str, path: Path, name: str, usage_age: float) -> None:
-    """Serve the containerd ``name`` until SIGTERM or SIGINT.
+    """Serve the containerd that is called ``name`` until SIGTERM or SIGINT.
 
     Raises:
         SnapdError: the plugin cannot start.
@@ -42,9 +42,9 @@ async def _serve(snapshots: Snapshots, path: Path) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    # gRPC's own errors would be no sentences, and a server that has not started would print a
-    # traceback when Python ends.
-    _check_place(path)
+    # The errors of gRPC are not sentences, and a server that has not started prints a traceback
+    # when Python ends.
+    _prepare_place(path)
     # The socket has the mode 0600 from the start: chmod would follow a symbolic link that has
     # replaced it.
     os.umask(0o177)
@@ -62,8 +62,8 @@ async def _serve(snapshots: Snapshots, path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _check_place(path: Path) -> None:
-    """Make the directory of the socket, and check that a socket can be made in it.
+def _prepare_place(path: Path) -> None:
+    """Make the directory of the socket, delete an old socket, and check that a new one can be made.
 
     Raises:
         InvalidArgument: the path is too long.
@@ -72,11 +72,12 @@ def _check_place(path: Path) -> None:
     """
     shown = quote_path(str(path))
     if len(os.fsencode(path)) > MAX_SOCKET:
-        raise InvalidArgument(f"the path {shown} is over {MAX_SOCKET} bytes long: choose another")
+        raise InvalidArgument(
+            f"the path {shown} is over {MAX_SOCKET} bytes long: choose a shorter one"
+        )
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_unused(path)
-        path.unlink(missing_ok=True)
+        _delete_unused(path)
         with socket.socket(socket.AF_UNIX) as trial:
             trial.bind(str(path))
         path.unlink()
@@ -86,8 +87,8 @@ def _check_place(path: Path) -> None:
         ) from None
 
 
-def _check_unused(path: Path) -> None:
-    """Refuse a path that is in use, unless it is the socket of an ended process."""
+def _delete_unused(path: Path) -> None:
+    """Delete the socket of an ended process; refuse a path with anything else."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise FailedPrecondition(
@@ -101,6 +102,7 @@ def _check_unused(path: Path) -> None:
         try:
             other.connect(str(path))
         except ConnectionRefusedError:
+            path.unlink()
             return
         except BlockingIOError:
             pass

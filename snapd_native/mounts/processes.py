@@ -1,4 +1,4 @@
-"""What processes hold of mounts: open and mapped files, and directories."""
+"""Find the processes that use a mount, by their open and mapped files and their directories."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from snapd_native import linux
 from snapd_native.mounts.table import Entry
 
 SEARCH_SECONDS = 5.0
-"""Seconds of processor time for a search of all processes: a user can open a million files."""
+"""Seconds that a search of all processes may take, because a user can open a million files."""
 
 _LINKS = ("cwd", "root", "exe")
 
@@ -22,9 +22,10 @@ _T = TypeVar("_T")
 
 
 def users(entry: Entry, *, writing: bool = False) -> list[tuple[int, str]]:
-    """Return the pid and name of each process that uses a mount; with ``writing``, writes to it.
+    """Return the pid and name of each process that uses a mount.
 
-    Processes that end meanwhile, or are not examined in `SEARCH_SECONDS`, are left out.
+    With ``writing``, only those that have a file of it open or mapped for writing. Processes that
+    end meanwhile, or are not examined in `SEARCH_SECONDS`, are left out.
     """
     return _search(lambda process, end: _uses(process, entry.id, writing, end))
 
@@ -32,8 +33,9 @@ def users(entry: Entry, *, writing: bool = False) -> list[tuple[int, str]]:
 def writers(device: int) -> list[tuple[int, str]]:
     """Return the pid and name of each process that can still write to an immutable file.
 
-    It has opened or mapped the file before. ``device`` is that of the file system. Descriptors that
-    are in a message, or that only one thread has, and processes as in `users` are left out.
+    The process has opened or mapped the file before it became immutable. Only files of the file
+    system ``device`` count. Left out are descriptors in a message of a socket, descriptors of a
+    thread with its own table of descriptors, and the processes that `users` leaves out.
     """
     return _search(
         lambda process, end: any(_is_immutable(file, device) for file in _written(process, end))
@@ -41,11 +43,8 @@ def writers(device: int) -> list[tuple[int, str]]:
 
 
 def _search(matches: Callable[[Path, float], bool]) -> list[tuple[int, str]]:
-    """Return the pid and name of each process that matches; ``matches`` ends at the given time.
-
-    The clock is that of the thread's processor time: other work on the machine costs no results.
-    """
-    end = time.thread_time() + SEARCH_SECONDS
+    """Return the pid and name of each process that matches; ``matches`` ends at the given time."""
+    end = time.monotonic() + SEARCH_SECONDS
     found = []
     for process in _until(end, Path("/proc").glob("[0-9]*")):
         with suppress(OSError):
@@ -57,7 +56,7 @@ def _search(matches: Callable[[Path, float], bool]) -> list[tuple[int, str]]:
 def _until(end: float, items: Iterable[_T]) -> Iterator[_T]:
     """Iterate over items until the time ``end``."""
     for item in items:
-        if time.thread_time() > end:
+        if time.monotonic() > end:
             return
         yield item
 

@@ -43,7 +43,7 @@ class Workers:
             return self._crew.seal(tree, report)
 
     def seal_again(self, id_: int, report: trees.Report) -> None:
-        """Seal a tree that nobody changes, the root last, so that a part is not taken for all."""
+        """Seal a tree that nobody changes, the root last: a root with the flag means all of it."""
         with self._state.open(str(id_), writable=True) as tree:
             self._crew.seal(tree, report)
             trees.seal(tree)

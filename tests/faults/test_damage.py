@@ -37,6 +37,7 @@ from tests.support.engine import (
 from tests.support.file_systems import long_on_xfs
 from tests.support.holding import hold_function
 from tests.support.kernel_mounts import make_target
+from tests.support.sealing import unsealed
 from tests.support.service import commit_snapshot, run_daemon
 from tests.support.waiting import WAIT_TIMEOUT
 
@@ -388,6 +389,20 @@ def test_check_and_repair_accept_a_snapshots_directory_behind_a_symlink(
         assert finding.kind is Trouble.MODE
         assert engine.upkeep.repair() == [finding]
         assert (populated_state / "elsewhere").stat().st_mode & 0o777 == 0o700
+
+
+def test_the_file_system_of_the_snapshots_is_shown(populated_state: Path, tmp_path: Path) -> None:
+    """The directory of the snapshots can be a link to another file system."""
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", tmp_path], check=True)
+    try:
+        subprocess.run(["rm", "-r", unsealed(populated_state / "snapshots")], check=True)
+        (populated_state / "metadata.db").unlink()
+        (tmp_path / "snapshots").mkdir(mode=0o700)
+        (populated_state / "snapshots").symlink_to(tmp_path / "snapshots")
+        with open_engine(populated_state) as engine:
+            assert engine.filesystem_type == "tmpfs"
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_repair_cannot_be_cancelled_once_it_has_changed_something(

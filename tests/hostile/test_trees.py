@@ -159,8 +159,11 @@ def digest_of(engine: Snapshotter) -> str:
 
 
 @contextmanager
-def run_mutator(top: Path, outside: Path, seed: int) -> Iterator[None]:
-    """Run a process that changes the trees in ``top`` during the block."""
+def run_mutator(top: Path, outside: Path, seed: int) -> Iterator[Callable[[], object]]:
+    """Run a process that changes the trees in ``top`` during the block.
+
+    Yield a function that waits for the first change.
+    """
     command = [
         sys.executable,
         "-m",
@@ -169,9 +172,10 @@ def run_mutator(top: Path, outside: Path, seed: int) -> Iterator[None]:
         str(outside),
         str(seed),
     ]
-    with subprocess.Popen(command, cwd=PROJECT) as process:
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE) as process:
+        assert process.stdout
         try:
-            yield
+            yield process.stdout.readline
         finally:
             process.kill()
 
@@ -201,7 +205,10 @@ def test_calls_on_changing_trees_never_copy_files_from_outside(
     """The trees of active snapshots, of committed ones and of deletions change."""
     make_changing_files(Path(engine.prepare("making").source))
     engine.commit("base", "making", digest=True)
-    with run_mutator(engine.state_directory / "snapshots", outside, run_seed):
+    with run_mutator(engine.state_directory / "snapshots", outside, run_seed) as await_change:
+        engine.prepare("waiting", "base")
+        assert await_change()
+        engine.remove("waiting")
         for number in range(rounds):
             with accept_documented_errors():
                 engine.upkeep.verify("base")

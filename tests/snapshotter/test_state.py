@@ -72,17 +72,18 @@ except FailedPrecondition as error:
 """
 
 
-def test_a_start_without_cap_linux_immutable_is_refused(state: Path) -> None:
+@pytest.mark.parametrize("capability", ["linux_immutable", "lease"])
+def test_a_start_without_a_capability_for_sealing_is_refused(state: Path, capability: str) -> None:
     outcome = subprocess.run(
         [
-            *("setpriv", "--bounding-set=-linux_immutable"),
+            *("setpriv", f"--bounding-set=-{capability}"),
             *(sys.executable, "-c", WITHOUT_THE_CAPABILITY, str(state)),
         ],
         check=True,
         capture_output=True,
         text=True,
     )
-    assert "CAP_LINUX_IMMUTABLE" in outcome.stdout
+    assert f"CAP_{capability.upper()}" in outcome.stdout
 
 
 def test_concurrent_listings_of_the_directory_are_complete(scratch: Path) -> None:

@@ -41,7 +41,8 @@ class Mutator:
         ]
 
     def run(self) -> None:
-        """Change trees until the process is killed."""
+        """Change trees until the process is killed; print a line after the first change."""
+        has_changed = False
         while True:
             with suppress(OSError):
                 names = [name for name in os.listdir(self._top) if not name.startswith("new-")]
@@ -49,6 +50,9 @@ class Mutator:
                 for _ in range(20):
                     with suppress(OSError):
                         self._change(tree)
+                        if not has_changed:
+                            has_changed = True
+                            print("changed", flush=True)
 
     def _change(self, tree: Path) -> None:
         directory = tree / f"d{self._random.randrange(4)}" / f"d{self._random.randrange(4)}"

@@ -52,13 +52,7 @@ class StateDirectory:
         with ExitStack() as undo:
             self._fd = own_directory(path)
             undo.callback(os.close, self._fd)
-            self.filesystem_type = linux.filesystem_type(self._fd)
-            if self.filesystem_type.startswith("nfs"):
-                # Its mounts have the root / in /proc/self/mountinfo, whatever they show.
-                raise FailedPrecondition(
-                    f"{path} is on NFS, which does not tell what is mounted where:"
-                    " choose a --state-directory on a local disk"
-                )
+            _refuse_nfs(path, self._fd)
             check_not_shared(path, self._fd, {"snapshots", "metadata.db"})
             make_private(self._fd)
             try:
@@ -72,10 +66,12 @@ class StateDirectory:
             undo.callback(self.ballast.take)
             self._snapshots = own_directory(path / "snapshots")
             undo.callback(os.close, self._snapshots)
+            _refuse_nfs(path / "snapshots", self._snapshots)
             make_private(self._snapshots)
             os.fsync(self._fd)
             self.mounting = linux.mounting_id(self._snapshots)
             self._place = Table.read().place(self._snapshots)
+            self.filesystem_type = linux.filesystem_type(self._snapshots)
             self.reflink = False
             """See `try_reflink`."""
             self.seals = False
@@ -146,7 +142,7 @@ class StateDirectory:
         except PermissionError:
             raise FailedPrecondition(
                 "the kernel does not permit to make files immutable: run the service on the host,"
-                " or give its container the capability CAP_LINUX_IMMUTABLE"
+                " or give its container the capabilities CAP_LINUX_IMMUTABLE and CAP_LEASE"
             ) from None
         if not self.seals:
             log.warning(
@@ -437,3 +433,15 @@ def _lost_if_gone() -> Iterator[None]:
 
 def _lost() -> DataLoss:
     return DataLoss("the snapshot's directory is gone, restore it from a backup")
+
+
+def _refuse_nfs(path: Path, directory: int) -> None:
+    """Raise `FailedPrecondition` for a directory on NFS.
+
+    In /proc/self/mountinfo, each mount of NFS has the root /, whatever directory it shows.
+    """
+    if linux.filesystem_type(directory).startswith("nfs"):
+        raise FailedPrecondition(
+            f"{path} is on NFS, where the kernel does not tell which directory is mounted:"
+            " choose a --state-directory on a local disk"
+        )
