@@ -152,8 +152,9 @@ def test_a_start_unseals_what_is_not_locked_after_an_interrupted_commit(
 ) -> None:
     with open_engine(disk.root / "state") as engine:
         tree = Path(engine.prepare("work").source)
-        (tree / "plain").write_text("text")
+        # Entries are read in the order of their inodes.
         (key.encrypted_directory(tree / "locked") / "file").write_text("text")
+        (tree / "plain").write_text("text")
     subprocess.run(["chattr", "-R", "+i", tree], check=True)
     key.lock()
     with open_engine(disk.root / "state"):
@@ -171,10 +172,9 @@ def test_a_locked_committed_tree_is_deleted_when_it_is_unlocked(
     snapshots = disk.root / "state" / "snapshots"
     with run_daemon(on_bus, disk.root / "state"), BlockingClient() as client:
         tree = Path(client.prepare("work").source)
-        for name in ("first", "last"):
-            (tree / name).mkdir()
-            (tree / name / "file").write_text("text")
         (key.encrypted_directory(tree / "locked") / "file").write_text("text")
+        (tree / "plain").mkdir()
+        (tree / "plain" / "file").write_text("text")
         client.commit("base", "work")
         key.lock()
         client.remove("base")
