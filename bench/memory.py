@@ -15,7 +15,7 @@ class Peak:
         self.children = 0
 
     def sample(self) -> None:
-        """Look again; of children that ended since the last time nothing is known.
+        """Read the peaks again; a child that has ended since the last time is not counted.
 
         What the children have taken is the sum of their own peaks, those of the moment.
         """

@@ -184,8 +184,8 @@ class _Daemon:
             log.info("undoing the calls that are still running")
             snapshotter.stop()
             await dispatcher.finish(None)
-        # No call comes after the name is released. The bus answers when everything else that was
-        # sent has left, or never, where nobody reads that.
+        # No call comes after the name is released. The bus answers after it has delivered all that
+        # was sent before. If a client does not read, the bus never answers.
         for member, signature, body in (("ReleaseName", "s", [self._name]), ("GetId", "", [])):
             if dispatcher.connection.connected:
                 asking = dispatcher.connection.ask_driver(member, signature, body)
@@ -211,7 +211,7 @@ class _Daemon:
             try:
                 waited = False
                 # Hanging threads trigger the watchdog. Threads that wait for the disk do not: a
-                # restart helps, and who has frozen the file system is making a backup.
+                # restart would not help, and a frozen file system often means that a backup runs.
                 while not (await asyncio.wait({checking}, timeout=period))[0]:
                     if lanes.waits_for_disk():
                         waited = True

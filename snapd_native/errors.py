@@ -57,4 +57,4 @@ class AccessDenied(SnapdError):
 
 
 class InteractiveAuthorizationRequired(SnapdError):
-    """The caller may do this after the agreement of a person."""
+    """The caller may do this after a person has authenticated."""

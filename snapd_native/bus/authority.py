@@ -75,8 +75,8 @@ class Authority:
             return uid
         if verdict is Verdict.CHALLENGE and not call.may_ask:
             raise InteractiveAuthorizationRequired(
-                f"uid {uid} may call {call.member} ({action.value}) once a person has agreed:"
-                " allow interactive authorization, or call it as root"
+                f"uid {uid} may call {call.member} ({action.value}) after a person has"
+                " authenticated: allow interactive authorization, or call it as root"
             )
         raise AccessDenied(
             f"uid {uid} may not call {call.member} ({action.value}): call it as root,"

@@ -116,7 +116,7 @@ class _Workers:
         ):
             if admitted >= bound:
                 raise ResourceExhausted(
-                    f"{admitted} operations of this kind are running: try again when some are done"
+                    f"{admitted} calls of this kind wait or run: try again when some have ended"
                 )
         self.admitted[uid] += 1
         try:

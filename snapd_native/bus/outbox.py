@@ -135,7 +135,7 @@ class Outbox:
         if not self._fits(client, size - reserved):
             close(answer.fds)
             raise ResourceExhausted(
-                "the reply has no room at the bus, because clients do not read theirs:"
+                "the bus has no space for the reply, because clients do not read theirs:"
                 " ask for less, or try again later"
             )
 

@@ -25,7 +25,7 @@ class Verdict(Enum):
     ALLOWED = "allowed"
     DENIED = "denied"
     CHALLENGE = "challenge"
-    """It would be allowed after the agreement of a person."""
+    """It would be allowed after a person has authenticated."""
 
 
 class Bus(Protocol):

@@ -212,7 +212,7 @@ class Snapshots:
             info = await client.stat(self._stored(key))
         if not self._owns(info):
             raise NotFound(
-                f"the snapshot {quote(info.name)} is not of the containerd {self._name}:"
+                f"the snapshot {quote(info.name)} does not belong to the containerd {self._name}:"
                 " choose another key"
             )
         return info

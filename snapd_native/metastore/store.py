@@ -145,7 +145,7 @@ class Metastore:
             return [*found, *(broken.finding for broken in broken_rules(db))]
 
     def is_whole(self) -> bool:
-        """Tell whether the database is complete, so that what it lacks may be deleted."""
+        """Tell whether the database is complete: then directories without a record may go."""
         try:
             return not self.findings()
         except DataLoss:

@@ -27,7 +27,7 @@ _EHWPOISON = 133
 _DAMAGED = (DataLoss, "{reason}, check the disk and the kernel's log")
 _KILLED = (
     ResourceExhausted,
-    "a process that helped was killed, perhaps for want of memory, try again",
+    "a worker process was killed, perhaps for lack of memory, try again",
 )
 _TAKEN = (
     FailedPrecondition,
@@ -71,7 +71,7 @@ _MEANINGS: Mapping[int, tuple[type[SnapdError], str]] = {
     _EHWPOISON: _DAMAGED,
     errno.ESTALE: (
         FailedPrecondition,
-        "its tree was being changed, try again when it rests",
+        "its tree was being changed, try again when nobody changes it",
     ),
     errno.E2BIG: (
         FailedPrecondition,

@@ -103,7 +103,7 @@ class Reaper:
 
     def _delete(self, name: str) -> None:
         self._state.delete(name, self._job.report)
-        # A removal may have needed it, and has made room.
+        # The removal may have used it up, and has freed space.
         self._state.ballast.take()
 
     def _restore_set_aside(self) -> None:

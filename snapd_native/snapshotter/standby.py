@@ -70,7 +70,7 @@ class Standby:
         self._thread.start()
 
     def wake(self) -> None:
-        """Look soon whether other clones are wanted now."""
+        """Let the thread check soon whether other clones are wanted."""
         self._woken.set()
 
     def take(self, parent: int) -> str | None:

@@ -179,7 +179,7 @@ class Crew:
 
     @contextmanager
     def _workers(self, most: int) -> Iterator[list[_Worker]]:
-        """Lend up to ``most`` workers to a job; a dead one is not kept."""
+        """Lend up to ``most`` workers to a job; a worker that has ended is not lent again."""
         with self._lock:
             self._jobs += 1
             # When many jobs run, one worker each keeps the processors busy.

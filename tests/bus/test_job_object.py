@@ -73,7 +73,7 @@ def test_a_cancelled_job_leaves_no_snapshot_and_no_directory(
     run_with_watcher(scenario)
     assert snapshots_and_directories(shared_client, service_with_base) == before
     assert shared_client.stat("work").kind is Kind.ACTIVE
-    # The key and the snapshots are free at once.
+    # The cancelled call has released the key and the snapshots.
     shared_client.prepare("key")
     shared_client.remove("work")
     shared_client.remove("base")

@@ -88,7 +88,7 @@ MOUNTS = [
 ]
 """The calls of each polkit action, as arguments of busctl."""
 
-CHALLENGED = "once a person has agreed"
+CHALLENGED = "after a person has authenticated"
 DENIED = "Access denied"
 """The error message of busctl."""
 

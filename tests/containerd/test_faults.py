@@ -305,7 +305,7 @@ def test_a_second_plugin_on_a_socket_fails_and_leaves_the_first(
         assert running.socket.is_socket()
 
 
-def test_a_socket_of_a_process_that_accepts_no_connection_is_refused(
+def test_a_socket_of_a_process_that_listens_without_accepting_is_refused(
     on_bus: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "socket"

@@ -409,7 +409,7 @@ def test_clients_that_do_not_read_signals_do_not_delay_other_clients(
     wait_until_closed(populated_service, before)
 
 
-def test_calls_of_other_users_leave_threads_for_root(
+def test_root_is_served_while_other_users_use_all_their_threads(
     scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many calls of two other users run as may run at once, and none ends."""

@@ -255,7 +255,7 @@ def test_a_name_of_4096_bytes_can_be_stored(store: Metastore) -> None:
     assert store.get(name).info.name == name
 
 
-def test_a_database_gets_the_schema_of_the_program_once(database: Path) -> None:
+def test_the_schema_of_a_current_database_is_not_changed(database: Path) -> None:
     with open_store(database) as store:
         add(store, "key")
     with open_database(database) as db:

@@ -45,7 +45,7 @@ def is_data(path: str) -> bool:
 
 
 def files(top: Path) -> set[str]:
-    """Return the paths of all files below a directory, without caches and compressions."""
+    """Return the paths of all files below a directory, without caches, and without `.gz`."""
     found = (str(path.relative_to(top)) for path in top.rglob("*") if not path.is_dir())
     return {f"/{path.removesuffix('.gz')}" for path in found if "__pycache__" not in path}
 

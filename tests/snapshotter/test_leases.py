@@ -67,7 +67,7 @@ def leases(*files: Path) -> Iterator[None]:
                 process.kill()
 
 
-def test_a_lease_keeps_nothing_but_its_own_file_from_being_deleted(populated: Snapshotter) -> None:
+def test_cleanup_deletes_all_files_except_those_with_a_lease(populated: Snapshotter) -> None:
     work = tree_of(populated, "work")
     os.chown(work / "file", NOBODY, -1)
     populated.commit("done", "work")

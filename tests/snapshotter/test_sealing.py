@@ -266,7 +266,7 @@ def test_commit_is_refused_while_somebody_can_write_to_a_file(
     populated.commit("done", "work")
 
 
-def test_the_search_for_a_writer_has_a_time_limit(
+def test_the_search_for_writers_ends_after_its_time_limit(
     populated: Snapshotter, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A user with many open files does not delay the refusal of another user's Commit."""

@@ -44,7 +44,7 @@ class SpaceChecks:
         self._more = threading.Condition()
 
     def add(self) -> None:
-        """Count a check after which there is nothing to do."""
+        """Count a check that finds no clone to make or to delete."""
         with self._more:
             self._count += 1
             self._more.notify_all()

@@ -33,7 +33,7 @@ async def wait_for_question(bus: Bus, number: int) -> asyncio.Future[Body]:
     return bus.questions[number - 1]
 
 
-def test_a_connection_that_has_left_is_unknown_while_a_late_call_asks_about_it() -> None:
+def test_a_late_call_does_not_make_a_connection_known_that_has_left() -> None:
     async def scenario() -> None:
         bus = Bus()
         authority = Authority(bus)

@@ -264,7 +264,7 @@ async def test_the_own_bytes_of_all_clients_are_limited(fake: OutboxOnFakeBus) -
 
 
 @scenario
-async def test_a_descriptor_counts_as_a_part_of_the_room(fake: OutboxOnFakeBus) -> None:
+async def test_a_waiting_descriptor_counts_as_2_mib(fake: OutboxOnFakeBus) -> None:
     calls = [fake.begin(READER, 0, fds=[0]) for _ in range(50)]
     assert not await is_done(calls[-1])
     assert fake.bus.descriptors[READER] == ROOM // DESCRIPTOR // 2
@@ -297,7 +297,7 @@ def test_calls_do_not_wait_when_the_client_leaves_or_the_service_stops(how: str)
     scenario(test)()
 
 
-def test_nothing_waits_on_a_bus_without_statistics(caplog: pytest.LogCaptureFixture) -> None:
+def test_calls_do_not_wait_on_a_bus_without_statistics(caplog: pytest.LogCaptureFixture) -> None:
     async def test(fake: OutboxOnFakeBus) -> None:
         fake.bus.has_statistics = False
         for _ in range(20):

@@ -75,7 +75,7 @@ def test_acknowledged_commits_survive_a_failing_disk(
 
 
 @pytest.mark.long
-def test_the_oracle_finds_losses_when_syncs_are_disabled(machine: Guest) -> None:
+def test_commits_are_lost_without_syncs_on_a_failing_disk(machine: Guest) -> None:
     """The test above would fail if the service lost data."""
     disks = [SpareDisk(machine, filesystem) for filesystem in FILE_SYSTEMS]
     drop_in = "/run/systemd/system/snapd-native@.service.d"

@@ -54,7 +54,7 @@ def test_acknowledged_commits_survive_power_cuts(
 
 
 @pytest.mark.long
-def test_the_oracle_finds_losses_when_syncs_are_disabled(machine: Guest) -> None:
+def test_commits_are_lost_without_syncs_at_a_power_cut(machine: Guest) -> None:
     """The test above would fail if the service lost data."""
     remove_all(machine, *INSTANCES)
     drop_in = "/etc/systemd/system/snapd-native@.service.d/no-sync.conf"

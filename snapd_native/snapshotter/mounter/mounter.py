@@ -192,7 +192,9 @@ class Mounter:
         """Return the mount on ``target``, which must be that of ``uid`` if that is not None."""
         line, entry = self._reconciler.find(target)
         if uid not in (None, line.uid):
-            raise AccessDenied(f"{quote_path(target)} is mounted for another: leave it alone")
+            raise AccessDenied(
+                f"{quote_path(target)} was mounted by another user: unmount it as that user"
+            )
         return line, entry
 
     def _take_away(self, find: Callable[[], tuple[Line, Entry | None]], lazy: bool) -> Entry | None:

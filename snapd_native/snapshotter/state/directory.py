@@ -316,7 +316,7 @@ class StateDirectory:
 
     def discard(self, id_: int) -> None:
         """Delete the directory of `create`, under its first or its final name."""
-        # While it is not alive yet, what has its final name is somebody else's.
+        # While it is called `new-<id>`, a directory with the final name belongs to another program.
         making = f"new-{id_}"
         self.delete(making if self._mode(making) else str(id_), lambda *_: None)
 
