@@ -48,6 +48,12 @@ def _meaning(error: sqlite3.Error, directory: Path) -> SnapdError:
         return ResourceExhausted("no room is left for the metadata: free some and try again")
     if code == sqlite3.SQLITE_IOERR or refusal:
         return unreachable(os.strerror(refusal) if refusal else str(error))
+    if code == sqlite3.SQLITE_CANTOPEN:
+        # There was perhaps no free inode a moment ago: xfs frees inodes in the background.
+        return Unavailable(
+            f"a file of {quote_path(str(directory / 'metadata.db'))} could not be opened:"
+            " try again, and if that fails look at the files with this name"
+        )
     # SQLite has no code of its own for content that it does not understand. It reports a page that
     # the disk cannot read like a damaged one.
     if code in _DAMAGED or str(error).startswith(_NOT_UNDERSTOOD):

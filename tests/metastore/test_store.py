@@ -186,6 +186,14 @@ def test_the_database_files_get_mode_0600(database: Path, umask: int) -> None:
     assert {path.name for path in database.parent.iterdir()} == kept
 
 
+def test_a_database_file_that_cannot_be_opened_raises_unavailable(database: Path) -> None:
+    """The error of SQLite can have passed, such as a lack of inodes on xfs."""
+    wal = Path(f"{database}-wal")
+    wal.symlink_to(wal)
+    with pytest.raises(Unavailable, match="could not be opened"):
+        Metastore(database, lambda _: None)
+
+
 def test_a_database_that_is_a_symlink_is_refused(database: Path) -> None:
     database.symlink_to(database.parent / "elsewhere")
     with pytest.raises(FailedPrecondition, match="is not a file"):
