@@ -187,6 +187,8 @@ def test_a_commit_that_fails_leaves_the_tree_unsealed(
     subprocess.run(["chattr", "+a", work / "first"], check=True)
     before = flags(work)
     assert set(before.values()) == {"", "a"}
+    # A file that was immutable before Commit loses the flag.
+    subprocess.run(["chattr", "+i", work / "directory" / "inner" / "third"], check=True)
     fail(populated)
     assert flags(work) == before
     subprocess.run(["chattr", "-a", work / "first"], check=True)
