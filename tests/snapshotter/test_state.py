@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -202,6 +204,20 @@ def test_cleanup_keeps_a_regular_file_named_like_an_id(populated_state: Path) ->
         engine.upkeep.cleanup()
         assert file.read_text() == "somebody's"
     file.unlink()
+
+
+def test_a_start_waits_for_a_killed_daemon_that_has_just_started_a_worker(state: Path) -> None:
+    """Until it executes its program, the process of the worker has all files of the daemon open."""
+    with open_engine(state):
+        pass
+    held = os.open(state, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with hold_function(time, "sleep") as waiting, ThreadPoolExecutor(1) as pool:
+        started = pool.submit(lambda: StateDirectory(state).close())
+        waiting.wait_until_reached()
+        os.close(held)
+        waiting.release()
+    started.result()
 
 
 def test_a_second_snapshotter_on_a_state_directory_raises_unavailable(

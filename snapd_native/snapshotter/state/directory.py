@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import re
@@ -20,9 +19,11 @@ from snapd_native.mounts import Place, Table
 from snapd_native.snapshotter.state.ballast import Ballast
 from snapd_native.snapshotter.state.privacy import (
     check_not_shared,
+    lock,
     make_private,
     open_to_others,
     own_directory,
+    refuse_nfs,
 )
 
 log = logging.getLogger(__name__)
@@ -52,11 +53,11 @@ class StateDirectory:
         with ExitStack() as undo:
             self._fd = own_directory(path)
             undo.callback(os.close, self._fd)
-            _refuse_nfs(path, self._fd)
+            refuse_nfs(path, self._fd)
             check_not_shared(path, self._fd, {"snapshots", "metadata.db"})
             make_private(self._fd)
             try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(self._fd)
             except BlockingIOError:
                 raise Unavailable(
                     f"{path} is in use by another snapd-native daemon: stop that one,"
@@ -66,7 +67,7 @@ class StateDirectory:
             undo.callback(self.ballast.take)
             self._snapshots = own_directory(path / "snapshots")
             undo.callback(os.close, self._snapshots)
-            _refuse_nfs(path / "snapshots", self._snapshots)
+            refuse_nfs(path / "snapshots", self._snapshots)
             make_private(self._snapshots)
             os.fsync(self._fd)
             self.mounting = linux.mounting_id(self._snapshots)
@@ -433,15 +434,3 @@ def _lost_if_gone() -> Iterator[None]:
 
 def _lost() -> DataLoss:
     return DataLoss("the snapshot's directory is gone, restore it from a backup")
-
-
-def _refuse_nfs(path: Path, directory: int) -> None:
-    """Raise `FailedPrecondition` for a directory on NFS.
-
-    In /proc/self/mountinfo, each mount of NFS has the root /, whatever directory it shows.
-    """
-    if linux.filesystem_type(directory).startswith("nfs"):
-        raise FailedPrecondition(
-            f"{path} is on NFS, where the kernel does not tell which directory is mounted:"
-            " choose a --state-directory on a local disk"
-        )

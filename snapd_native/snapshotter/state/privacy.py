@@ -1,16 +1,22 @@
-"""Directories that only the service's user can enter."""
+"""Directories that only the service's user can enter, and only one service uses."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
+import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from snapd_native import linux
 from snapd_native.errors import FailedPrecondition
 
 _FILES = ("metadata.db", "metadata.db-wal", "metadata.db-shm", "metadata.db.changes")
+
+_LOCK_SECONDS = 2.0
+"""How long a start waits for the end of a daemon that was killed."""
 
 
 def own_directory(path: Path) -> int:
@@ -93,3 +99,31 @@ def close_runtime(path: Path) -> None:
             make_private(fd)
         finally:
             os.close(fd)
+
+
+def lock(directory: int) -> None:
+    """Lock a directory; raise `BlockingIOError` if another process has locked it.
+
+    If a daemon was killed while it started a worker, the process of the worker has the lock until
+    it executes its program.
+    """
+    end = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(_LOCK_SECONDS / 100)
+
+
+def refuse_nfs(path: Path, directory: int) -> None:
+    """Raise `FailedPrecondition` for a directory on NFS.
+
+    In /proc/self/mountinfo, each mount of NFS has the root /, whatever directory it shows.
+    """
+    if linux.filesystem_type(directory).startswith("nfs"):
+        raise FailedPrecondition(
+            f"{path} is on NFS, where the kernel does not tell which directory is mounted:"
+            " choose a --state-directory on a local disk"
+        )
