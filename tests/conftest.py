@@ -8,6 +8,8 @@ from contextlib import suppress
 
 import pytest
 
+from snapd_native.mounts import processes
+
 pytest_plugins = [
     "tests.support.in_process",
     "tests.support.engine",
@@ -32,6 +34,8 @@ with suppress(ImportError):
     from xdist.workermanage import NodeManager
 
     NodeManager.EXIT_TIMEOUT = 300
+# On a busy machine, an engine in a test's process would find no process in five seconds.
+processes.SEARCH_SECONDS = 120.0
 # Every program that a test starts would compile all its modules.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
