@@ -41,11 +41,11 @@ class Lane(Enum):
     VERIFY = (64, 64, 2)
     """Reads whole trees at idle priority; a call can take hours."""
 
-    def __init__(self, threads: int, bound: int, places: int | None = None) -> None:
+    def __init__(self, threads: int, bound: int, places: int = 0) -> None:
         self.threads = threads
         self.bound = bound
-        self.places = places or threads
-        """How many of the calls work at a time; the others are visible as jobs, and wait."""
+        self.places = places
+        """How many calls work at a time, while the others wait as visible jobs; 0 if all work."""
 
     @property
     def may_take_long(self) -> bool:
@@ -96,23 +96,22 @@ class _Turns:
 class _Workers:
     """The worker threads of one lane."""
 
-    def __init__(self, lane: Lane, places: Places, start: Callable[[], None]) -> None:
-        """``start`` is called in each new thread."""
+    def __init__(self, lane: Lane, shares: int, start: Callable[[], None]) -> None:
+        """Give a user one of ``shares`` equal shares at most; call ``start`` in each new thread."""
         self.lane = lane
+        self.places = Places(lane.places, lane.places // shares) if lane.places else None
         self.admitted: Counter[int] = Counter()
         """The calls that wait or work, by uid."""
-        self.places = places
         self.pool = ThreadPoolExecutor(
             lane.threads, thread_name_prefix=lane.name.lower(), initializer=start
         )
         self._turns = _Turns(lane.threads)
+        self._own_bound = lane.bound // shares
 
     async def run(self, uid: int, work: Callable[[], _T]) -> _T:
-        # A user other than root has at most half of the calls of the lane.
-        own = self.lane.bound if uid == 0 else self.lane.bound // 2
         for admitted, bound in (
             (self.admitted.total(), self.lane.bound),
-            (self.admitted[uid], own),
+            (self.admitted[uid], self._own_bound),
         ):
             if admitted >= bound:
                 raise ResourceExhausted(
@@ -137,15 +136,16 @@ class Lanes:
         self._workers = {
             (lane, root): _Workers(
                 lane,
-                Places(lane.places, lane.places if root else lane.places // 2),
+                # Of the users other than root, one gets at most half.
+                1 if root else 2,
                 lambda: self._threads.append(threading.get_native_id()),
             )
             for lane in Lane
             for root in (True, False)
         }
 
-    def places(self, lane: Lane, uid: int) -> Places:
-        """Return the places in which the jobs of ``uid`` in ``lane`` work."""
+    def places(self, lane: Lane, uid: int) -> Places | None:
+        """Return the places in which the jobs of ``uid`` in ``lane`` work; None if all work."""
         return self._workers[lane, uid == 0].places
 
     async def run(self, lane: Lane, uid: int, work: Callable[[], _T]) -> _T:
